@@ -1,0 +1,80 @@
+"""One W&B run for a whole Ray cluster: nothing lost, nothing in the way.
+
+training workers      xenna driver        stage scripts
+       └───────────────────┼──────────────────┘
+                    client.py          attach() → Client.log(): appends, and returns
+                           │
+                    journal.py         one per process, outlives it
+                           │
+                    shipping.py        a thread, HTTP; Ray only tells where
+─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─│─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─ ─
+                    service/ingest.py  inside the actor "raywb": detached, head, 0 CPU
+                           │
+                    service/ledger.py  everything received, once, durable
+                           │
+                    service/merge.py   rows get their names and axes
+                           │
+                    service/outbox.py  finished rows, numbered, per W&B run
+                           │
+                    service/wandb_sink.py  W&B, in a child process per run
+
+import raywb
+
+raywb.start(project="demo")                    # once, in the driver
+client = raywb.attach("training/operator")     # in any task, actor or driver
+client.log({"loss": 0.5}, step=100)
+raywb.finish()
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from raywb.errors import RaywbError
+
+if TYPE_CHECKING:
+    from raywb import xenna
+    from raywb.client import Client, attach
+    from raywb.lifecycle import finish, start, status
+    from raywb.reports import RunInfo
+    from raywb.settings import Settings
+
+__all__ = [
+    "Client",
+    "RaywbError",
+    "RunInfo",
+    "Settings",
+    "attach",
+    "finish",
+    "start",
+    "status",
+    "xenna",
+]
+
+__version__ = "0.1.0"
+
+#: Where each public name lives; they are imported at first use, so that ``import raywb`` costs
+#: next to nothing in a process that only passes it on.
+_HOMES = {
+    "Client": "raywb.client",
+    "attach": "raywb.client",
+    "finish": "raywb.lifecycle",
+    "start": "raywb.lifecycle",
+    "status": "raywb.lifecycle",
+    "RunInfo": "raywb.reports",
+    "Settings": "raywb.settings",
+}
+
+
+def __getattr__(name: str) -> Any:
+    import importlib
+
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    if name == "xenna":
+        return importlib.import_module("raywb.xenna")
+    raise AttributeError(f"module 'raywb' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*__all__, "__version__"])

@@ -1,0 +1,401 @@
+"""``attach()`` and :class:`Client`: what a worker, a driver or a stage script logs with."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import msgspec
+import ray
+
+from raywb import cluster as ray_side
+from raywb.connection import Connection, connection_for, present_connection
+from raywb.errors import MetricTypeError, ServiceUnavailable, SettingsError
+from raywb.groups import resolve_group
+from raywb.reports import RunInfo
+from raywb.rows import MAX_MESSAGE_BYTES, ConfigUpdate, Define, Row, SummaryUpdate, encode
+from raywb.settings import find_api_key, process_environment, resolve
+from raywb.values import Refusal, flatten, plain
+
+__all__ = ["Client", "ClientStats", "Series", "attach", "running_client"]
+
+_log = logging.getLogger("raywb")
+
+#: Values of these types need no look at them.
+_PLAIN = frozenset((float, int, bool, str))
+_TEXT = frozenset((str,))
+_STEPS = frozenset((int, float, type(None)))
+
+_SUMMARIES = ("min", "max", "mean", "last", "best", "copy", "none", "first")
+
+#: Longest that ``attach()`` waits for a service that is being made or restarted, in seconds.
+ATTACH_TIMEOUT_S = 30.0
+
+
+class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of this process's rows.
+
+    Attributes:
+        logged: rows that this client's ``log()`` took.
+        acked_bytes: journal bytes that the service has.
+        backlog_bytes: journal bytes that it has not.
+        rejected: values that were refused, over all clients of the process.
+        lost: rows that could not be kept, by reason, over all clients of the process.
+        failed_requests: requests to the service that failed.
+        last_error: why the last request failed; None while all is well.
+    """
+
+    logged: int
+    acked_bytes: int
+    backlog_bytes: int
+    rejected: int
+    lost: dict[str, int]
+    failed_requests: int
+    last_error: str | None
+
+
+class Client:
+    """Sends updates to the cluster's W&B run; made by :func:`attach`.
+
+    ``log`` appends to a journal on this node and returns: it waits for no network, and takes no
+    lock that a network wait can hold. A thread ships the journal to the service.
+    """
+
+    def __init__(
+        self,
+        connection: Connection,
+        channel: int,
+        stage: str | None,
+        run: RunInfo,
+        *,
+        strict: bool = False,
+    ) -> None:
+        self._connection = connection
+        self._channel = channel
+        self._strict = strict
+        self._closed = False
+        self._warned: set[str] = set()
+        self._logged = itertools.count(1)
+        self._logged_rows = 0
+        #: Prefix of this client's keys, without the slash.
+        self.stage = stage
+        #: The run as it was known at ``attach()``.
+        self.run = run
+        #: The run's config; ``config.update({...})`` adds to it.
+        self.config = Config(self)
+        #: The run's summary; ``summary["x"] = 1`` and ``summary.update({...})`` add to it.
+        self.summary = Summary(self)
+
+    def log(self, metrics: Mapping[str, Any], *, step: int | float | None = None) -> None:
+        """Log one row of values, and return at once.
+
+        Args:
+            metrics: floats, ints, bools, strings, numpy or torch scalars, or dicts of these,
+                whose keys are joined with a slash. A value under ``_timestamp`` (unix seconds)
+                is the row's time.
+            step: the row's place on the stage's axis, ``<stage>/step``. Any order will do.
+
+        Raises:
+            MetricTypeError: a value cannot be charted, and the client is strict. Otherwise the
+                value is left out, counted, and warned about once per key.
+        """
+        if (
+            type(metrics) is not dict
+            or not _PLAIN.issuperset(map(type, metrics.values()))
+            or not _TEXT.issuperset(map(type, metrics))
+            or type(step) not in _STEPS
+            or self._closed
+        ):
+            return self._log_with_care(metrics, step)
+        try:
+            payload = encode(Row(self._channel, time.time(), step, metrics))
+        except (OverflowError, UnicodeEncodeError):
+            return self._log_with_care(metrics, step)
+        if metrics and len(payload) <= MAX_MESSAGE_BYTES:
+            self._connection.append(payload)
+            self._logged_rows = next(self._logged)
+            return None
+        return self._log_with_care(metrics, step)
+
+    def _log_with_care(self, metrics: Mapping[str, Any], step: Any) -> None:
+        if self._closed:
+            self._connection.count_loss("after_close")
+            return self._warn_once("", "log() came after close(); the row is counted as lost")
+        row, refused = flatten(metrics)
+        if step is not None:
+            taken, wrong = flatten({"step": step})
+            step = taken.get("step")
+            refused += wrong
+        if isinstance(step, str):
+            refused.append(Refusal("step", "str", "a step is a number"))
+            step = None
+        if refused:
+            self._refuse(refused)
+        if not row:
+            return None
+        payload = encode(Row(self._channel, time.time(), step, row))
+        if len(payload) > MAX_MESSAGE_BYTES:
+            size = f"a row of {len(payload)} bytes"
+            return self._refuse([Refusal(next(iter(row)), size, f"{MAX_MESSAGE_BYTES} are most")])
+        self._connection.append(payload)
+        self._logged_rows = next(self._logged)
+        return None
+
+    def _refuse(self, refused: list[Refusal]) -> None:
+        texts = [f"{item.key!r} is {item.type_name}: {item.why}" for item in refused]
+        if self._strict:
+            raise MetricTypeError(f"cannot log {'; '.join(texts)}")
+        self._connection.rejected += len(refused)
+        for item, text in zip(refused, texts, strict=True):
+            self._warn_once(item.key, f"cannot log {text}; left out, and counted from now on")
+
+    def _warn_once(self, key: str, text: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            _log.warning("raywb: %s", text)
+
+    def define_metric(
+        self, name: str, step_metric: str | None = None, summary: str | None = None
+    ) -> None:
+        """Say how W&B is to chart a metric, as ``wandb.define_metric`` does.
+
+        Args:
+            name: the metric, without the stage; a trailing ``*`` stands for all that begin so.
+            step_metric: the metric that is its x-axis, without the stage.
+            summary: ``min``, ``max``, ``mean``, ``last``, ``best``, ``first``, ``copy`` or
+                ``none``; several with commas between.
+
+        Raises:
+            SettingsError: ``summary`` is none of these.
+        """
+        for kind in (summary or "").split(",") if summary else []:
+            if kind.strip() not in _SUMMARIES:
+                raise SettingsError(
+                    f"summary={summary!r} cannot be used: allowed are {', '.join(_SUMMARIES)}"
+                )
+        self._connection.say(Define(self._channel, name, step_metric, summary))
+
+    def flush(self, timeout_s: float = 10.0) -> bool:
+        """Wait until the service has every row that was logged before this call.
+
+        Returns:
+            False when it has not after ``timeout_s``; the rows are safe in the journal then.
+        """
+        connection = self._connection
+        if connection.shipper is not None and connection.shipper.failing:
+            self._look_up(timeout_s)
+        return connection.flush(timeout_s)
+
+    def _look_up(self, timeout_s: float) -> None:
+        """The address is lost: ask Ray again, in the caller's thread."""
+        service = ray_side.find_service() if ray.is_initialized() else None
+        if service is None:
+            return
+        try:
+            joined = ray_side.join(service, self._connection.cluster, timeout_s=timeout_s)
+        except ServiceUnavailable as error:
+            self._warn_once("flush", f"the service does not answer: {error}")
+            return
+        self._connection.use(joined.endpoint, joined.epoch)
+
+    def close(self, timeout_s: float = 10.0) -> None:
+        """Flush, and take no more rows; a second call does nothing.
+
+        Other clients of this process go on: they share the journal, not this client.
+        """
+        if not self._closed:
+            self._closed = True
+            self.flush(timeout_s)
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def stats(self) -> ClientStats:
+        """What became of the rows so far."""
+        connection = self._connection
+        journal, shipper = connection.journal, connection.shipper
+        return ClientStats(
+            logged=self._logged_rows,
+            acked_bytes=journal.acknowledged if journal else 0,
+            backlog_bytes=journal.backlog_bytes if journal else 0,
+            rejected=connection.rejected,
+            lost=connection.lost,
+            failed_requests=shipper.failures if shipper else 0,
+            last_error=shipper.last_error if shipper else None,
+        )
+
+    def open_series(self, namespace: str, *, label: str, axis: str) -> Series:
+        """Open one of several series that share a namespace in the run.
+
+        The first series of a run gets the namespace itself, further ones
+        ``<namespace>/<label>_<n>``, wherever on the cluster they come from: the service names
+        them. Returns at once.
+
+        Args:
+            namespace: what the series have in common, for instance ``xenna``.
+            label: names further series.
+            axis: the metric, in every row, that is the x-axis.
+        """
+        channel = self._connection.open_channel(namespace, None, None, label=label, axis=axis)
+        return Series(Client(self._connection, channel, namespace, self.run))
+
+
+class Series:
+    """Rows on an axis of their own; made by :meth:`Client.open_series`."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def log(self, metrics: Mapping[str, Any]) -> None:
+        """Log one row; keys are relative to the series, and the axis is among them."""
+        self._client.log(metrics)
+
+    def set_summary(self, values: Mapping[str, Any]) -> None:
+        """Set values of the run's summary under the series' name."""
+        self._client.summary.update(values)
+
+
+class Config:
+    """The run's config, as a client sees it: write only, and later values win."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def update(self, values: Mapping[str, Any], allow_val_change: bool = True) -> None:
+        """Add values; OmegaConf objects and nested mappings will do.
+
+        ``allow_val_change`` is there for those who come from ``wandb``; changes are allowed.
+        """
+        del allow_val_change
+        from raywb.settings import as_mapping
+
+        connection, channel = self._client._connection, self._client._channel
+        connection.say(ConfigUpdate(channel, plain(as_mapping(values))))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update({key: value})
+
+
+class Summary:
+    """The run's summary, as a client sees it: write only, and later values win."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+
+    def update(self, values: Mapping[str, Any]) -> None:
+        """Set values; keys get the stage as prefix."""
+        connection, channel = self._client._connection, self._client._channel
+        connection.say(SummaryUpdate(channel, plain(values)))
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.update({key: value})
+
+
+def attach(
+    stage: str | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    cfg: Any = None,
+    strict: bool = False,
+) -> Client:
+    """Get a client of the cluster's run, in any Ray task, actor or driver.
+
+    Without a service one is made; it takes rows at once, and opens its run when a ``start()``
+    brings settings, or after a short while with the defaults.
+
+    Args:
+        stage: prefix of all keys, for instance ``training/operator``.
+        rank: this worker's rank among those that log the stage.
+        world_size: how many there are.
+        cfg: config with a ``wandb`` section, for the service that may have to be made.
+        strict: ``log()`` raises for a value that cannot be charted.
+
+    Raises:
+        NoClusterError: there is no Ray cluster; ``ray.init()`` or ``raywb.start`` comes first.
+        SettingsError: ``stage``, ``rank`` or ``cfg`` cannot be used.
+        VersionMismatch: the service speaks another protocol.
+    """
+    stage = _checked_stage(stage)
+    _check_rank(rank, world_size)
+    cluster = ray_side.connect()
+    service = ray_side.find_service()
+    if service is None:
+        settings = resolve(cfg=cfg)
+        group = resolve_group(settings.group, cluster.cluster_id, process_environment())
+        key = None if settings.mode in ("offline", "disabled") else find_api_key(settings)
+        service = ray_side.make_service(cluster, settings, group, key, provisional=True)
+    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
+    if joined.finished:
+        _log.warning(
+            "raywb: run %s is finished; rows logged from here on wait for the next raywb.start()",
+            joined.run.name,
+        )
+    return _open_client(cluster, joined, stage, rank, world_size, strict=strict)
+
+
+def _open_client(
+    cluster: ray_side.Cluster,
+    joined: ray_side.Joined,
+    stage: str | None,
+    rank: int | None,
+    world_size: int | None,
+    *,
+    strict: bool = False,
+) -> Client:
+    connection = connection_for(cluster, joined.endpoint, joined.epoch)
+    channel = connection.open_channel(stage, rank, world_size)
+    return Client(connection, channel, stage, joined.run, strict=strict)
+
+
+def running_client() -> Client | None:
+    """A client without a stage when this cluster's service runs; never makes or starts anything."""
+    if not ray.is_initialized():
+        return None
+    service = ray_side.find_service()
+    if service is None:
+        return None
+    cluster = ray_side.connect()
+    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
+    return _open_client(cluster, joined, None, None, None)
+
+
+def flush_process(timeout_s: float) -> bool:
+    """Flush whatever this process has logged; True when there is nothing outstanding."""
+    connection = present_connection()
+    return connection is None or connection.flush(timeout_s)
+
+
+def _checked_stage(stage: str | None) -> str | None:
+    if stage is None:
+        return None
+    name = stage.strip("/") if isinstance(stage, str) else ""
+    if not name or len(name) > 256 or not name.isprintable() or "*" in name:
+        raise SettingsError(
+            f"stage={stage!r} cannot be used: it is a printable name such as 'training/operator', "
+            "of at most 256 characters, without '*'"
+        )
+    return name
+
+
+def _check_rank(rank: int | None, world_size: int | None) -> None:
+    if rank is None and world_size is None:
+        return
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise SettingsError(
+            f"rank={rank!r}, world_size={world_size!r} cannot be used: they come together, "
+            "with 0 <= rank < world_size"
+        )

@@ -1,0 +1,193 @@
+"""The Ray side of the client: which cluster this is, and where its service runs.
+
+This is the only module that makes Ray calls for a client, always in the thread of whoever
+called ``start``, ``attach``, ``flush``, ``status`` or ``finish``, and the only one that knows
+both the client and the service.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+import ray
+import ray.exceptions
+
+from raywb.errors import NoClusterError, RaywbError, ServiceUnavailable, VersionMismatch
+from raywb.groups import Group
+from raywb.reports import RunInfo
+from raywb.rows import PROTOCOL
+from raywb.settings import Settings, default_dir
+from raywb.shipping import Endpoint
+
+__all__ = ["Cluster", "Joined", "call", "connect", "find_service", "join", "make_service"]
+
+ACTOR_NAME = "raywb"
+NAMESPACE = "raywb"
+
+#: Calls that run at the same time in the actor; a finish may wait for minutes in one of them.
+MAX_CONCURRENCY = 32
+
+#: Pause before a call to a restarting actor is tried again, in seconds.
+RETRY_PAUSE_S = 0.25
+
+
+class Cluster(NamedTuple):
+    """The Ray cluster that this process is part of."""
+
+    cluster_id: str
+    node_id: str
+    session_dir: str | None
+
+
+class Joined(NamedTuple):
+    """What the service tells a client that joins."""
+
+    endpoint: Endpoint | None
+    run: RunInfo
+    epoch: int
+    finished: bool
+
+
+def connect(*, local_cluster: bool = False) -> Cluster:
+    """The cluster of this process; connects to a running one when it has none yet.
+
+    Args:
+        local_cluster: start one on this machine when there is none.
+
+    Raises:
+        NoClusterError: there is none, and none may be started.
+    """
+    if not ray.is_initialized():
+        try:
+            ray.init(address="auto")
+        except ConnectionError as error:
+            if not local_cluster:
+                raise NoClusterError(
+                    "there is no Ray cluster to attach to. Start one with `ray start --head`, "
+                    "call ray.init() first, or allow one on this machine with "
+                    "raywb.start(local_cluster=True)"
+                ) from error
+            ray.init(address="local")
+    return _present_cluster()
+
+
+def _present_cluster() -> Cluster:
+    context = ray.get_runtime_context()
+    node = getattr(ray._private.worker.global_worker, "node", None)
+    if node is None:  # Ray Client: this process is outside the cluster
+        cluster_id = ray.get(ray.remote(_cluster_id).options(num_cpus=0).remote())
+        return Cluster(cluster_id, context.get_node_id(), None)
+    return Cluster(node.cluster_id.hex(), context.get_node_id(), node.get_session_dir_path())
+
+
+def _cluster_id() -> str:
+    cluster_id: str = ray._private.worker.global_worker.node.cluster_id.hex()
+    return cluster_id
+
+
+def find_service() -> Any | None:
+    """A handle of the cluster's service, or None."""
+    try:
+        return ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
+    except ValueError:
+        return None
+
+
+def make_service(
+    cluster: Cluster,
+    settings: Settings,
+    group: Group,
+    api_key: str | None,
+    *,
+    provisional: bool,
+) -> Any:
+    """Make the service on the head node, or find the one that somebody else just made."""
+    from raywb.service.actor import Boot, RaywbService
+    from raywb.service.runs import new_run_id
+
+    run_id = settings.run_id or new_run_id()
+    boot = Boot(
+        directory=str(default_dir(settings, run_id)),
+        cluster_id=cluster.cluster_id,
+        run_id=run_id,
+        host=settings.listen_host or _head_address(),
+        settings=settings,
+        group=group,
+        provisional=provisional,
+    )
+    return (
+        ray.remote(RaywbService)
+        .options(
+            name=ACTOR_NAME,
+            namespace=NAMESPACE,
+            lifetime="detached",
+            get_if_exists=True,
+            num_cpus=0,
+            # The label that only the head node has; so little of it that any number would fit.
+            resources={"node:__internal_head__": 0.001},
+            max_restarts=-1,
+            max_concurrency=MAX_CONCURRENCY,
+        )
+        .remote(boot, api_key)
+    )
+
+
+def _head_address() -> str:
+    for node in ray.nodes():
+        if node["Alive"] and "node:__internal_head__" in node["Resources"]:
+            return str(node["NodeManagerAddress"])
+    raise NoClusterError("the Ray cluster has no head node that is alive; start it again")
+
+
+def call(service: Any, method: str, *args: Any, timeout_s: float) -> Any:
+    """Call the service and wait; a restart in between is waited for.
+
+    Raises:
+        RaywbError: what the service raised.
+        ServiceUnavailable: no answer within ``timeout_s``.
+    """
+    deadline = time.monotonic() + timeout_s
+    while True:
+        remaining = max(deadline - time.monotonic(), 0.1)
+        try:
+            return ray.get(getattr(service, method).remote(*args), timeout=remaining)
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, RaywbError):
+                raise error.cause from None
+            raise
+        except ray.exceptions.GetTimeoutError:
+            reason = "it did not answer"
+        except ray.exceptions.RayActorError as error:
+            # Restarting: pending calls fail at once, later ones reach the new incarnation.
+            reason = str(error).splitlines()[0]
+            time.sleep(RETRY_PAUSE_S)
+        if time.monotonic() >= deadline:
+            raise ServiceUnavailable(
+                f"the raywb service could not be asked for {method!r} within {timeout_s:g} s: "
+                f"{reason}. `raywb status` tells more; rows that were logged are safe on disk"
+            )
+
+
+def join(service: Any, cluster: Cluster, *, timeout_s: float) -> Joined:
+    """Ask the service for its address and its run.
+
+    Raises:
+        VersionMismatch: it speaks another protocol.
+        ServiceUnavailable: no answer within ``timeout_s``.
+    """
+    from raywb import __version__
+
+    answer = call(service, "join", PROTOCOL, timeout_s=timeout_s)
+    if answer["protocol"] != PROTOCOL:
+        raise VersionMismatch(
+            f"this process has raywb {__version__} (protocol {PROTOCOL}), the service on this "
+            f"cluster raywb {answer['version']} (protocol {answer['protocol']}): install the "
+            "same version on both sides, or end the service with `raywb finish --stop`"
+        )
+    endpoint = None
+    if answer["address"] is not None:
+        endpoint = Endpoint(
+            address=answer["address"], token=answer["token"], cluster_id=cluster.cluster_id
+        )
+    return Joined(endpoint, answer["run"], answer["epoch"], answer["finished"])

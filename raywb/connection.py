@@ -1,0 +1,245 @@
+"""What all clients of one process share: its journal, its shipping thread, its channels.
+
+One process is one source. Every ``attach()`` opens a numbered channel in the same journal. A
+forked child is a new process: it leaves the inherited files alone, and gets a journal of its own
+when it logs.
+"""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from raywb import __version__
+from raywb.cluster import Cluster
+from raywb.journal import Journal, new_source_id
+from raywb.rows import Channel, Counters, End, Hello, Message, encode
+from raywb.settings import journal_base
+from raywb.shipping import Endpoint, Shipper
+
+__all__ = ["Connection", "connection_for", "present_connection"]
+
+_log = logging.getLogger(__name__)
+
+#: Longest that the end of a process waits for its last rows to be taken, in seconds. What is
+#: not taken in this time stays on disk, and is brought home by a sweep.
+EXIT_FLUSH_S = 2.0
+
+
+class Connection:
+    """This process as a source of one cluster's service.
+
+    Attributes:
+        append: takes an encoded message; False when it had to be counted as lost.
+        lost: what could not be kept, by reason.
+    """
+
+    append: Callable[[bytes], bool]
+
+    def __init__(self, cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> None:
+        self.cluster = cluster
+        self._endpoint = endpoint
+        self._epoch = epoch
+        self._channels: list[Channel] = []
+        self._counters: dict[str, int] = {}
+        self._written: tuple[int, dict[str, int]] = (0, {})
+        self._lock = threading.RLock()
+        self.rejected = 0
+        self.journal: Journal | None = None
+        self.shipper: Shipper | None = None
+        self._open()
+
+    def _open(self) -> None:
+        """Make the journal and start the thread; without a journal rows are counted as lost."""
+        try:
+            self.journal = self._make_journal()
+        except OSError as error:
+            _log.warning("raywb: no journal can be made, rows are lost until it can: %s", error)
+            self.journal = None
+            self.append = self._append_without_journal
+            return
+        self.append = self.journal.append
+        self._say(
+            Hello(
+                source_id=self.journal.source_id,
+                cluster_id=self.cluster.cluster_id,
+                node_id=self.cluster.node_id,
+                run_epoch=self._epoch,
+                pid=os.getpid(),
+                hostname=socket.gethostname(),
+                started_at=time.time(),
+                version=__version__,
+            )
+        )
+        for channel in self._channels:
+            self._say(channel)
+        self.shipper = Shipper(self.journal, self._endpoint, self._write_counters)
+        self.shipper.start()
+
+    def _make_journal(self) -> Journal:
+        base = journal_base(self.cluster.session_dir, self.cluster.cluster_id)
+        try:
+            return Journal(base, new_source_id())
+        except OSError:
+            # A session directory that is full or not ours need not be the end of it.
+            return Journal(journal_base(None, self.cluster.cluster_id), new_source_id())
+
+    def _append_without_journal(self, payload: bytes) -> bool:
+        """Try again to make a journal; rows meanwhile are counted."""
+        with self._lock:
+            if self.append == self._append_without_journal:
+                self._open()
+            if self.journal is not None:
+                return self.append(payload)
+        self.count_loss("no_journal")
+        return False
+
+    def _say(self, message: Message) -> None:
+        self.append(encode(message))
+
+    def say(self, message: Message) -> bool:
+        """Append a message that is no row."""
+        return self.append(encode(message))
+
+    def open_channel(
+        self,
+        stage: str | None,
+        rank: int | None,
+        world_size: int | None,
+        *,
+        label: str | None = None,
+        axis: str | None = None,
+    ) -> int:
+        """Open a channel for a stage; returns its number."""
+        with self._lock:
+            channel = Channel(len(self._channels), stage, rank, world_size, label, axis)
+            self._channels.append(channel)
+            self._say(channel)
+            return channel.channel
+
+    def use(self, endpoint: Endpoint | None, epoch: int) -> None:
+        """Take over an address that was looked up anew."""
+        if endpoint is not None:
+            self._endpoint = endpoint
+            self._epoch = epoch
+            if self.shipper is not None:
+                self.shipper.use(endpoint)
+
+    def count_loss(self, reason: str, count: int = 1) -> None:
+        """Count rows that could not even be appended."""
+        with self._lock:
+            self._counters[reason] = self._counters.get(reason, 0) + count
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """Rows of this process that could not be kept, by reason."""
+        total = dict(self._counters)
+        for reason, count in (self.journal.lost if self.journal else {}).items():
+            total[reason] = total.get(reason, 0) + count
+        return total
+
+    def _write_counters(self) -> None:
+        """Tell the service the totals when they changed; called by the shipping thread."""
+        totals = (self.rejected, self.lost)
+        if totals != self._written and self.say(Counters(*totals)):
+            self._written = totals
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the service has everything; False when it has not in time."""
+        if self.shipper is None:
+            return False
+        self._write_counters()
+        return self.shipper.flush(timeout_s)
+
+    def close(self, timeout_s: float) -> None:
+        """End this source in good order: say so, flush, and let go of the files."""
+        if self.journal is None or self.shipper is None:
+            return
+        self._write_counters()
+        self._say(End(time.time()))
+        self.shipper.flush(timeout_s)
+        self.shipper.stop()
+        self.journal.close()
+
+    def at_exit(self) -> None:
+        """The process ends: say so, and flush for a moment.
+
+        The journal stays open, since an exit handler that comes after this one may still log;
+        such rows are brought home by a sweep.
+        """
+        self._write_counters()
+        self._say(End(time.time()))
+        self.flush(EXIT_FLUSH_S)
+
+    def after_fork_in_child(self) -> None:
+        """Leave the parent's files alone; the child's first row makes its own journal."""
+        self._lock = threading.RLock()
+        if self.journal is not None:
+            self.journal.abandon_in_child()
+        self.journal = None
+        self.shipper = None
+        self.rejected = 0
+        self._counters = {}
+        self._written = (0, {})
+        self.append = self._append_without_journal
+
+
+_present: Connection | None = None
+_present_lock = threading.Lock()
+_hooks_installed = False
+
+
+def present_connection() -> Connection | None:
+    """The connection of this process, if it has one."""
+    return _present
+
+
+def connection_for(cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> Connection:
+    """The process's connection to this cluster; one to an earlier cluster is closed first."""
+    global _present
+    with _present_lock:
+        _install_hooks()
+        if _present is not None and _present.cluster.cluster_id != cluster.cluster_id:
+            _present.close(EXIT_FLUSH_S)
+            _present = None
+        if _present is None:
+            _present = Connection(cluster, endpoint, epoch)
+        else:
+            _present.use(endpoint, epoch)
+        return _present
+
+
+def _install_hooks() -> None:
+    """Once per process, at the first attach: an import alone changes nothing."""
+    global _hooks_installed
+    if not _hooks_installed:
+        _hooks_installed = True
+        atexit.register(_at_exit)
+        os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _at_exit() -> None:
+    if _present is not None:
+        _present.at_exit()
+
+
+def _after_fork_in_child() -> None:
+    global _present_lock
+    _present_lock = threading.Lock()
+    if _present is not None:
+        _present.after_fork_in_child()
+
+
+def local_journals(cluster: Cluster) -> list[Path]:
+    """Directories on this machine where processes of this cluster keep their journals."""
+    bases = [
+        journal_base(cluster.session_dir, cluster.cluster_id),
+        journal_base(None, cluster.cluster_id),
+    ]
+    return list(dict.fromkeys(bases))

@@ -1,0 +1,66 @@
+"""Every exception that raywb raises, in one tree.
+
+    RaywbError
+    ├── SettingsError          a setting has a value that cannot be used (also a ValueError)
+    │   └── SettingsConflict   a second start() asks for other settings than the running service has
+    ├── NoClusterError         there is no Ray cluster to attach to, and none may be started
+    ├── ServiceUnavailable     the service cannot be reached in time
+    │   └── VersionMismatch    client and service do not speak the same protocol
+    ├── MetricTypeError        log(strict=True) was given what W&B cannot chart (also a TypeError)
+    ├── FrameError             bytes that are no whole, undamaged frame
+    └── SinkError              W&B's side could not take what it was given
+
+``attach``, ``start``, ``flush`` and ``finish`` raise; ``log`` raises only for the caller's own
+mistakes, and only with ``strict=True``. A failure in the background is counted, with its reason,
+in :attr:`raywb.Client.stats` and in :func:`raywb.status`.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "FrameError",
+    "MetricTypeError",
+    "NoClusterError",
+    "RaywbError",
+    "ServiceUnavailable",
+    "SettingsConflict",
+    "SettingsError",
+    "SinkError",
+    "VersionMismatch",
+]
+
+
+class RaywbError(Exception):
+    """Base of everything that raywb raises on its own account."""
+
+
+class SettingsError(RaywbError, ValueError):
+    """Raised when a setting is unknown, or has a value that cannot be used."""
+
+
+class SettingsConflict(SettingsError):
+    """Raised when ``start()`` asks for other settings than the running service was given."""
+
+
+class NoClusterError(RaywbError):
+    """Raised when there is no Ray cluster to attach to, and none may be started."""
+
+
+class ServiceUnavailable(RaywbError):
+    """Raised when the service does not answer within the time given."""
+
+
+class VersionMismatch(ServiceUnavailable):
+    """Raised when client and service speak different versions of the protocol."""
+
+
+class MetricTypeError(RaywbError, TypeError):
+    """Raised by ``log()`` of a strict client for a value that W&B cannot chart."""
+
+
+class FrameError(RaywbError):
+    """Raised when bytes are not a whole, undamaged frame."""
+
+
+class SinkError(RaywbError):
+    """Raised inside a sink when W&B's client or its files refuse what they are given."""

@@ -1,0 +1,148 @@
+"""``start``, ``status`` and ``finish``: the life of the cluster's run."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from typing import Any
+
+import ray
+
+from raywb import cluster as ray_side
+from raywb.client import flush_process
+from raywb.errors import NoClusterError, ServiceUnavailable
+from raywb.groups import resolve_group
+from raywb.reports import FinishReport, RunInfo, Status
+from raywb.settings import (
+    Settings,
+    explicit_settings,
+    find_api_key,
+    process_environment,
+    resolve,
+)
+from raywb.sweep import sweep_cluster
+
+__all__ = ["finish", "start", "status"]
+
+_log = logging.getLogger("raywb")
+
+#: Longest that ``start()`` waits for the service to come up, in seconds; W&B is not waited for.
+START_TIMEOUT_S = 60.0
+
+
+def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: Any) -> RunInfo:
+    """Create the cluster's service and open its run, or join the one that is open.
+
+    Calling it again with the same settings changes nothing. After ``finish()`` it opens a new
+    run in the same service. It does not wait for W&B.
+
+    Args:
+        settings: see :class:`Settings`.
+        cfg: an OmegaConf or Hydra config, or a mapping, with a ``wandb`` section.
+        **overrides: single settings by name, for instance ``project="pretrain"``.
+
+    Raises:
+        SettingsError: a setting is unknown or cannot be used.
+        SettingsConflict: the open run has other settings than these.
+        NoClusterError: there is no Ray cluster, and ``local_cluster`` is not set.
+        ServiceUnavailable: the service did not come up in time.
+    """
+    resolved = resolve(settings, cfg=cfg, overrides=overrides)
+    explicit = explicit_settings(settings, cfg=cfg, overrides=overrides)
+    cluster = ray_side.connect(local_cluster=resolved.local_cluster)
+    group = resolve_group(resolved.group, cluster.cluster_id, process_environment())
+    key = None if resolved.mode in ("offline", "disabled") else find_api_key(resolved)
+    service = ray_side.find_service() or ray_side.make_service(
+        cluster, resolved, group, key, provisional=False
+    )
+    ray_side.join(service, cluster, timeout_s=START_TIMEOUT_S)
+    run, joined = ray_side.call(
+        service, "start", resolved, explicit, group, key, timeout_s=START_TIMEOUT_S
+    )
+    _say_started(run, joined=joined)
+    return run  # type: ignore[no-any-return]
+
+
+def _say_started(run: RunInfo, *, joined: bool) -> None:
+    what = {
+        "online": "ONLINE - real-time syncing",
+        "offline": f"OFFLINE - upload later with: wandb sync {run.dir}/wandb/offline-run-*",
+        "disabled": "DISABLED - nothing is sent to W&B",
+    }[run.mode]
+    if joined:
+        say(f"Joined run: {run.name} (mode={run.mode}, dir={run.dir})")
+        return
+    say(f"Starting run: {run.name} (mode={run.mode}, dir={run.dir})")
+    say(f"Run group: {run.group or '(none)'}")
+    say(f"✓ Run started: {run.name} ({what})")
+
+
+def say(text: str) -> None:
+    """One line for the person at the terminal."""
+    sys.stderr.write(f"[raywb] {text}\n")
+    sys.stderr.flush()
+
+
+def _service() -> Any:
+    ray_side.connect()
+    service = ray_side.find_service()
+    if service is None:
+        raise ServiceUnavailable(
+            "no raywb service runs on this Ray cluster: raywb.start() or raywb.attach() makes one"
+        )
+    return service
+
+
+def status(*, timeout_s: float = 15.0) -> Status:
+    """What the service knows of itself, its run and its sources.
+
+    Raises:
+        NoClusterError: there is no Ray cluster.
+        ServiceUnavailable: no service runs on it, or it does not answer.
+    """
+    answer: Status = ray_side.call(_service(), "status", timeout_s=timeout_s)
+    return answer
+
+
+def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
+    """End the cluster's run: take in what is still in journals, deliver it, close the run.
+
+    It never hangs: at the limit the report says what is not with W&B, and where it lies. A
+    second call returns the same report.
+
+    Args:
+        timeout_s: longest that all of it may take.
+        exit_code: 0 for success; anything else marks the run as failed.
+
+    Raises:
+        NoClusterError: there is no Ray cluster.
+        ServiceUnavailable: no service runs on it, or it does not answer in time.
+    """
+    deadline = time.monotonic() + timeout_s
+    service = _service()
+    cluster = ray_side.connect()
+    joined = ray_side.join(service, cluster, timeout_s=timeout_s)
+    flush_process(min(timeout_s / 4, 10.0))
+    if joined.endpoint is not None and not joined.finished:
+        swept = sweep_cluster(cluster, joined.endpoint, min(timeout_s / 4, 60.0))
+        for source_id, reason in swept.failed.items():
+            _log.warning("raywb: the journal of %s is not home: %s", source_id[:8], reason)
+    remaining = max(deadline - time.monotonic(), 1.0)
+    report: FinishReport = ray_side.call(
+        service, "finish", remaining, exit_code, timeout_s=remaining + 10.0
+    )
+    return report
+
+
+def stop_service() -> None:
+    """End the service's actor; what it holds stays on disk.
+
+    Raises:
+        NoClusterError: there is no Ray cluster.
+    """
+    if not ray.is_initialized():
+        raise NoClusterError("there is no Ray cluster whose raywb service could be stopped")
+    service = ray_side.find_service()
+    if service is not None:
+        ray.kill(service, no_restart=True)

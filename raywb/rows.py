@@ -1,0 +1,242 @@
+"""What travels from a worker to the service: typed messages, packed into frames.
+
+A message is a msgpack array whose first element is its tag. A frame is ten bytes of header and
+one message: a two-byte mark, the message's length and its CRC-32 (little endian). The bytes of a
+journal, of a request to the service and of a ledger entry are the same frames, so nothing is
+encoded twice on its way.
+
+Keys of a row are relative to the stage of its channel; the service puts the prefix on.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import msgspec
+
+from raywb.errors import FrameError
+
+__all__ = [
+    "HEADER",
+    "MAX_MESSAGE_BYTES",
+    "PROTOCOL",
+    "ROW_TAG",
+    "Channel",
+    "ConfigUpdate",
+    "Counters",
+    "Define",
+    "End",
+    "Frame",
+    "Hello",
+    "Message",
+    "Row",
+    "Scalar",
+    "SummaryUpdate",
+    "decode",
+    "encode",
+    "frame",
+    "last_whole_frame",
+    "scan",
+]
+
+#: Version of the messages and of the HTTP interface; client and service must agree on it.
+PROTOCOL = 1
+
+#: Longest message that is accepted; a row beyond it is the caller's mistake.
+MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+
+MARK = 0x5752
+HEADER = struct.Struct("<HII")
+
+#: How many bytes may be check-summed in search of the next whole frame after damage. It bounds
+#: the work that a hostile or badly damaged batch can cause.
+RESYNC_BUDGET_BYTES = 16 * 1024 * 1024
+
+Scalar = float | int | bool | str
+
+
+class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
+    """First frame of a source: which process of which cluster writes here."""
+
+    source_id: str
+    cluster_id: str
+    node_id: str
+    run_epoch: int
+    pid: int
+    hostname: str
+    started_at: float
+    version: str
+
+
+class Channel(msgspec.Struct, array_like=True, tag=2, frozen=True):
+    """Opens a numbered channel: rows that follow with this number belong to its stage.
+
+    A series (``label`` set) shares its namespace with others: the first of a run is called
+    ``stage``, further ones ``stage/<label>_<n>``; its rows carry ``axis`` themselves.
+    """
+
+    channel: int
+    stage: str | None
+    rank: int | None
+    world_size: int | None
+    label: str | None = None
+    axis: str | None = None
+
+
+#: First element of a row; in its encoded form the second byte, after the array's own.
+ROW_TAG = 0
+
+
+class Row(msgspec.Struct, array_like=True, tag=ROW_TAG, frozen=True, gc=False):
+    """One ``log()``: the values of one moment, at the user's own step where there is one."""
+
+    channel: int
+    time_s: float
+    step: int | float | None
+    metrics: dict[str, Scalar]
+
+
+class ConfigUpdate(msgspec.Struct, array_like=True, tag=3, frozen=True):
+    """Values for the run's config; later ones win."""
+
+    channel: int
+    values: dict[str, Any]
+
+
+class SummaryUpdate(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    """Values for the run's summary; later ones win."""
+
+    channel: int
+    values: dict[str, Any]
+
+
+class Define(msgspec.Struct, array_like=True, tag=5, frozen=True):
+    """A metric definition as ``wandb.define_metric`` takes it; names are relative."""
+
+    channel: int
+    name: str
+    step_metric: str | None
+    summary: str | None
+
+
+class Counters(msgspec.Struct, array_like=True, tag=6, frozen=True):
+    """What the client could not take, as running totals: repeating them changes nothing."""
+
+    rejected: int
+    lost: dict[str, int]
+
+
+class End(msgspec.Struct, array_like=True, tag=7, frozen=True):
+    """Last frame of a source that ended in good order."""
+
+    time_s: float
+
+
+Message = Hello | Channel | Row | ConfigUpdate | SummaryUpdate | Define | Counters | End
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)
+
+#: Encodes one message to bytes.
+encode = _encoder.encode
+
+
+def decode(payload: bytes | memoryview) -> Message:
+    """Decode one message.
+
+    Raises:
+        FrameError: the bytes are no message of this protocol.
+    """
+    try:
+        return _decoder.decode(payload)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise FrameError(f"a frame holds no message of protocol {PROTOCOL}: {error}") from error
+
+
+def frame(payload: bytes) -> bytes:
+    """Wrap an encoded message into a frame."""
+    return HEADER.pack(MARK, len(payload), zlib.crc32(payload)) + payload
+
+
+class Frame(NamedTuple):
+    """A whole frame found in a buffer: its bounds there, and its message's bytes."""
+
+    start: int
+    end: int
+    payload: memoryview
+
+
+class Damage(NamedTuple):
+    """A stretch of a buffer that holds no whole frame, between two that are."""
+
+    start: int
+    end: int
+
+
+def _frame_at(view: memoryview, start: int) -> Frame | None:
+    if start + HEADER.size > len(view):
+        return None
+    mark, length, crc = HEADER.unpack_from(view, start)
+    end = start + HEADER.size + length
+    if mark != MARK or length > MAX_MESSAGE_BYTES or end > len(view):
+        return None
+    payload = view[start + HEADER.size : end]
+    return Frame(start, end, payload) if zlib.crc32(payload) == crc else None
+
+
+def scan(data: bytes | memoryview) -> Iterator[Frame | Damage]:
+    """Yield the frames of a buffer in order, and the damaged stretches between them.
+
+    Nothing raises: after damage the search goes on at the next byte that starts a whole frame,
+    within a bound on the work; what lies beyond the bound is one more stretch of damage.
+    """
+    view = memoryview(data)
+    position = 0
+    while position < len(view):
+        found = _frame_at(view, position)
+        if found is None:
+            resumed = _resync(view, position + 1)
+            yield Damage(position, resumed)
+            position = resumed
+        else:
+            yield found
+            position = found.end
+
+
+def _resync(view: memoryview, position: int) -> int:
+    """Where the next whole frame starts at or after ``position``, or the buffer's end."""
+    mark = MARK.to_bytes(2, "little")
+    data = bytes(view)
+    budget = RESYNC_BUDGET_BYTES
+    while budget > 0 and (position := data.find(mark, position)) >= 0:
+        if position + HEADER.size <= len(data):
+            _, length, _ = HEADER.unpack_from(data, position)
+            if position + HEADER.size + length <= len(data):
+                budget -= length + HEADER.size
+                if _frame_at(view, position) is not None:
+                    return position
+        position += 1
+    return len(data)
+
+
+def last_whole_frame(data: bytes | memoryview) -> int:
+    """Length of the leading part of ``data`` that ends where a frame ends.
+
+    Only headers are read: this is for cutting a batch, not for checking it. A header that makes
+    no sense ends the walk at the buffer's end, so that damage travels and is counted once, by
+    the service.
+    """
+    position = 0
+    size = len(data)
+    while position + HEADER.size <= size:
+        mark, length, _ = HEADER.unpack_from(data, position)
+        if mark != MARK or length > MAX_MESSAGE_BYTES:
+            return size
+        end = position + HEADER.size + length
+        if end > size:
+            break
+        position = end
+    return position

@@ -1,0 +1,1 @@
+"""The actor's side: ingest → ledger → merge → outbox → sinks."""

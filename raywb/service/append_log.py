@@ -1,0 +1,191 @@
+"""An append-only file of records, in segments: what the ledger and the outbox are written on.
+
+A record is a header (mark, length, CRC-32) and its bytes. Positions are counted over all
+segments, and a segment's file name is the position of its first byte. Reading never stops at
+damage: a record that fails its checksum is skipped and counted, and the search goes on at the
+next one that is whole. Only what is torn at the very end, where a killed process stopped
+writing, is cut off when the log is opened.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import re
+import struct
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+__all__ = ["AppendLog", "Record", "sync_and_close"]
+
+#: Size at which a new segment begins.
+SEGMENT_BYTES = 64 * 1024 * 1024
+
+_HEADER = struct.Struct("<4sII")
+_MARK = b"RWL1"
+_SEGMENT_NAME = re.compile(r"(\d{20})\.log")
+
+
+class Record(NamedTuple):
+    """A record and the position after it, from which reading goes on."""
+
+    next_position: int
+    data: bytes
+
+
+class AppendLog:
+    """Append records, and read them from any position that an earlier read returned.
+
+    Raises:
+        OSError: the directory cannot be made or read, or a write fails. A write that fails
+            leaves the log as it was.
+    """
+
+    def __init__(self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+        self.directory = directory
+        #: Stretches of the log that hold no whole record.
+        self.damaged = 0
+        self._segment_bytes = segment_bytes
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        starts = self._starts()
+        self._start = starts[-1] if starts else 0
+        self._fd = self._open(self._start)
+        self._size = self._cut_torn_tail()
+        self._dirty = False
+
+    def _path(self, start: int) -> Path:
+        return self.directory / f"{start:020d}.log"
+
+    def _open(self, start: int) -> int:
+        flags = os.O_CREAT | os.O_RDWR | os.O_APPEND | os.O_CLOEXEC
+        return os.open(self._path(start), flags, 0o600)
+
+    def _starts(self) -> list[int]:
+        names = (_SEGMENT_NAME.fullmatch(name) for name in os.listdir(self.directory))
+        return sorted(int(match[1]) for match in names if match)
+
+    @property
+    def end(self) -> int:
+        """Position after the last record."""
+        return self._start + self._size
+
+    def append(self, *parts: bytes) -> int:
+        """Append one record made of ``parts``; returns the position after it."""
+        length = sum(map(len, parts))
+        crc = 0
+        for part in parts:
+            crc = zlib.crc32(part, crc)
+        if self._size >= self._segment_bytes:
+            self._roll()
+        header = _HEADER.pack(_MARK, length, crc)
+        written = os.writev(self._fd, [header, *parts])
+        if written != len(header) + length:
+            os.ftruncate(self._fd, self._size)
+            raise OSError(errno.ENOSPC, "the disk is full", str(self._path(self._start)))
+        self._size += written
+        self._dirty = True
+        return self.end
+
+    def _roll(self) -> None:
+        following = self.end
+        fd = self._open(following)
+        self.sync()
+        os.close(self._fd)
+        self._fd, self._start, self._size = fd, following, 0
+
+    def sync(self) -> None:
+        """Force what was appended to the disk itself."""
+        fd = self.unsynced()
+        if fd is not None:
+            sync_and_close(fd)
+
+    def unsynced(self) -> int | None:
+        """A descriptor for :func:`sync_and_close` when something was appended since the last one.
+
+        It is a duplicate, so another thread may sync while this log goes on, even into a new
+        segment.
+        """
+        if not self._dirty:
+            return None
+        self._dirty = False
+        return os.dup(self._fd)
+
+    def close(self) -> None:
+        """Sync and close; reading and appending are over."""
+        if self._fd >= 0:
+            self.sync()
+            os.close(self._fd)
+            self._fd = -1
+
+    def read(self, position: int) -> Iterator[Record]:
+        """Yield the records from ``position`` to the end as it is at the start of the call."""
+        end = self.end
+        for start in self._starts():
+            path = self._path(start)
+            size = min(path.stat().st_size, end - start)
+            if start + size <= position or size <= 0:
+                continue
+            with (
+                open(path, "rb") as file,
+                mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as view,
+            ):
+                offset = max(position - start, 0)
+                while offset < size:
+                    length = _whole_record(view, offset)
+                    if length is None:
+                        self.damaged += 1
+                        offset = _next_record(view, offset + 1)
+                        continue
+                    begin = offset + _HEADER.size
+                    offset = begin + length
+                    yield Record(start + offset, view[begin:offset])
+
+    def _cut_torn_tail(self) -> int:
+        """Size of the last segment without what a killed writer left unfinished at its end."""
+        size = os.fstat(self._fd).st_size
+        if size == 0:
+            return 0
+        with mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) as view:
+            offset = 0
+            whole_end = 0
+            while offset < size:
+                length = _whole_record(view, offset)
+                if length is None:
+                    offset = _next_record(view, offset + 1)
+                else:
+                    offset += _HEADER.size + length
+                    whole_end = offset
+        if whole_end < size:
+            os.ftruncate(self._fd, whole_end)
+        return whole_end
+
+
+def sync_and_close(fd: int) -> None:
+    """Force a file to the disk itself, and close the descriptor."""
+    try:
+        os.fdatasync(fd)
+    finally:
+        os.close(fd)
+
+
+def _whole_record(view: mmap.mmap, offset: int) -> int | None:
+    """Length of the record whose header is at ``offset``; None when it is not whole."""
+    if offset + _HEADER.size > len(view):
+        return None
+    mark, length, crc = _HEADER.unpack_from(view, offset)
+    begin = offset + _HEADER.size
+    if mark != _MARK or begin + length > len(view):
+        return None
+    return length if zlib.crc32(view[begin : begin + length]) == crc else None
+
+
+def _next_record(view: mmap.mmap, offset: int) -> int:
+    """Offset of the next whole record at or after ``offset``, or the end."""
+    while (offset := view.find(_MARK, offset)) >= 0:
+        if _whole_record(view, offset) is not None:
+            return offset
+        offset += 1
+    return len(view)

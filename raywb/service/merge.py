@@ -1,0 +1,255 @@
+"""From ledger entries to finished rows: the merge's state, and no I/O.
+
+``consume`` takes an entry's bytes and returns what a batch is made of. ``replay`` takes a batch
+that was written before a restart, and brings the state to where it was. Between the two, every
+frame of every source is used exactly once: per source, what was consumed is a set of ranges, and
+a frame inside it is passed over.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+
+from raywb.errors import FrameError
+from raywb.rows import (
+    Channel,
+    ConfigUpdate,
+    Counters,
+    Define,
+    End,
+    Frame,
+    Hello,
+    Message,
+    Row,
+    Scalar,
+    SummaryUpdate,
+    decode,
+    scan,
+)
+from raywb.service.outbox import (
+    Batch,
+    Item,
+    OutConfig,
+    OutDefine,
+    OutRow,
+    OutSummary,
+    Range,
+    SeriesName,
+)
+
+__all__ = ["Merge", "Source"]
+
+
+@dataclasses.dataclass
+class Source:
+    """What is known of one process that logs."""
+
+    hello: Hello | None = None
+    channels: dict[int, Channel] = dataclasses.field(default_factory=dict)
+    counters: Counters = dataclasses.field(default_factory=lambda: Counters(0, {}))
+    rows: int = 0
+    consumed: int = 0
+    last_row_s: float | None = None
+    ended: bool = False
+
+
+class Merge:
+    """Turns frames into items for the sinks; deterministic in the order of the ledger.
+
+    Attributes:
+        run: number of the run that rows belong to now.
+        rows: rows consumed for that run.
+        damaged: stretches of journals that held no whole frame, and frames of no known message.
+    """
+
+    def __init__(self) -> None:
+        self.sources: dict[str, Source] = {}
+        self.run = 0
+        self.rows = 0
+        self.damaged = 0
+        self._defined: set[str] = set()
+        self._series: dict[tuple[str, int], str] = {}
+        self._series_count: Counter[str] = Counter()
+        self._lost_before: Counter[str] = Counter()
+        self._rejected_before = 0
+
+    def open_run(self, run: int) -> None:
+        """Rows from here on belong to ``run``: its namespaces and counters begin anew."""
+        if run == self.run:
+            return
+        self._lost_before = self._all_lost()
+        self._rejected_before = self._all_rejected()
+        self.run = run
+        self.rows = 0
+        self._defined.clear()
+        self._series.clear()
+        self._series_count.clear()
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """What the sources and the service could not keep since the run began, by reason."""
+        return dict(self._all_lost() - self._lost_before)
+
+    @property
+    def rejected(self) -> int:
+        """Values that ``log()`` refused since the run began."""
+        return self._all_rejected() - self._rejected_before
+
+    def _all_lost(self) -> Counter[str]:
+        total: Counter[str] = Counter()
+        for source in self.sources.values():
+            total.update(source.counters.lost)
+        if self.damaged:
+            total["damaged_frames"] += self.damaged
+        return total
+
+    def _all_rejected(self) -> int:
+        return sum(source.counters.rejected for source in self.sources.values())
+
+    def consume(self, source_id: str, offset: int, data: bytes, next_position: int) -> Batch | None:
+        """Use the frames of one ledger entry that were not used before.
+
+        Args:
+            source_id: whose journal it is.
+            offset: where ``data`` begins there.
+            data: the entry's bytes.
+            next_position: the ledger position after the entry.
+
+        Returns:
+            The batch to be written, or None when nothing in the entry is new.
+        """
+        source = self.sources.setdefault(source_id, Source())
+        start = max(source.consumed, offset)
+        end = offset + len(data)
+        if start >= end:
+            return None
+        batch = Batch(self.run, next_position)
+        rows_before = source.rows
+        for found in scan(memoryview(data)[start - offset :]):
+            if not isinstance(found, Frame):
+                batch.damaged += 1
+                continue
+            try:
+                message = decode(found.payload)
+            except FrameError:
+                batch.damaged += 1
+                continue
+            self._use(source_id, source, message, batch)
+        rows = source.rows - rows_before
+        batch.consumed.append(Range(source_id, start, end, rows))
+        source.consumed = end
+        self.rows += rows
+        self.damaged += batch.damaged
+        return batch
+
+    def replay(self, batch: Batch) -> None:
+        """Take over what a batch on disk says, without producing anything."""
+        self.open_run(batch.run)
+        self.damaged += batch.damaged
+        for item in batch.items:
+            if isinstance(item, OutDefine):
+                self._defined.add(item.name)
+        for source_id, message in batch.state:
+            self._note(source_id, self.sources.setdefault(source_id, Source()), message)
+        for consumed in batch.consumed:
+            source = self.sources.setdefault(consumed.source_id, Source())
+            source.consumed = max(source.consumed, consumed.end)
+            source.rows += consumed.rows
+            self.rows += consumed.rows
+
+    def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
+        match message:
+            case Row():
+                source.rows += 1
+                source.last_row_s = message.time_s
+                self._use_row(source_id, source, message, batch)
+            case ConfigUpdate():
+                batch.items.append(OutConfig(self.run, message.values))
+            case SummaryUpdate():
+                prefix = self._prefix(source_id, source, message.channel, batch)
+                values = {prefix + key: value for key, value in message.values.items()}
+                batch.items.append(OutSummary(self.run, values))
+            case Define():
+                prefix = self._prefix(source_id, source, message.channel, batch)
+                axis = message.step_metric and prefix + message.step_metric
+                self._define(batch.items, prefix + message.name, axis, message.summary)
+            case Hello() | Channel() | Counters() | End():
+                self._note(source_id, source, message)
+                batch.state.append((source_id, message))
+
+    def _note(self, source_id: str, source: Source, message: Message | SeriesName) -> None:
+        match message:
+            case SeriesName():
+                self._series[source_id, message.channel] = message.name
+                self._series_count[message.namespace] += 1
+            case Hello():
+                source.hello = message
+            case Channel():
+                source.channels[message.channel] = message
+            case Counters():
+                source.counters = message
+            case End():
+                source.ended = True
+
+    def _use_row(self, source_id: str, source: Source, row: Row, batch: Batch) -> None:
+        items = batch.items
+        channel = source.channels.get(row.channel)
+        prefix = self._prefix(source_id, source, row.channel, batch)
+        metrics: dict[str, Scalar] = {prefix + key: value for key, value in row.metrics.items()}
+        time_s = row.time_s
+        stamp = metrics.pop(prefix + "_timestamp", None)
+        if isinstance(stamp, (int, float)):
+            time_s = float(stamp)
+        if channel is not None and channel.axis is not None:
+            self._define_axis(items, prefix, prefix + channel.axis)
+        elif row.step is not None:
+            self._put_steps(items, prefix, metrics, row.step)
+        items.append(OutRow(self.run, time_s, metrics))
+
+    def _put_steps(
+        self, items: list[Item], prefix: str, metrics: dict[str, Scalar], step: int | float
+    ) -> None:
+        """Add the step as data, on the axis of the stage, or of each key's own namespace."""
+        if prefix:
+            self._define_axis(items, prefix, prefix + "step")
+            metrics[prefix + "step"] = step
+            return
+        for key in list(metrics):
+            namespace = key.rpartition("/")[0]
+            axis = f"{namespace}/step" if namespace else "step"
+            if key == axis:
+                continue
+            if namespace:
+                self._define_axis(items, namespace + "/", axis)
+            else:
+                self._define(items, axis, None, None)
+                self._define(items, key, axis, None)
+            metrics.setdefault(axis, step)
+
+    def _define_axis(self, items: list[Item], prefix: str, axis: str) -> None:
+        self._define(items, axis, None, None)
+        self._define(items, prefix + "*", axis, None)
+
+    def _define(
+        self, items: list[Item], name: str, step_metric: str | None, summary: str | None
+    ) -> None:
+        if summary is None and name in self._defined:
+            return
+        self._defined.add(name)
+        items.append(OutDefine(self.run, name, step_metric, summary))
+
+    def _prefix(self, source_id: str, source: Source, number: int, batch: Batch) -> str:
+        """What stands before the keys of a channel: nothing, or its name and a slash."""
+        channel = source.channels.get(number)
+        if channel is None or channel.stage is None:
+            return ""
+        if channel.label is None:
+            return channel.stage + "/"
+        if (source_id, number) not in self._series:
+            count = self._series_count[channel.stage] + 1
+            name = channel.stage if count == 1 else f"{channel.stage}/{channel.label}_{count}"
+            series = SeriesName(number, channel.stage, name)
+            self._note(source_id, source, series)
+            batch.state.append((source_id, series))
+        return self._series[source_id, number] + "/"

@@ -1,0 +1,127 @@
+"""What the service and a sink's child process say to each other, through two pipes.
+
+Each message is a four-byte length (little endian) and msgpack. The service asks, the child
+answers each request once.
+"""
+
+from __future__ import annotations
+
+import struct
+from typing import Any
+
+import msgspec
+
+from raywb.rows import Scalar
+
+__all__ = [
+    "LENGTH",
+    "Applied",
+    "Apply",
+    "Failed",
+    "Finish",
+    "Finished",
+    "Open",
+    "Opened",
+    "Reply",
+    "Request",
+    "pack",
+]
+
+LENGTH = struct.Struct("<I")
+
+
+class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
+    """Open or resume the run; first message to every child.
+
+    Attributes:
+        api_key: W&B's key; it travels through the pipe only.
+        base: W&B's own step of row 0; None while the run has never been opened online.
+        config: the fold of the run's config.
+        defines: the fold of its metric definitions: name, step metric, summary.
+        reopened: this run was opened before.
+    """
+
+    project: str
+    run_id: str
+    name: str
+    mode: str
+    dir: str
+    entity: str | None
+    group: str | None
+    job_type: str | None
+    tags: tuple[str, ...]
+    notes: str | None
+    base_url: str | None
+    api_key: str | None
+    base: int | None
+    config: dict[str, Any]
+    defines: list[tuple[str, str | None, str | None]]
+    reopened: bool
+    deadline_s: float
+
+
+class Apply(msgspec.Struct, tag=True, frozen=True):
+    """Log rows: number, time, values; and take config, summary and definitions in."""
+
+    rows: list[tuple[int, float, dict[str, Scalar]]]
+    config: dict[str, Any] = {}
+    summary: dict[str, Any] = {}
+    defines: list[tuple[str, str | None, str | None]] = []
+
+
+class Finish(msgspec.Struct, tag=True, frozen=True):
+    """End the run with this exit code, its summary set to the fold."""
+
+    exit_code: int
+    summary: dict[str, Any]
+
+
+class Opened(msgspec.Struct, tag=True, frozen=True):
+    """The run is open.
+
+    Attributes:
+        next_row: number of the first row that W&B does not have.
+        base: W&B's own step of row 0.
+        url: the run's page, when it has one.
+        files_dir: the directory that W&B writes this session's files to.
+    """
+
+    next_row: int
+    base: int
+    url: str | None
+    entity: str | None
+    files_dir: str
+
+
+class Applied(msgspec.Struct, tag=True, frozen=True):
+    """Everything up to before this row number is with W&B's client."""
+
+    next_row: int
+
+
+class Finished(msgspec.Struct, tag=True, frozen=True):
+    """W&B's client has ended the run.
+
+    Attributes:
+        rows: rows found in the run's files (offline), or which the server has (online).
+    """
+
+    rows: int
+
+
+class Failed(msgspec.Struct, tag=True, frozen=True):
+    """The request could not be carried out; the child ends after this."""
+
+    error: str
+
+
+Request = Open | Apply | Finish
+Reply = Opened | Applied | Finished | Failed
+
+_encoder = msgspec.msgpack.Encoder()
+
+
+def pack(message: Request | Reply) -> bytes:
+    """A message as it goes through the pipe."""
+    body = _encoder.encode(message)
+    return LENGTH.pack(len(body)) + body

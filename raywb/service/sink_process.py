@@ -1,0 +1,243 @@
+"""Keeps one run's sink alive: starts the child, feeds it from the outbox, replaces it.
+
+Every request has a deadline. A child that dies, hangs or refuses is killed and started again
+after a growing pause; the new one says which row W&B has last, and the cursor is set there.
+Nothing is kept in memory but the batch under way: the backlog is the outbox on disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, TypeVar
+
+import msgspec
+
+from raywb.errors import SinkError
+from raywb.reports import RunInfo, SinkStatus
+from raywb.service.fold import Fold
+from raywb.service.outbox import Item, Outbox, OutConfig, OutDefine, OutRow, OutSummary
+from raywb.service.sink_messages import (
+    LENGTH,
+    Applied,
+    Apply,
+    Failed,
+    Finish,
+    Finished,
+    Open,
+    Opened,
+    Reply,
+    Request,
+    pack,
+)
+from raywb.settings import process_environment, sink_environment
+
+__all__ = ["SinkProcess"]
+
+_log = logging.getLogger(__name__)
+
+_ReplyT = TypeVar("_ReplyT", bound=Reply)
+
+#: Most rows in one request; with a deadline of a minute and a half, W&B's client may need a
+#: tenth of a second for each.
+ROWS_PER_REQUEST = 500
+
+#: Pauses before the child is started again: first and longest, in seconds. The first is above a
+#: second, since W&B names an offline directory after the second in which it was made.
+FIRST_PAUSE_S = 1.1
+LONGEST_PAUSE_S = 30.0
+
+
+class SinkProcess:
+    """The service's handle of one W&B run.
+
+    Args:
+        run: the run to write.
+        number: the run's number in the outbox.
+        outbox: where its rows are.
+        fold: what the run amounts to so far; kept up to date by the service.
+        open_request: makes the first message for a child; it is called at each start, so that
+            a key that arrived meanwhile is found.
+        on_opened: called each time a child has opened the run.
+        deadline_s: longest that one request may take.
+        stderr: file for what the child and W&B's client print.
+    """
+
+    def __init__(
+        self,
+        run: RunInfo,
+        number: int,
+        outbox: Outbox,
+        fold: Fold,
+        open_request: Callable[[int | None], Open],
+        *,
+        on_opened: Callable[[Opened], None],
+        deadline_s: float,
+        stderr: Path,
+    ) -> None:
+        self.run = run
+        self.delivered_rows = 0
+        self.opened: Opened | None = None
+        self._number = number
+        self._outbox = outbox
+        self._fold = fold
+        self._open_request = open_request
+        self._on_opened = on_opened
+        self._deadline_s = deadline_s
+        self._stderr = stderr
+        self._state = "opening"
+        self._restarts = 0
+        self._last_error: str | None = None
+        self._child: asyncio.subprocess.Process | None = None
+        self._wake = asyncio.Event()
+        self._finish: Finish | None = None
+        self.done = asyncio.Event()
+
+    @property
+    def status(self) -> SinkStatus:
+        """How this sink keeps up."""
+        return SinkStatus(
+            state=self._state,
+            applied_rows=self.delivered_rows,
+            restarts=self._restarts,
+            last_error=self._last_error,
+        )
+
+    def wake(self) -> None:
+        """There is something new in the outbox."""
+        self._wake.set()
+
+    def finish(self, exit_code: int) -> None:
+        """End the run as soon as everything in the outbox is with W&B; ``done`` tells when."""
+        self._finish = Finish(exit_code, {})
+        self._wake.set()
+
+    async def serve(self) -> None:
+        """Deliver until the run is finished or the task is cancelled."""
+        pause_s = FIRST_PAUSE_S
+        try:
+            while not self.done.is_set():
+                before = self.delivered_rows
+                try:
+                    await self._session()
+                except (SinkError, OSError, TimeoutError, EOFError) as error:
+                    self._restarts += 1
+                    self._state = "retrying"
+                    self._last_error = str(error) or type(error).__name__
+                    _log.warning("W&B sink of %s: %s", self.run.name, self._last_error)
+                finally:
+                    await self._end_child()
+                if self.done.is_set():
+                    return
+                if self.delivered_rows > before:
+                    pause_s = FIRST_PAUSE_S
+                await asyncio.sleep(pause_s)
+                pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
+        finally:
+            await self._end_child()
+
+    async def _session(self) -> None:
+        """One child's life: open, feed, finish."""
+        with self._open_stderr() as stderr:
+            self._child = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "raywb.service.wandb_sink",
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=stderr,
+                env=sink_environment(process_environment()),
+            )
+        base = self.opened.base if self.opened else None
+        opened = await self._ask(self._open_request(base), Opened)
+        emitted = self._outbox.rows_of(self._number)
+        if opened.next_row > emitted:
+            raise SinkError(
+                f"W&B's run {self.run.id} has {opened.next_row} rows and raywb emitted {emitted}: "
+                "somebody else writes to this run; give this one another run_id"
+            )
+        self.opened = opened
+        self._on_opened(opened)
+        self.delivered_rows = opened.next_row
+        self._state = "running"
+        cursor = self._outbox.cursor(self._number, opened.next_row)
+        while True:
+            self._wake.clear()
+            items = self._outbox.read(cursor, ROWS_PER_REQUEST)
+            for start in range(0, len(items), ROWS_PER_REQUEST):
+                request = _apply_request(items[start : start + ROWS_PER_REQUEST])
+                applied = await self._ask(request, Applied)
+                self.delivered_rows = applied.next_row
+            if items:
+                continue
+            if self._finish is not None:
+                await self._end_run(self._finish.exit_code)
+                return
+            await self._wake.wait()
+
+    def _open_stderr(self) -> IO[bytes]:
+        self._stderr.parent.mkdir(parents=True, exist_ok=True)
+        return open(self._stderr, "ab")
+
+    async def _end_run(self, exit_code: int) -> None:
+        finished = await self._ask(Finish(exit_code, self._fold.summary()), Finished)
+        self.delivered_rows = finished.rows
+        self._state = "finished"
+        self.done.set()
+
+    async def _ask(self, request: Request, expected: type[_ReplyT]) -> _ReplyT:
+        """Send one request and read its answer, within the deadline."""
+        child = self._child
+        if child is None or child.stdin is None or child.stdout is None:
+            raise SinkError("the sink's process is not running")
+        what = type(request).__name__.lower()
+        try:
+            async with asyncio.timeout(self._deadline_s):
+                child.stdin.write(pack(request))
+                await child.stdin.drain()
+                header = await child.stdout.readexactly(LENGTH.size)
+                body = await child.stdout.readexactly(LENGTH.unpack(header)[0])
+        except TimeoutError:
+            raise SinkError(
+                f"W&B's client did not answer {what!r} within {self._deadline_s:g} s"
+            ) from None
+        except (asyncio.IncompleteReadError, ConnectionError) as error:
+            raise SinkError(f"the sink's process ended during {what!r}") from error
+        reply: Reply = msgspec.msgpack.decode(body, type=Reply)
+        if isinstance(reply, Failed):
+            raise SinkError(reply.error)
+        if not isinstance(reply, expected):
+            raise SinkError(f"the sink answered {what!r} with {type(reply).__name__}")
+        return reply
+
+    async def _end_child(self) -> None:
+        child, self._child = self._child, None
+        if child is None or child.returncode is not None:
+            return
+        if child.stdin is not None:
+            child.stdin.close()
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.wait()
+
+
+def _apply_request(items: list[tuple[int | None, Item]]) -> Apply:
+    rows = []
+    config: dict[str, object] = {}
+    summary: dict[str, object] = {}
+    defines = []
+    for number, item in items:
+        match item:
+            case OutRow() if number is not None:
+                rows.append((number, item.time_s, item.metrics))
+            case OutConfig():
+                config.update(item.values)
+            case OutSummary():
+                summary.update(item.values)
+            case OutDefine():
+                defines.append((item.name, item.step_metric, item.summary))
+    return Apply(rows, config, summary, defines)

@@ -1,0 +1,79 @@
+"""What the service must know again after a restart, in one small file.
+
+``service.json`` lies beside the ledger and is replaced whole, so it is always the old one or the
+new one. It holds the token and is readable by its owner only; it never holds W&B's key.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from raywb.reports import FinishReport, RunInfo
+
+__all__ = ["RunState", "ServiceState", "load_state", "save_state"]
+
+FILE_NAME = "service.json"
+
+
+class RunState(msgspec.Struct, kw_only=True):
+    """One run of this service.
+
+    Attributes:
+        number: its number in the outbox, from 1.
+        info: what the user sees of it.
+        settings: the settings it was started with.
+        base: W&B's step of its first row, once it was opened online.
+        opened: a sink has opened it at least once.
+        exit_code: set when ``finish()`` was asked for.
+        cut: ledger position up to which rows belong to it, set with ``exit_code``.
+        report: how it ended.
+    """
+
+    number: int
+    info: RunInfo
+    settings: dict[str, Any]
+    base: int | None = None
+    opened: bool = False
+    exit_code: int | None = None
+    cut: int | None = None
+    report: FinishReport | None = None
+
+
+class ServiceState(msgspec.Struct, kw_only=True):
+    """The service itself: who it is, where it listens, and its runs."""
+
+    cluster_id: str
+    token: str
+    incarnation: int = 0
+    port: int | None = None
+    runs: list[RunState] = []
+
+
+def load_state(directory: Path) -> ServiceState | None:
+    """Read the state, or None when the directory holds none.
+
+    Raises:
+        OSError: the file cannot be read.
+        msgspec.DecodeError: the file is not what this version writes.
+    """
+    path = directory / FILE_NAME
+    if not path.exists():
+        return None
+    return msgspec.json.decode(path.read_bytes(), type=ServiceState)
+
+
+def save_state(directory: Path, state: ServiceState) -> None:
+    """Replace the file, durably."""
+    path = directory / FILE_NAME
+    temporary = directory / f".{FILE_NAME}"
+    fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    try:
+        os.write(fd, msgspec.json.format(msgspec.json.encode(state)))
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+    temporary.replace(path)

@@ -1,0 +1,250 @@
+"""The only writer to W&B: a child process of the service, one per W&B run.
+
+A stopped ``wandb-core`` blocks every ``run.log`` of its process for ever, and a killed one makes
+``wandb.init`` fail for good there; so the client lives in a process that can be thrown away.
+Each request has a deadline at the service, which then kills this process and starts another;
+the new one finds out which row W&B has last, and goes on behind it.
+
+Run as ``python -m raywb.service.wandb_sink``: requests on stdin, replies on what was stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import IO, Any
+
+import msgspec
+
+from raywb.errors import RaywbError, SinkError
+from raywb.service.sink_messages import (
+    LENGTH,
+    Applied,
+    Apply,
+    Failed,
+    Finish,
+    Finished,
+    Open,
+    Opened,
+    Reply,
+    Request,
+    pack,
+)
+
+__all__ = ["WandbSink", "main"]
+
+#: W&B's client keeps rows in memory until a block is full or this time has passed.
+FLUSH_INTERVAL_S = 1.0
+
+
+class WandbSink:
+    """One W&B run, fed with numbered rows.
+
+    Raises:
+        SinkError: W&B's side does not fit what the service knows of the run.
+    """
+
+    def __init__(self) -> None:
+        self._request: Open | None = None
+        self._run: Any = None
+        self._base = 0
+        self._next_row = 0
+
+    def open(self, request: Open) -> Opened:
+        """Start the run, or resume it behind the last row that W&B has."""
+        end_leftover_core(self._core_record(request))
+        import wandb
+
+        next_row = 0
+        if request.mode == "offline":
+            next_row = self._offline_rows(request)
+        settings: dict[str, Any] = {
+            "console": "off",
+            "disable_git": True,
+            "disable_code": True,
+            "save_code": False,
+            "silent": True,
+            "init_timeout": request.deadline_s,
+            # The head's own CPU and memory would stand for the whole cluster's.
+            "x_disable_stats": True,
+            "x_transaction_log_flush_interval": FLUSH_INTERVAL_S,
+        }
+        if request.api_key:
+            settings["api_key"] = request.api_key
+        if request.base_url:
+            settings["base_url"] = request.base_url
+        self._run = wandb.init(
+            project=request.project,
+            entity=request.entity,
+            id=request.run_id,
+            name=request.name,
+            group=request.group,
+            job_type=request.job_type,
+            tags=list(request.tags) or None,
+            notes=request.notes,
+            dir=request.dir,
+            mode="offline" if request.mode == "offline" else "online",
+            resume="allow" if request.mode == "online" else None,
+            settings=wandb.Settings(**settings),
+        )
+        self._request = request
+        self._record_core()
+        if request.mode == "online":
+            next_row = self._online_rows(request)
+        self._next_row = next_row
+        self._take(request.config, {}, request.defines)
+        return Opened(
+            next_row=next_row,
+            base=self._base,
+            url=self._run.url if request.mode == "online" else None,
+            entity=self._run.entity or None,
+            files_dir=str(Path(self._run.dir).parent),
+        )
+
+    def _offline_rows(self, request: Open) -> int:
+        from raywb.service.transaction_log import find_segments, read_segment
+
+        segments = find_segments(Path(request.dir) / "wandb", request.run_id)
+        return max((read_segment(path).next_row for path in segments), default=0)
+
+    def _online_rows(self, request: Open) -> int:
+        """How many of our rows the server has, from the step at which it resumes."""
+        step = int(self._run.starting_step)
+        self._base = step if request.base is None else request.base
+        if step < self._base:
+            raise SinkError(
+                f"run {request.run_id} resumed at step {step}, before the step {self._base} at "
+                "which it was first opened: it was deleted or rewound; start a new run"
+            )
+        return step - self._base
+
+    def _take(
+        self,
+        config: dict[str, Any],
+        summary: dict[str, Any],
+        defines: list[tuple[str, str | None, str | None]],
+    ) -> None:
+        for name, step_metric, kind in defines:
+            self._run.define_metric(name, step_metric=step_metric, summary=kind)
+        if config:
+            self._run.config.update(config, allow_val_change=True)
+        if summary:
+            self._run.summary.update(summary)
+
+    def apply(self, request: Apply) -> Applied:
+        """Log what is new in the request."""
+        self._take(request.config, {}, request.defines)
+        for number, time_s, metrics in request.rows:
+            if number < self._next_row:
+                continue
+            row = {**metrics, "_timestamp": time_s}
+            # The step is W&B's own row counter, which belongs to this sink alone. Without
+            # commit=True a row with a step would wait for the next one and merge with it.
+            self._run.log(row, step=self._base + number, commit=True)
+            self._next_row = number + 1
+        self._take({}, request.summary, [])
+        return Applied(self._next_row)
+
+    def finish(self, request: Finish) -> Finished:
+        """End the run, then look what is really there."""
+        opened = self._request
+        if opened is None:
+            raise SinkError("finish came before open")
+        self._take({}, request.summary, [])
+        self._run.finish(exit_code=request.exit_code)
+        if opened.mode == "offline":
+            from raywb.service.transaction_log import find_segments, read_segment
+
+            segments = find_segments(Path(opened.dir) / "wandb", opened.run_id)
+            return Finished(sum(read_segment(path).rows for path in segments))
+        return Finished(self._next_row)
+
+    @staticmethod
+    def _core_record(request: Open) -> Path:
+        return Path(request.dir) / "logs" / f"wandb-core-{request.run_id}.json"
+
+    def _record_core(self) -> None:
+        """Write down which wandb-core is ours, for whoever comes after us."""
+        import psutil
+
+        if self._request is None:
+            return
+        cores = [
+            {"pid": child.pid, "started_at": child.create_time()}
+            for child in psutil.Process().children()
+            if child.name().startswith("wandb-core")
+        ]
+        path = self._core_record(self._request)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(cores))
+
+
+def end_leftover_core(record: Path) -> None:
+    """Kill the wandb-core of an earlier sink of this run, and wait for its end.
+
+    It runs in a session of its own and can outlive its parent by a moment; two of them writing
+    to one run would overlap.
+    """
+    import psutil
+
+    try:
+        cores = json.loads(record.read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return
+    for core in cores:
+        try:
+            process = psutil.Process(core["pid"])
+            if process.create_time() == core["started_at"]:
+                process.kill()
+                process.wait(timeout=10)
+        except psutil.NoSuchProcess:
+            continue
+
+
+def _read_request(source: IO[bytes]) -> Request | None:
+    header = source.read(LENGTH.size)
+    if len(header) < LENGTH.size:
+        return None
+    body = source.read(LENGTH.unpack(header)[0])
+    request: Request = msgspec.msgpack.decode(body, type=Request)
+    return request
+
+
+def _carry_out(sink: WandbSink, request: Request) -> Reply:
+    match request:
+        case Open():
+            return sink.open(request)
+        case Apply():
+            return sink.apply(request)
+        case Finish():
+            return sink.finish(request)
+
+
+def main() -> None:
+    """Serve requests until the pipe ends.
+
+    When the service dies, the pipe ends and this process leaves at once, without W&B's own
+    finish: the run is not over, and the next sink resumes it.
+    """
+    # A Ctrl-C in the terminal is for the driver; how the run ends is decided by the service.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    os.dup2(2, 1)
+    sink = WandbSink()
+    while (request := _read_request(sys.stdin.buffer)) is not None:
+        try:
+            reply = _carry_out(sink, request)
+        except Exception as error:  # noqa: BLE001 - whatever W&B raises is told to the service
+            name = "" if isinstance(error, RaywbError) else f"{type(error).__name__}: "
+            reply = Failed(f"{name}{error}")
+        replies.write(pack(reply))
+        if isinstance(reply, (Failed, Finished)):
+            break
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,241 @@
+"""From the journal to the service, over HTTP: the sender, and the thread that uses it.
+
+Nothing here calls Ray. A Ray call from a background thread ends the user's process in the
+middle of its exit handlers, and after ``ray.shutdown()`` silently starts a new cluster.
+"""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import NamedTuple
+
+import msgspec
+
+from raywb.journal import Journal, Segments
+from raywb.rows import PROTOCOL
+
+__all__ = ["Answer", "Endpoint", "Sender", "Shipper"]
+
+_log = logging.getLogger(__name__)
+
+#: Most bytes in one request; the service reads up to four times that.
+BATCH_BYTES = 2 * 1024 * 1024
+
+#: Time between two looks at the journal until the service has told its pace, in seconds.
+FIRST_PACE_S = 0.25
+
+#: Longest pause after failures, in seconds.
+LONGEST_PAUSE_S = 10.0
+
+#: Longest wait for one answer, in seconds.
+REQUEST_TIMEOUT_S = 15.0
+
+
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the service listens and what it wants to be shown."""
+
+    address: str
+    token: str
+    cluster_id: str
+
+    def __repr__(self) -> str:
+        return f"Endpoint(address={self.address!r}, token='***')"
+
+
+class Answer(msgspec.Struct, frozen=True):
+    """What the service says to a request.
+
+    Attributes:
+        end: where this source's journal ends there.
+        durable: what lies before it may be deleted here.
+        pace_s: how long to wait before the next request.
+    """
+
+    end: int
+    durable: int
+    pace_s: float
+
+
+class Sender:
+    """One persistent connection to the service; not for several threads at once."""
+
+    def __init__(self, endpoint: Endpoint, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        host, _, port = endpoint.address.rpartition(":")
+        self._connection = http.client.HTTPConnection(host, int(port), timeout=timeout_s)
+        self._headers = {
+            "Authorization": f"Bearer {endpoint.token}",
+            "X-Raywb-Cluster": endpoint.cluster_id,
+            "X-Raywb-Protocol": str(PROTOCOL),
+            "Content-Type": "application/octet-stream",
+        }
+
+    def send(self, source_id: str, offset: int, data: bytes, *, gap: bool = False) -> Answer:
+        """Offer bytes to the service.
+
+        Raises:
+            OSError: no answer, or one that is no acceptance; its text says which.
+        """
+        path = f"/v1/frames?source={source_id}&offset={offset}{'&gap=1' if gap else ''}"
+        try:
+            self._connection.request("POST", path, body=data, headers=self._headers)
+            response = self._connection.getresponse()
+            body = response.read()
+        except http.client.HTTPException as error:
+            self.close()
+            raise ConnectionError(f"no HTTP answer: {error!r}") from error
+        except OSError:
+            self.close()
+            raise
+        if response.status != 200:
+            raise ConnectionError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
+        try:
+            return msgspec.json.decode(body, type=Answer)
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+
+    def deliver(self, source_id: str, segments: Segments, offset: int) -> Delivered:
+        """Offer one batch from ``offset`` on, or ask where the service is when there is none."""
+        begin, data = segments.read(offset, BATCH_BYTES)
+        answer = self.send(source_id, begin, data, gap=begin > offset)
+        return Delivered(answer, begin, len(data))
+
+    def close(self) -> None:
+        """Close the connection; the next request opens it again."""
+        self._connection.close()
+
+
+class Delivered(NamedTuple):
+    """One request: what was answered, and which bytes were offered."""
+
+    answer: Answer
+    offset: int
+    length: int
+
+
+def deliver_all(
+    sender: Sender, source_id: str, segments: Segments, deadline: float | None = None
+) -> bool:
+    """Bring everything of a journal home; True when the service has all of it.
+
+    Args:
+        sender: the connection to use.
+        source_id: whose journal it is.
+        segments: the journal's files.
+        deadline: monotonic time at which to stop.
+
+    Raises:
+        OSError: the service does not take it.
+    """
+    offset = sender.send(source_id, 0, b"").end
+    while deadline is None or time.monotonic() < deadline:
+        delivered = sender.deliver(source_id, segments, offset)
+        if delivered.length == 0:
+            return True
+        offset = delivered.answer.end
+    return False
+
+
+class Shipper:
+    """The background thread of a process: ships its journal at the service's pace.
+
+    Args:
+        journal: what to ship.
+        endpoint: where to; None while nobody knows, which :meth:`use` changes.
+        before_request: called in the thread before each look at the journal.
+    """
+
+    def __init__(
+        self, journal: Journal, endpoint: Endpoint | None, before_request: Callable[[], None]
+    ) -> None:
+        self._journal = journal
+        self._endpoint = endpoint
+        self._sender: Sender | None = None
+        self._before_request = before_request
+        self._pace_s = FIRST_PACE_S
+        self._offset = 0
+        self._stopping = False
+        self._wake = threading.Event()
+        self._progress = threading.Condition()
+        #: Requests that failed, and what the last one said.
+        self.failures = 0
+        self.last_error: str | None = None
+        self._thread = threading.Thread(target=self._run, name="raywb-shipper", daemon=True)
+
+    def start(self) -> None:
+        """Begin to ship."""
+        self._thread.start()
+
+    @property
+    def failing(self) -> bool:
+        """The last request failed, or there is no address to send to."""
+        return self._endpoint is None or self.last_error is not None
+
+    def use(self, endpoint: Endpoint) -> None:
+        """Send to this address from now on."""
+        if endpoint != self._endpoint:
+            self._endpoint = endpoint
+            self._sender = None
+        self._wake.set()
+
+    def flush(self, timeout_s: float) -> bool:
+        """Wait until the service has everything that is in the journal now.
+
+        Returns:
+            False when the time was over before.
+        """
+        target = self._journal.end
+        self._wake.set()
+        with self._progress:
+            return self._progress.wait_for(
+                lambda: self._journal.acknowledged >= target or self._stopping, timeout_s
+            ) and (self._journal.acknowledged >= target)
+
+    def stop(self) -> None:
+        """End the thread after the request that is under way."""
+        self._stopping = True
+        self._wake.set()
+        with self._progress:
+            self._progress.notify_all()
+
+    def _run(self) -> None:
+        pause_s = self._pace_s
+        while True:
+            self._wake.wait(pause_s)
+            self._wake.clear()
+            if self._stopping:
+                return
+            try:
+                self._before_request()
+                self._ship()
+                self.last_error = None
+                pause_s = self._pace_s
+            except OSError as error:
+                self.failures += 1
+                if self.last_error is None:
+                    _log.info("raywb: the service does not answer (%s); rows wait on disk", error)
+                self.last_error = str(error) or type(error).__name__
+                pause_s = min(max(pause_s, self._pace_s) * 2, LONGEST_PAUSE_S)
+
+    def _ship(self) -> None:
+        endpoint = self._endpoint
+        if endpoint is None:
+            return
+        if self._sender is None:
+            self._sender = Sender(endpoint)
+        while not self._stopping and self._journal.acknowledged < self._journal.end:
+            delivered = self._sender.deliver(
+                self._journal.source_id, self._journal.segments, self._offset
+            )
+            answer = delivered.answer
+            self._pace_s = answer.pace_s
+            stuck = delivered.length == 0 and answer.end == self._offset
+            self._offset = answer.end
+            with self._progress:
+                self._journal.acknowledge(answer.end, answer.durable)
+                self._progress.notify_all()
+            if stuck:
+                return
