@@ -32,8 +32,11 @@ class Segment(NamedTuple):
 
 
 def find_segments(wandb_dir: Path, run_id: str) -> list[Path]:
-    """The offline files of one run, oldest first."""
-    return sorted(wandb_dir.glob(f"offline-run-*-{run_id}/run-{run_id}.wandb"))
+    """The offline files of one run, oldest first.
+
+    W&B puts ``-1`` behind the name of a directory when two begin in the same second.
+    """
+    return sorted(wandb_dir.glob(f"offline-run-*-{run_id}*/run-{run_id}.wandb"))
 
 
 def _messages(path: Path) -> Iterator[bytes]:

@@ -1,0 +1,400 @@
+"""From log() to W&B's file without Ray: the plain service class, real HTTP, the real client."""
+
+from __future__ import annotations
+
+import http.client
+import logging
+import math
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from local_service import CLUSTER, LocalService, local_service
+from wandb_file import read_runs
+
+from raywb.errors import SettingsConflict
+from raywb.rows import PROTOCOL, Row, encode, frame
+from raywb.service.state import load_state
+from raywb.settings import Settings
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
+    for name in [name for name in os.environ if name.startswith(("WANDB_", "RAYWB_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    with local_service(tmp_path) as local:
+        yield local
+
+
+def history(service: LocalService, run_id: str = "run00001") -> list[dict]:
+    return read_runs(service.directory)[run_id].history
+
+
+def sinks_of(service: LocalService) -> list[psutil.Process]:
+    """The sink's child process and its wandb-core."""
+    return [
+        child
+        for child in psutil.Process().children(recursive=True)
+        if "raywb.service.wandb_sink" in " ".join(child.cmdline())
+        or child.name().startswith("wandb-core")
+    ]
+
+
+def test_a_run_from_log_to_file(service: LocalService) -> None:
+    """Rows, axes, config, summary and definitions reach W&B's own file, and finish counts them."""
+    service.up()
+    info, joined = service.start(project="demo", name="n", tags=("t",), notes="why")
+    assert not joined
+    client = service.client("training/operator")
+    client.config.update({"lr": 0.1, "model": {"layers": 2}})
+    client.define_metric("acc", summary="max")
+    for step in (1, 2, 3):
+        client.log({"loss": 1.0 / step, "acc": 0.9 - 0.1 * step, "note": "é"}, step=step * 10)
+    client.log({"nan": math.nan, "inf": math.inf, "nested": {"deep": {"x": True}}})
+    client.summary["best"] = 7
+    assert client.flush()
+    report = service.service.finish(60.0, 0)
+    assert (report.received_rows, report.delivered_rows, report.undelivered_rows) == (4, 4, 0)
+    assert report.complete, report
+    assert report.run.dir == str(service.directory)
+    (run,) = read_runs(service.directory).values()
+    assert (run.run_id, run.project, run.group, run.job_type, run.name) == (
+        info.id,
+        "demo",
+        "group",
+        "orchestrator",
+        "n",
+    )
+    assert run.config["lr"] == 0.1
+    assert run.config["model"] == {"layers": 2}
+    assert run.exit_code == 0
+    assert [row["training/operator/step"] for row in run.history[:3]] == [10, 20, 30]
+    assert [row["_step"] for row in run.history] == [0, 1, 2, 3]
+    assert run.history[1]["training/operator/note"] == "é"
+    assert run.history[3]["training/operator/nested/deep/x"] is True
+    axes = run.metrics
+    assert axes["training/operator/*"].step_metric == "training/operator/step"
+    assert axes["training/operator/acc"].summary == {"max"}
+    assert run.summary["training/operator/acc"] == {"max": 0.8}
+    assert run.summary["training/operator/best"] == 7
+    assert run.summary["raywb/rejected"] == 0
+    assert service.service.finish(60.0, 0) == report
+
+
+@pytest.mark.parametrize("fsync", ["off", "every_second", "each"])
+def test_restarts_lose_nothing_and_repeat_nothing(service: LocalService, fsync: str) -> None:
+    """Over restarts of the service, each row is in the run's files once and in order."""
+    service.up(fsync=fsync)
+    service.start()
+    client = service.client("s")
+    port = service.status().address
+    for incarnation in range(1, 4):
+        for number in range(200):
+            client.log({"x": incarnation * 1000 + number})
+        if incarnation == 2:
+            assert client.flush()
+            service.wait_for(lambda status: status.sink.applied_rows > 0)
+        service.down()
+        client.log({"x": incarnation * 1000 + 200})
+        service.up(fsync=fsync)
+        assert service.status().incarnation == incarnation + 1
+        assert service.status().address == port
+    assert client.flush(20.0)
+    report = service.service.finish(60.0, 0)
+    assert report.complete, report
+    expected = [k * 1000 + number for k in range(1, 4) for number in range(201)]
+    assert [row["s/x"] for row in history(service)] == expected
+    assert report.received_rows == report.delivered_rows == len(expected)
+
+
+@pytest.mark.parametrize("victim", ["sink", "wandb-core"])
+def test_a_killed_sink_is_replaced(service: LocalService, victim: str) -> None:
+    """When the sink or its wandb-core is killed, the next one goes on behind the last row."""
+    service.up(sink_deadline_s=20.0)
+    service.start()
+    client = service.client("s")
+    logged = 0
+    for _ in range(2):
+        for _ in range(300):
+            client.log({"x": logged, "peak": -logged})
+            logged += 1
+        assert client.flush()
+        service.wait_for(lambda status: status.sink.applied_rows >= logged)  # noqa: B023
+        for process in sinks_of(service):
+            if process.name().startswith("wandb-core") == (victim == "wandb-core"):
+                process.send_signal(signal.SIGKILL)
+        client.log({"x": logged, "peak": -logged})
+        logged += 1
+        assert client.flush()
+    report = service.service.finish(90.0, 1)
+    assert report.complete, report
+    (run,) = read_runs(service.directory).values()
+    assert [row["s/x"] for row in run.history] == list(range(logged))
+    assert [row["_step"] for row in run.history] == list(range(logged))
+    assert len(run.segments) >= 2
+    assert run.summary["s/x"] == logged - 1
+    assert run.exit_code == 1
+    assert service.status().sink.restarts >= 2
+
+
+def test_a_summary_of_the_whole_run_survives_a_restart(service: LocalService) -> None:
+    """Aggregates and last values cover what was logged before W&B's client was replaced."""
+    service.up()
+    service.start()
+    client = service.client("s")
+    client.define_metric("loss", summary="max")
+    client.log({"loss": 90.0, "once": 1})
+    assert client.flush()
+    service.wait_for(lambda status: status.sink.applied_rows == 1)
+    service.down()
+    service.up()
+    client.log({"loss": 5.0})
+    assert client.flush(20.0)
+    assert service.service.finish(60.0, 0).complete
+    (run,) = read_runs(service.directory).values()
+    assert run.summary["s/loss"] == {"max": 90.0}
+    assert run.summary["s/once"] == 1
+    assert run.metrics["s/loss"].summary == {"max"}
+
+
+def test_a_provisional_run_takes_rows_at_once(service: LocalService) -> None:
+    """Rows before start() wait in the ledger, and belong to the run that it opens."""
+    service.up(provisional=True, provisional_wait_s=3600.0)
+    client = service.client("s")
+    client.log({"x": 1})
+    assert client.flush()
+    assert service.status().run.provisional
+    assert service.status().sink.state == "waiting"
+    info, joined = service.start(project="late")
+    assert (info.project, info.id, info.provisional, joined) == ("late", "run00001", False, False)
+    assert service.service.finish(60.0, 0).delivered_rows == 1
+    assert history(service)[0]["s/x"] == 1
+
+
+def test_nobody_starts_it(service: LocalService) -> None:
+    """Without a start() the run opens with the defaults after a short while."""
+    service.up(provisional=True, provisional_wait_s=0.2)
+    client = service.client("s")
+    client.log({"x": 1})
+    status = service.wait_for(lambda status: status.sink.applied_rows == 1)
+    assert status.run.provisional
+    assert status.run.project == "raywb"
+
+
+def test_two_runs_one_after_the_other(service: LocalService) -> None:
+    """Rows after finish() wait, are counted, and belong to the next run."""
+    service.up()
+    first, _ = service.start()
+    client = service.client("s")
+    client.log({"x": 1}, step=1)
+    assert client.flush()
+    assert service.service.finish(60.0, 0).received_rows == 1
+    client.log({"x": 2}, step=2)
+    assert client.flush()
+    status = service.status()
+    assert status.finished
+    assert status.after_finish_rows == 1
+    second, _ = service.start(project="second")
+    assert second.id != first.id
+    assert (second.epoch, second.project) == (2, "second")
+    report = service.service.finish(60.0, 0)
+    assert (report.received_rows, report.delivered_rows) == (1, 1)
+    runs = read_runs(service.directory)
+    assert [row["s/x"] for row in runs[first.id].history] == [1]
+    assert [row["s/x"] for row in runs[second.id].history] == [2]
+    assert runs[second.id].metrics["s/*"].step_metric == "s/step"
+
+
+def test_conflicting_settings_are_named(service: LocalService) -> None:
+    """A second start() with other settings says which and what; with the same it joins."""
+    service.up()
+    service.start(project="one")
+    assert service.start(project="one")[1]
+    assert service.start()[1]
+    with pytest.raises(SettingsConflict, match=r"project is 'one', not 'two'.*raywb finish"):
+        service.start(project="two")
+    with pytest.raises(SettingsConflict, match="dir="):
+        service.start(dir="/elsewhere")
+
+
+def test_disabled_keeps_rows_to_itself(service: LocalService) -> None:
+    """In mode disabled rows are taken and counted, and W&B is never started."""
+    service.up()
+    service.start(mode="disabled")
+    client = service.client("s")
+    client.log({"x": 1})
+    assert client.flush()
+    report = service.service.finish(10.0, 0)
+    assert (report.received_rows, report.undelivered_rows, report.complete) == (1, 0, True)
+    assert service.status().sink.state == "disabled"
+    assert not (service.directory / "wandb").exists()
+
+
+def test_an_unreachable_server_blocks_nobody(service: LocalService) -> None:
+    """Online with a dead server: start, log and flush work, the backlog is on disk, finish ends."""
+    service.up(sink_deadline_s=3.0)
+    info, _ = service.start(
+        mode="online",
+        base_url="http://127.0.0.1:9",
+        sink_deadline_s=3.0,
+        api_key_file=_key(service),
+    )
+    assert info.mode == "online"
+    client = service.client("s")
+    client.log({"x": 1})
+    assert client.flush()
+    report = service.service.finish(5.0, 0)
+    assert (report.received_rows, report.delivered_rows, report.undelivered_rows) == (1, 0, 1)
+    assert not report.complete
+    assert str(service.directory) in report.message
+    status = service.wait_for(lambda status: status.sink.restarts > 0)
+    assert status.sink.last_error
+
+
+def _key(service: LocalService) -> str:
+    path = service.directory.parent / "key"
+    path.write_text("0" * 40)
+    return str(path)
+
+
+def test_no_key_on_disk(service: LocalService) -> None:
+    """W&B's key is in none of the service's files."""
+    service.up(sink_deadline_s=2.0)
+    service.start(mode="online", base_url="http://127.0.0.1:9", api_key_file=_key(service))
+    service.client("s").log({"x": 1})
+    service.wait_for(lambda status: status.outbox_rows == 1)
+    for path in service.directory.rglob("*"):
+        assert not path.is_file() or b"0" * 40 not in path.read_bytes(), path
+    assert (service.directory / "service.json").stat().st_mode & 0o077 == 0
+
+
+def test_refusals_reach_the_run(service: LocalService, caplog: pytest.LogCaptureFixture) -> None:
+    """What log() refuses is left out, warned about once per key, counted, and in the run."""
+    service.up()
+    service.start()
+    client = service.client("s")
+    with caplog.at_level(logging.WARNING, "raywb"):
+        for _ in range(3):
+            client.log({"fine": 1, "bad": [1, 2], "worse": {"x": object()}})
+    warnings = [record.getMessage() for record in caplog.records]
+    assert len(warnings) == 2
+    assert "'bad' is list" in warnings[0]
+    assert "'worse/x' is object" in warnings[1]
+    assert client.stats.rejected == 6
+    assert client.flush()
+    report = service.service.finish(60.0, 0)
+    assert report.rejected == 6
+    (run,) = read_runs(service.directory).values()
+    assert [row.get("s/fine") for row in run.history[:3]] == [1, 1, 1]
+    assert run.summary["raywb/rejected"] == 6
+
+
+def request(
+    service: LocalService, path: str, body: bytes = b"", **headers: str
+) -> tuple[int, bytes]:
+    endpoint = service.endpoint
+    connection = http.client.HTTPConnection(*endpoint.address.split(":"), timeout=20)
+    known = {
+        "Authorization": f"Bearer {endpoint.token}",
+        "X-Raywb-Cluster": CLUSTER.cluster_id,
+        "X-Raywb-Protocol": str(PROTOCOL),
+    }
+    known |= {key.replace("_", "-"): value for key, value in headers.items()}
+    connection.request("POST", path, body=body, headers=known)
+    response = connection.getresponse()
+    return response.status, response.read()
+
+
+GOOD = f"/v1/frames?source={'a' * 32}&offset=0"
+
+
+@pytest.mark.parametrize(
+    ("path", "headers", "status"),
+    [
+        (GOOD, {"Authorization": "Bearer wrong"}, 401),
+        (GOOD, {"Authorization": ""}, 401),
+        (GOOD, {"X_Raywb_Cluster": "another"}, 403),
+        (GOOD, {"X_Raywb_Protocol": "999"}, 426),
+        ("/v1/frames?source=../../etc/passwd&offset=0", {}, 400),
+        (f"/v1/frames?source={'A' * 32}&offset=0", {}, 400),
+        (f"/v1/frames?source={'a' * 32}&offset=-1", {}, 400),
+        (f"/v1/frames?source={'a' * 32}&offset={10**30}", {}, 400),
+        (f"/v1/frames?source={'a' * 32}", {}, 400),
+        ("/v1/other", {}, 404),
+        (GOOD, {}, 200),
+    ],
+)
+def test_strangers_are_refused(
+    service: LocalService, path: str, headers: dict[str, str], status: int
+) -> None:
+    """Wrong tokens, clusters, protocols and names are refused, and leave nothing behind."""
+    service.up()
+    body = frame(encode(Row(0, 1.0, None, {"x": 1})))
+    before = {path for path in service.directory.parent.rglob("*") if path.is_file()}
+    assert request(service, path, body, **headers)[0] == status
+    ledger = service.directory / "ledger" / f"{0:020d}.log"
+    assert (ledger.stat().st_size > 0) == (status == 200)
+    after = {path for path in service.directory.parent.rglob("*") if path.is_file()}
+    assert after == before
+    if status in (400, 401, 403, 426):
+        assert any("refused" in problem for problem in service.status().problems)
+
+
+def test_a_huge_request_is_refused(service: LocalService) -> None:
+    """A body above the limit is refused with 413."""
+    service.up()
+    try:
+        status, _ = request(service, GOOD, b"x" * (9 * 1024 * 1024))
+    except (ConnectionError, http.client.HTTPException):
+        status = 413  # the service hung up before the whole body was sent
+    assert status == 413
+    assert service.status().received_rows == 0
+
+
+def test_a_dead_process_is_swept(service: LocalService) -> None:
+    """The journal of a forked child that was killed is brought home and removed."""
+    service.up()
+    service.start()
+    client = service.client("s")
+    client.log({"x": 0})
+    pid = os.fork()
+    if pid == 0:
+        client._connection.after_fork_in_child()
+        shutil.rmtree("/nonexistent", ignore_errors=True)
+        client.log({"x": 1})
+        os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(pid, 0)
+    assert client.flush()
+    swept = service.sweep()
+    assert (swept.journals, swept.removed, swept.failed) == (2, 1, {})
+    assert service.sweep().journals == 1
+    assert service.service.finish(60.0, 0).received_rows == 2
+    assert sorted(row["s/x"] for row in history(service)) == [0, 1]
+
+
+def test_a_bad_directory_is_a_problem_not_an_end(tmp_path: Path, service: LocalService) -> None:
+    """A service that cannot work in its directory says so, tries again, and then comes up."""
+    service.directory.parent.mkdir(exist_ok=True)
+    service.directory.write_text("in the way")
+    with pytest.raises(AssertionError):
+        service.up()
+    assert service.service.join(PROTOCOL, 0.1)["address"] is None
+    service.directory.unlink()
+    assert service.service.join(PROTOCOL, 20.0)["address"]
+
+
+def test_state_is_whole_and_private(service: LocalService) -> None:
+    """service.json holds the runs, is replaced whole, and can be read by its owner only."""
+    service.up()
+    service.start(project="p")
+    state = load_state(service.directory)
+    assert state is not None
+    assert [run.info.project for run in state.runs] == ["p"]
+    assert Settings(**state.runs[0].settings).project == "p"
+    assert service.directory.stat().st_mode & 0o077 == 0
