@@ -30,7 +30,9 @@ class LocalService:
         self.service: RaywbService | None = None
         self._connections: list[Connection] = []
 
-    def up(self, *, provisional: bool = False, **settings: Any) -> RaywbService:
+    def up(
+        self, *, provisional: bool = False, join_s: float = 20.0, **settings: Any
+    ) -> RaywbService:
         """Make the service, again after :meth:`down`, and wait until it listens."""
         boot = Boot(
             directory=str(self.directory),
@@ -42,7 +44,7 @@ class LocalService:
             provisional=provisional,
         )
         self.service = RaywbService(boot)
-        assert self.service.join(PROTOCOL, 20.0)["address"]
+        assert self.service.join(PROTOCOL, join_s)["address"]
         return self.service
 
     def start(self, **settings: Any) -> Any:

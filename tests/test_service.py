@@ -10,11 +10,13 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from local_service import CLUSTER, LocalService, local_service
 from wandb_file import read_runs
+from wandb_server import WandbServer
 
 from raywb.errors import SettingsConflict
 from raywb.rows import PROTOCOL, Row, encode, frame
@@ -257,6 +259,62 @@ def test_an_unreachable_server_blocks_nobody(service: LocalService) -> None:
     assert status.sink.last_error
 
 
+def online(service: LocalService, server: WandbServer, **settings: Any) -> dict[str, Any]:
+    return {
+        "mode": "online",
+        "base_url": server.url,
+        "api_key_file": _key(service),
+        "project": "demo",
+        **settings,
+    }
+
+
+def test_an_online_run_survives_its_service(service: LocalService) -> None:
+    """Online, a service that dies resumes behind the server's last row, and all rows are there."""
+    with WandbServer() as server:
+        service.up()
+        service.start(**online(service, server))
+        client = service.client("s")
+        logged = 0
+        for _ in range(3):
+            for _ in range(100):
+                client.log({"x": logged}, step=logged)
+                logged += 1
+            assert client.flush(20.0)
+            service.wait_for(lambda status: status.backlog_rows == 0)
+            service.down()
+            service.up()
+        report = service.service.finish(90.0, 0)
+        assert (report.complete, report.delivered_rows) == (True, logged), report
+        (run,) = server.runs.values()
+        assert [row["s/x"] for row in run.history] == list(range(logged))
+        assert run.steps == list(range(logged))
+        assert (run.state, run.group, run.job_type) == ("finished", "group", "orchestrator")
+        assert run.summary["s/x"] == logged - 1
+        assert service.status().run.url.startswith(server.url)
+
+
+def test_delivered_is_what_the_server_says(service: LocalService) -> None:
+    """A file stream refused with 403 loses nothing: finish asks the server, and sends again."""
+    with WandbServer() as server:
+        service.up()
+        service.start(**online(service, server))
+        client = service.client("s")
+        client.log({"x": 0})
+        assert client.flush()
+        service.wait_for(lambda status: status.sink.applied_rows == 1)
+        server.misbehave("file_stream", status=403, times=1)
+        for number in range(1, 50):
+            client.log({"x": number})
+        assert client.flush()
+        report = service.service.finish(120.0, 1)
+        assert (report.complete, report.delivered_rows) == (True, 50), report
+        (run,) = server.runs.values()
+        assert [row["s/x"] for row in run.history] == list(range(50))
+        assert run.state == "failed"
+        assert service.status().sink.restarts >= 1
+
+
 def _key(service: LocalService) -> str:
     path = service.directory.parent / "key"
     path.write_text("0" * 40)
@@ -383,7 +441,7 @@ def test_a_bad_directory_is_a_problem_not_an_end(tmp_path: Path, service: LocalS
     service.directory.parent.mkdir(exist_ok=True)
     service.directory.write_text("in the way")
     with pytest.raises(AssertionError):
-        service.up()
+        service.up(join_s=0.1)
     assert service.service.join(PROTOCOL, 0.1)["address"] is None
     service.directory.unlink()
     assert service.service.join(PROTOCOL, 20.0)["address"]

@@ -97,7 +97,8 @@ class RaywbService:
         self._loop = asyncio.new_event_loop()
         self._up = asyncio.Event()
         self._new_entries = asyncio.Event()
-        threading.Thread(target=self._run_loop, name="raywb-service", daemon=True).start()
+        self._thread = threading.Thread(target=self._run_loop, name="raywb-service", daemon=True)
+        self._thread.start()
 
     # -- what callers reach ---------------------------------------------------------------------
 
@@ -140,6 +141,8 @@ class RaywbService:
         """Stop everything and leave the run open on disk; for tests without Ray."""
         self._call(self._close(), 30)
         self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
     # -- the loop -------------------------------------------------------------------------------
 

@@ -215,14 +215,22 @@ class SinkProcess:
         return reply
 
     async def _end_child(self) -> None:
-        child, self._child = self._child, None
-        if child is None or child.returncode is not None:
+        """Kill the child, and wait until it and both pipes are gone."""
+        child = self._child
+        if child is None:
             return
+        if child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+        await child.wait()
+        if child.stdout is not None:
+            await child.stdout.read()
         if child.stdin is not None:
             child.stdin.close()
-        with contextlib.suppress(ProcessLookupError):
-            child.kill()
-        await child.wait()
+            with contextlib.suppress(ConnectionError):
+                await child.stdin.wait_closed()
+        # Only now: a cancellation in the middle comes back here and finds it.
+        self._child = None
 
 
 def _apply_request(items: list[tuple[int | None, Item]]) -> Apply:

@@ -14,12 +14,14 @@ import json
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
 from raywb.errors import RaywbError, SinkError
+from raywb.service.confirm import ask_next_step
 from raywb.service.sink_messages import (
     LENGTH,
     Applied,
@@ -33,8 +35,12 @@ from raywb.service.sink_messages import (
     Request,
     pack,
 )
+from raywb.settings import DEFAULT_BASE_URL
 
 __all__ = ["WandbSink", "main"]
+
+#: How long W&B is given to show all rows of a finished run, in seconds.
+CONFIRM_S = 20.0
 
 #: W&B's client keeps rows in memory until a block is full or this time has passed.
 FLUSH_INTERVAL_S = 1.0
@@ -52,6 +58,7 @@ class WandbSink:
         self._run: Any = None
         self._base = 0
         self._next_row = 0
+        self._entity: str | None = None
 
     def open(self, request: Open) -> Opened:
         """Start the run, or resume it behind the last row that W&B has."""
@@ -91,6 +98,7 @@ class WandbSink:
             settings=wandb.Settings(**settings),
         )
         self._request = request
+        self._entity = self._run.entity or None
         self._record_core()
         if request.mode == "online":
             next_row = self._online_rows(request)
@@ -100,7 +108,7 @@ class WandbSink:
             next_row=next_row,
             base=self._base,
             url=self._run.url if request.mode == "online" else None,
-            entity=self._run.entity or None,
+            entity=self._entity,
             files_dir=str(Path(self._run.dir).parent),
         )
 
@@ -155,12 +163,46 @@ class WandbSink:
             raise SinkError("finish came before open")
         self._take({}, request.summary, [])
         self._run.finish(exit_code=request.exit_code)
-        if opened.mode == "offline":
-            from raywb.service.transaction_log import find_segments, read_segment
+        return Finished(self._confirmed(opened))
 
-            segments = find_segments(Path(opened.dir) / "wandb", opened.run_id)
-            return Finished(sum(read_segment(path).rows for path in segments))
-        return Finished(self._next_row)
+    def _confirmed(self, opened: Open) -> int:
+        """How many rows W&B really has, asked until it has all of them, or time is up.
+
+        Only its own word counts: online the server's (a file stream that was refused once never
+        recovers, and ``finish`` returns as if all were well), offline the files' (they are
+        complete a moment after ``finish`` has returned).
+
+        Raises:
+            SinkError: W&B does not have all rows; the next sink sends the rest.
+        """
+        count = self._rows_on_disk if opened.mode == "offline" else self._rows_at_server
+        deadline = time.monotonic() + CONFIRM_S
+        pause_s = 0.05
+        while (rows := count(opened)) < self._next_row:
+            if time.monotonic() > deadline:
+                raise SinkError(
+                    f"W&B has {rows} of {self._next_row} rows after finish; the rest is sent again"
+                )
+            time.sleep(pause_s)
+            pause_s = min(pause_s * 2, 1.0)
+        return rows
+
+    @staticmethod
+    def _rows_on_disk(opened: Open) -> int:
+        from raywb.service.transaction_log import find_segments, read_segment
+
+        segments = find_segments(Path(opened.dir) / "wandb", opened.run_id)
+        return sum(read_segment(path).rows for path in segments)
+
+    def _rows_at_server(self, opened: Open) -> int:
+        step = ask_next_step(
+            opened.base_url or DEFAULT_BASE_URL,
+            opened.api_key,
+            entity=opened.entity or self._entity,
+            project=opened.project,
+            run_id=opened.run_id,
+        )
+        return step - self._base
 
     @staticmethod
     def _core_record(request: Open) -> Path:
