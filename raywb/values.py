@@ -77,7 +77,9 @@ def scalar(value: Any) -> Scalar | Refusal:
 def _integer(value: int) -> Scalar:
     if _INT_RANGE[0] <= value <= _INT_RANGE[1]:
         return value
-    return float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
+    if abs(value) < 2**1023:
+        return float(value)
+    return math.inf if value > 0 else -math.inf
 
 
 def _has_one_element(value: Any) -> bool:

@@ -1,0 +1,5 @@
+"""``python -m raywb`` is the ``raywb`` command."""
+
+from raywb.cli import main
+
+main()
