@@ -49,7 +49,8 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
         ServiceUnavailable: the service did not come up in time.
     """
     resolved = resolve(settings, cfg=cfg, overrides=overrides)
-    explicit = explicit_settings(settings, cfg=cfg, overrides=overrides)
+    named = explicit_settings(settings, cfg=cfg, overrides=overrides)
+    explicit = {key: getattr(resolved, key) for key in named}
     cluster = ray_side.connect(local_cluster=resolved.local_cluster)
     group = resolve_group(resolved.group, cluster.cluster_id, process_environment())
     key = None if resolved.mode in ("offline", "disabled") else find_api_key(resolved)

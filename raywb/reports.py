@@ -38,7 +38,13 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
-    """One process that logs: who it is, and how far its journal has come."""
+    """One process that logs: who it is, and how far its journal has come.
+
+    Attributes:
+        heard_ago_s: seconds since its last request; None when it has not been heard since the
+            service was started again, or has ended.
+        ended: it said that it ends.
+    """
 
     source_id: str
     hostname: str
@@ -47,7 +53,7 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     stages: list[str]
     received_bytes: int
     received_rows: int
-    heard_ago_s: float
+    heard_ago_s: float | None
     ended: bool
 
 

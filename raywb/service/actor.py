@@ -20,25 +20,22 @@ import time
 from collections.abc import Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import msgspec
 
 from raywb import __version__
 from raywb.errors import ServiceUnavailable, SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, SinkStatus, SourceStatus, Status
-from raywb.rows import PROTOCOL, Scalar
+from raywb.reports import FinishReport, RunInfo, Status
+from raywb.rows import PROTOCOL
 from raywb.service.append_log import sync_and_close
 from raywb.service.delivery import Delivery
-from raywb.service.fold import Fold
 from raywb.service.ingest import Ingest
-from raywb.service.outbox import Item, OutRow, OutSummary
-from raywb.service.runs import describe_run, new_run_id, resolve_mode
-from raywb.service.sink_messages import Open, Opened
-from raywb.service.sink_process import SinkProcess
+from raywb.service.runs import Runs, describe_run, resolve_mode
 from raywb.service.state import RunState, ServiceState, load_state, save_state
-from raywb.settings import Settings, find_api_key
+from raywb.service.status import make_status
+from raywb.settings import Settings
 
 __all__ = ["Boot", "RaywbService"]
 
@@ -51,6 +48,9 @@ RETRY_PAUSE_S = 1.0
 
 #: The same port is asked for this often before another one is taken, once a second.
 PORT_ATTEMPTS = 30
+
+#: Pause between two steps of the merge, in seconds.
+MERGE_PAUSE_S = 0.02
 
 #: How often losses that grew are written into the run, in seconds.
 LOSS_INTERVAL_S = 10.0
@@ -90,8 +90,7 @@ class RaywbService:
         self._directory = Path(boot.directory)
         self._state: ServiceState | None = None
         self._delivery: Delivery | None = None
-        self._ingest: Ingest | None = None
-        self._sinks: dict[int, SinkProcess] = {}
+        self._parts: _Parts | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._problems: dict[str, str] = {"service": "starting"}
         self._loop = asyncio.new_event_loop()
@@ -181,58 +180,48 @@ class RaywbService:
 
     async def _open(self, attempt: int) -> None:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        state = self._state or load_state(self._directory) or self._first_state()
         if self._state is None:
+            state = load_state(self._directory)
+            if state is None:
+                token = secrets.token_urlsafe(32)
+                state = ServiceState(cluster_id=self._boot.cluster_id, token=token)
             state.incarnation += 1
             self._state = state
+        state = self._state
         if self._delivery is None:
             self._delivery = Delivery(self._directory)
-            if state.runs:
-                self._delivery.open_run(state.runs[-1].number)
+        delivery = self._delivery
+        fsync = self._boot.settings.fsync
         ingest = Ingest(
-            self._delivery.ledger,
-            state.token,
-            state.cluster_id,
-            self._boot.settings.fsync,
-            self._on_append,
+            delivery.ledger, state.token, state.cluster_id, fsync, self._new_entries.set
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
-        self._ingest = ingest
         save_state(self._directory, state)
+        runs = Runs(self._directory, state, delivery, self._spawn, self._api_key)
+        self._parts = _Parts(state, delivery, ingest, runs)
+        runs.resume()
+        if runs.last is None:
+            self._spawn(self._open_provisional(runs))
+        self._spawn(self._merge(self._parts))
+        if fsync != "off":
+            self._spawn(self._sync(delivery))
+        self._new_entries.set()
         self._up.set()
-        for run in state.runs:
-            if run.report is None:
-                self._begin_sink(run)
-        if not state.runs:
-            self._spawn(self._open_provisional())
-        self._new_entries.set()
-        self._spawn(self._merge())
-        self._spawn(self._sync())
 
-    def _first_state(self) -> ServiceState:
-        return ServiceState(cluster_id=self._boot.cluster_id, token=secrets.token_urlsafe(32))
+    def _ready(self) -> _Parts:
+        if self._parts is None or not self._up.is_set():
+            raise ServiceUnavailable(
+                f"the raywb service is not ready: {self._problems.get('service')}"
+            )
+        return self._parts
 
-    def _on_append(self) -> None:
-        self._new_entries.set()
+    # -- background -----------------------------------------------------------------------------
 
-    # -- runs -----------------------------------------------------------------------------------
-
-    @property
-    def _present(self) -> RunState | None:
-        """The last run; None while none was ever opened."""
-        return self._state.runs[-1] if self._state and self._state.runs else None
-
-    @property
-    def _open_run(self) -> RunState | None:
-        """The run that rows belong to now."""
-        run = self._present
-        return run if run is not None and run.exit_code is None else None
-
-    async def _open_provisional(self) -> None:
+    async def _open_provisional(self, runs: Runs) -> None:
         """Nobody brought settings: after a short while the run opens with the defaults."""
         await asyncio.sleep(self._boot.settings.provisional_wait_s)
-        if self._present is None:
+        if runs.last is None:
             self._begin_run(self._boot.settings, self._boot.group, provisional=True)
             _log.warning(
                 "raywb: no start() came within %g s; the run opened with the defaults",
@@ -240,128 +229,36 @@ class RaywbService:
             )
 
     def _begin_run(self, settings: Settings, group: Group, *, provisional: bool) -> RunState:
-        state, delivery = self._ready()
-        number = len(state.runs) + 1
-        info = describe_run(
-            settings,
-            group,
-            run_id=self._boot.run_id if number == 1 else new_run_id(),
-            mode=resolve_mode(settings, self._api_key),
-            directory=str(self._directory),
-            epoch=number,
-            provisional=provisional,
-        )
-        run = RunState(number=number, info=info, settings=settings.explicit())
-        state.runs.append(run)
-        save_state(self._directory, state)
-        delivery.open_run(number)
-        self._begin_sink(run)
+        run = self._ready().runs.begin(settings, group, self._boot.run_id, provisional=provisional)
         self._new_entries.set()
         return run
 
-    def _ready(self) -> tuple[ServiceState, Delivery]:
-        if self._state is None or self._delivery is None or not self._up.is_set():
-            raise ServiceUnavailable(
-                f"the raywb service is not ready: {self._problems.get('service')}"
-            )
-        return self._state, self._delivery
-
-    def _begin_sink(self, run: RunState) -> None:
-        _, delivery = self._ready()
-        if run.info.mode == "disabled":
-            return
-        settings = msgspec.convert(run.settings, Settings)
-        fold = delivery.folds.setdefault(run.number, Fold())
-
-        def open_request(base: int | None) -> Open:
-            return Open(
-                project=run.info.project,
-                run_id=run.info.id,
-                name=run.info.name,
-                mode=run.info.mode,
-                dir=str(self._directory),
-                entity=run.info.entity,
-                group=run.info.group,
-                job_type=run.info.job_type,
-                tags=settings.tags,
-                notes=settings.notes,
-                base_url=settings.base_url,
-                api_key=self._api_key or find_api_key(settings),
-                base=run.base if base is None else base,
-                config=fold.config,
-                defines=[(d.name, d.step_metric, d.summary) for d in fold.defines.values()],
-                reopened=run.opened,
-                deadline_s=settings.sink_deadline_s,
-            )
-
-        sink = SinkProcess(
-            run.info,
-            run.number,
-            delivery.outbox,
-            fold,
-            open_request,
-            on_opened=lambda opened: self._note_opened(run, opened),
-            deadline_s=settings.sink_deadline_s,
-            stderr=self._directory / "logs" / f"sink-{run.info.id}.log",
-        )
-        self._sinks[run.number] = sink
-        if run.exit_code is not None:
-            sink.finish(run.exit_code)
-        self._spawn(sink.serve())
-
-    def _note_opened(self, run: RunState, opened: Opened) -> None:
-        """Remember what only W&B could tell: the page's address, and its step of our first row."""
-        state, _ = self._ready()
-        run.opened = True
-        run.base = opened.base
-        run.info = msgspec.structs.replace(
-            run.info, url=opened.url, entity=opened.entity or run.info.entity
-        )
-        save_state(self._directory, state)
-
-    # -- background -----------------------------------------------------------------------------
-
-    async def _merge(self) -> None:
-        """Turn what arrives into finished rows, and wake the sinks."""
+    async def _merge(self, parts: _Parts) -> None:
+        """Turn what arrives into finished rows, and write losses into the run when they grow."""
         written: dict[str, int] = {}
         written_at = time.monotonic()
         while True:
             await self._new_entries.wait()
             self._new_entries.clear()
             try:
-                self._advance()
-                losses = self._losses()
+                if parts.runs.advance():
+                    parts.forget_ended_sources()
+                losses = parts.runs.losses()
                 if losses != written and time.monotonic() - written_at > LOSS_INTERVAL_S:
                     written, written_at = losses, time.monotonic()
-                    self._log_losses(losses)
+                    parts.runs.log_losses(losses)
                 self._problems.pop("outbox", None)
             except OSError as error:
                 self._problems["outbox"] = f"the outbox takes nothing: {error}"
                 self._new_entries.set()
                 await asyncio.sleep(RETRY_PAUSE_S)
             # A breath, so that many small arrivals become one step.
-            await asyncio.sleep(0.02)
+            await asyncio.sleep(MERGE_PAUSE_S)
 
-    def _advance(self) -> None:
-        """Consume the ledger as far as it belongs to the run that is open or just ending."""
-        _, delivery = self._ready()
-        run = self._present
-        if run is None:
-            return
-        if delivery.advance(run.cut):
-            for sink in self._sinks.values():
-                sink.wake()
-            for source_id, source in delivery.merge.sources.items():
-                if source.ended and self._ingest is not None:
-                    self._ingest.forget_ended(source_id)
-
-    async def _sync(self) -> None:
+    async def _sync(self, delivery: Delivery) -> None:
         """Force ledger and outbox to the disk every second, off the loop."""
-        if self._boot.settings.fsync == "off":
-            return
         while True:
             await asyncio.sleep(1.0)
-            _, delivery = self._ready()
             sync = delivery.ledger.begin_sync()
             fds = [fd for fd in (sync.fd, delivery.outbox.unsynced()) if fd is not None]
             try:
@@ -372,58 +269,32 @@ class RaywbService:
             except OSError as error:
                 self._problems["sync"] = f"the disk refuses to sync: {error}"
 
-    def _losses(self) -> dict[str, int]:
-        """Losses since the run began, by the names that they have in the run."""
-        _, delivery = self._ready()
-        losses = {
-            f"raywb/lost/{reason}": count for reason, count in sorted(delivery.merge.lost.items())
-        }
-        if delivery.merge.rejected:
-            losses["raywb/rejected"] = delivery.merge.rejected
-        return losses
-
-    def _log_losses(self, losses: dict[str, int]) -> None:
-        run = self._open_run
-        if run is None or not losses:
-            return
-        _, delivery = self._ready()
-        row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self._backlog(run)}
-        delivery.add([OutRow(run.number, time.time(), row)])
-
-    def _backlog(self, run: RunState) -> int:
-        _, delivery = self._ready()
-        sink = self._sinks.get(run.number)
-        return max(delivery.outbox.rows_of(run.number) - sink.delivered_rows, 0) if sink else 0
-
     # -- answers --------------------------------------------------------------------------------
 
     async def _join(self, timeout_s: float) -> dict[str, Any]:
+        answer = {"protocol": PROTOCOL, "version": __version__, "run": self._unopened()}
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
         except TimeoutError:
-            return {
-                "protocol": PROTOCOL,
-                "version": __version__,
-                "address": None,
-                "epoch": 0,
-                "finished": False,
-                "run": self._unopened(),
-            }
-        state, _ = self._ready()
-        run = self._present
+            return {**answer, "address": None, "epoch": 0, "finished": False}
+        parts = self._ready()
+        run = parts.runs.last
         return {
-            "protocol": PROTOCOL,
-            "version": __version__,
-            "address": f"{self._boot.host}:{state.port}",
-            "token": state.token,
-            "incarnation": state.incarnation,
-            "epoch": len(state.runs),
+            **answer,
+            "address": self._address,
+            "token": parts.state.token,
+            "epoch": len(parts.state.runs),
             "finished": run is not None and run.exit_code is not None,
-            "run": run.info if run else self._unopened(),
+            **({"run": run.info} if run else {}),
         }
 
+    @property
+    def _address(self) -> str:
+        return f"{self._boot.host}:{self._ready().state.port}"
+
     def _unopened(self) -> RunInfo:
+        """What the first run will be like if nobody brings settings."""
         return describe_run(
             self._boot.settings,
             self._boot.group,
@@ -438,154 +309,91 @@ class RaywbService:
         self, settings: Settings, explicit: dict[str, Any], group: Group, api_key: str | None
     ) -> tuple[RunInfo, bool]:
         await self._up.wait()
-        self._api_key = api_key or self._api_key
+        runs = self._ready().runs
+        runs.api_key = api_key or runs.api_key
         if settings.dir and settings.dir != str(self._directory):
             raise SettingsConflict(
                 f"dir={settings.dir!r} conflicts with the running service, which keeps its files "
                 f"in {str(self._directory)!r}: leave dir out, or start() before the first attach()"
             )
-        run = self._open_run
-        if run is None:
+        if runs.open is None:
             return self._begin_run(settings, group, provisional=False).info, False
-        has = {**msgspec.structs.asdict(msgspec.convert(run.settings, Settings))}
-        has |= {"project": run.info.project, "group": run.info.group or "", "mode": run.info.mode}
-        has |= {"name": run.info.name, "run_id": run.info.id, "entity": run.info.entity}
-        differing = sorted(
-            key
-            for key, value in explicit.items()
-            if key not in ("dir", "local_cluster", "listen_host") and has[key] != value
-        )
-        if differing:
-            pairs = ", ".join(f"{key} is {has[key]!r}, not {explicit[key]!r}" for key in differing)
-            raise SettingsConflict(
-                f"the raywb run {run.info.name!r} is open with other settings: {pairs}. "
-                "Leave them out to join it, or end it first with `raywb finish`"
-            )
-        return run.info, True
+        check_settings(runs.open, explicit)
+        return runs.open.info, True
 
     async def _status(self) -> Status:
-        state, delivery = self._ready()
-        run = self._present
-        merge = delivery.merge
-        now = time.monotonic()
-        heard = self._ingest.heard if self._ingest else {}
-        sources = [
-            SourceStatus(
-                source_id=source_id,
-                hostname=source.hello.hostname,
-                node_id=source.hello.node_id,
-                pid=source.hello.pid,
-                stages=sorted({c.stage for c in source.channels.values() if c.stage}),
-                received_bytes=delivery.ledger.end_of(source_id),
-                received_rows=source.rows,
-                heard_ago_s=round(now - heard[source_id], 3) if source_id in heard else -1.0,
-                ended=source.ended,
-            )
-            for source_id, source in merge.sources.items()
-            if source.hello is not None
-        ]
-        problems = dict(self._problems)
-        if self._ingest and self._ingest.ledger_error:
-            problems["ledger"] = self._ingest.ledger_error
-        for reason, count in (self._ingest.refused if self._ingest else {}).items():
-            problems[f"refused {reason}"] = f"{count} requests refused: {reason}"
-        lost = dict(merge.lost)
-        if missing := sum(delivery.ledger.missing_bytes.values()):
-            lost["ledger_lost_bytes"] = missing
-        return Status(
-            version=__version__,
-            run=run.info if run else self._unopened(),
-            finished=run is not None and run.report is not None,
-            address=f"{self._boot.host}:{state.port}",
-            incarnation=state.incarnation,
-            received_rows=merge.rows,
-            outbox_rows=delivery.outbox.rows_of(run.number) if run else 0,
-            backlog_rows=self._backlog(run) if run else 0,
-            lost=lost,
-            rejected=merge.rejected,
-            after_finish_rows=delivery.waiting_rows() if self._open_run is None else 0,
-            sink=self._sink_status(run),
-            sources=sources,
-            problems=list(problems.values()),
+        parts = self._ready()
+        return make_status(
+            parts.delivery,
+            parts.ingest,
+            parts.runs,
+            unopened=self._unopened(),
+            address=self._address,
+            incarnation=parts.state.incarnation,
+            problems=self._problems,
         )
-
-    def _sink_status(self, run: RunState | None) -> SinkStatus:
-        if run is None:
-            return SinkStatus(state="waiting", applied_rows=0, restarts=0)
-        sink = self._sinks.get(run.number)
-        if sink is not None:
-            return sink.status
-        state = "disabled" if run.info.mode == "disabled" else "finished"
-        applied = run.report.delivered_rows if run.report else 0
-        return SinkStatus(state=state, applied_rows=applied, restarts=0)
 
     async def _finish(self, timeout_s: float, exit_code: int) -> FinishReport:
         deadline = self._loop.time() + timeout_s
         await self._up.wait()
-        run = self._present or self._begin_run(
-            self._boot.settings, self._boot.group, provisional=True
-        )
+        runs = self._ready().runs
+        run = runs.last or self._begin_run(self._boot.settings, self._boot.group, provisional=True)
         if run.report is not None:
             return run.report
-        state, delivery = self._ready()
-        if run.exit_code is None:
-            self._advance()
-            self._end_rows(run)
-            run.cut = delivery.ledger.end
-            run.exit_code = exit_code
-            save_state(self._directory, state)
-        self._advance()
-        sink = self._sinks.get(run.number)
+        runs.end(run, exit_code)
+        sink = runs.sink_of(run)
         if sink is not None:
-            sink.finish(run.exit_code)
+            sink.finish(run.exit_code or 0)
             try:
                 async with asyncio.timeout_at(deadline):
                     await sink.done.wait()
             except TimeoutError:
-                return self._report(run, complete=False)
-        report = self._report(run, complete=True)
-        run.report = report
-        save_state(self._directory, state)
-        return report
-
-    def _end_rows(self, run: RunState) -> None:
-        """The last things that raywb itself has to say in the run: what was lost, if anything."""
-        _, delivery = self._ready()
-        self._log_losses(self._losses())
-        values: dict[str, Any] = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **self._losses()}
-        items: list[Item] = [OutSummary(run.number, values)]
-        delivery.add(items)
-
-    def _report(self, run: RunState, *, complete: bool) -> FinishReport:
-        _, delivery = self._ready()
-        sink = self._sinks.get(run.number)
-        emitted = delivery.outbox.rows_of(run.number)
-        delivered = sink.delivered_rows if sink else 0
-        undelivered = max(emitted - delivered, 0) if sink else 0
-        message = None
-        if undelivered or not complete:
-            why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
-            message = (
-                f"{undelivered} rows are not with W&B yet{why}. They are safe in "
-                f"{self._directory}, and delivery goes on as long as the service runs"
-            )
-        return FinishReport(
-            run=run.info,
-            exit_code=run.exit_code or 0,
-            received_rows=delivery.merge.rows,
-            delivered_rows=delivered,
-            undelivered_rows=undelivered,
-            lost=delivery.merge.lost,
-            rejected=delivery.merge.rejected,
-            complete=complete and not undelivered,
-            message=message,
-        )
+                return runs.report(run, closed=False)
+        return runs.report(run, closed=True)
 
     async def _close(self) -> None:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._ingest is not None:
-            await self._ingest.close()
+        if self._parts is not None:
+            await self._parts.ingest.close()
         if self._delivery is not None:
             self._delivery.close()
+
+
+class _Parts(NamedTuple):
+    """What the service is made of once it is up."""
+
+    state: ServiceState
+    delivery: Delivery
+    ingest: Ingest
+    runs: Runs
+
+    def forget_ended_sources(self) -> None:
+        """Sources that ended in good order no longer count for the pace."""
+        for source_id, source in self.delivery.merge.sources.items():
+            if source.ended:
+                self.ingest.forget_ended(source_id)
+
+
+#: Settings that belong to the service or to the caller, not to the run.
+_NOT_OF_A_RUN = ("dir", "local_cluster", "listen_host")
+
+
+def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
+    """Make sure that a caller who joins a run asks for nothing that it is not.
+
+    Raises:
+        SettingsConflict: with each setting that differs, and both values.
+    """
+    has = msgspec.structs.asdict(msgspec.convert(run.settings, Settings))
+    has |= {"project": run.info.project, "group": run.info.group or "", "mode": run.info.mode}
+    has |= {"name": run.info.name, "run_id": run.info.id, "entity": run.info.entity}
+    asked = {key: value for key, value in explicit.items() if key not in _NOT_OF_A_RUN}
+    differing = sorted(key for key, value in asked.items() if has[key] != value)
+    if differing:
+        pairs = ", ".join(f"{key} is {has[key]!r}, not {asked[key]!r}" for key in differing)
+        raise SettingsConflict(
+            f"the raywb run {run.info.name!r} is open with other settings: {pairs}. "
+            "Leave them out to join it, or end it first with `raywb finish`"
+        )

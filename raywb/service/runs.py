@@ -1,17 +1,29 @@
-"""What a W&B run is called and where it goes, made from settings."""
+"""The runs of a service: which one is open, its sink, what was lost in it, and how it ended."""
 
 from __future__ import annotations
 
 import datetime
 import secrets
 import string
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from raywb.groups import Group
-from raywb.reports import RunInfo
+from raywb.reports import FinishReport, RunInfo, SinkStatus
+from raywb.rows import Scalar
+from raywb.service.delivery import Delivery
+from raywb.service.fold import Fold
+from raywb.service.outbox import OutRow, OutSummary
+from raywb.service.sink_messages import Open, Opened
+from raywb.service.sink_process import SinkProcess
+from raywb.service.state import RunState, ServiceState, save_state
 from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
 
-__all__ = ["describe_run", "new_run_id", "resolve_mode"]
+__all__ = ["Runs", "describe_run", "new_run_id", "resolve_mode"]
 
 _ALPHABET = string.ascii_lowercase + string.digits
 
@@ -41,19 +53,236 @@ def describe_run(
     """Everything that is known of a run before W&B has seen it."""
     project = settings.project or DEFAULT_PROJECT
     now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    fields: dict[str, Any] = {
-        "name": settings.name or f"{project}-{settings.job_type}-{now}",
-        "entity": settings.entity,
-        "group": group.name,
-        "group_source": group.source,
-        "job_type": settings.job_type,
-    }
     return RunInfo(
         project=project,
         id=settings.run_id or run_id,
+        name=settings.name or f"{project}-{settings.job_type}-{now}",
         mode=mode,
         dir=directory,
+        entity=settings.entity,
+        group=group.name,
+        group_source=group.source,
+        job_type=settings.job_type,
         epoch=epoch,
         provisional=provisional,
-        **fields,
     )
+
+
+class Runs:
+    """Every run of one service directory, the last of which may be open.
+
+    Args:
+        directory: the service's directory.
+        state: what is written down of the runs; changed and saved here.
+        delivery: where their rows are.
+        spawn: runs a coroutine in the service's loop.
+        api_key: W&B's key when a driver handed it over; it stays in memory.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        state: ServiceState,
+        delivery: Delivery,
+        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        api_key: str | None,
+    ) -> None:
+        self.api_key = api_key
+        self._directory = directory
+        self._state = state
+        self._delivery = delivery
+        self._spawn = spawn
+        self._sinks: dict[int, SinkProcess] = {}
+
+    @property
+    def last(self) -> RunState | None:
+        """The last run; None while none was ever opened."""
+        return self._state.runs[-1] if self._state.runs else None
+
+    @property
+    def open(self) -> RunState | None:
+        """The run that rows belong to now."""
+        run = self.last
+        return run if run is not None and run.exit_code is None else None
+
+    def resume(self) -> None:
+        """Go on with the runs that an earlier incarnation left: rows first, then the sinks."""
+        if self.last is not None:
+            self._delivery.open_run(self.last.number)
+        for run in self._state.runs:
+            if run.report is None:
+                self._begin_sink(run)
+
+    def begin(
+        self, settings: Settings, group: Group, run_id: str, *, provisional: bool
+    ) -> RunState:
+        """Open a run: rows that belong to none yet, and all that come, belong to it."""
+        number = len(self._state.runs) + 1
+        info = describe_run(
+            settings,
+            group,
+            run_id=run_id if number == 1 else new_run_id(),
+            mode=resolve_mode(settings, self.api_key),
+            directory=str(self._directory),
+            epoch=number,
+            provisional=provisional,
+        )
+        run = RunState(number=number, info=info, settings=settings.explicit())
+        self._state.runs.append(run)
+        save_state(self._directory, self._state)
+        self._delivery.open_run(number)
+        self._begin_sink(run)
+        return run
+
+    def _begin_sink(self, run: RunState) -> None:
+        if run.info.mode == "disabled":
+            return
+        settings = msgspec.convert(run.settings, Settings)
+        fold = self._delivery.folds.setdefault(run.number, Fold())
+
+        def open_request(base: int | None) -> Open:
+            return Open(
+                project=run.info.project,
+                run_id=run.info.id,
+                name=run.info.name,
+                mode=run.info.mode,
+                dir=str(self._directory),
+                entity=run.info.entity,
+                group=run.info.group,
+                job_type=run.info.job_type,
+                tags=settings.tags,
+                notes=settings.notes,
+                base_url=settings.base_url,
+                api_key=self.api_key or find_api_key(settings),
+                base=run.base if base is None else base,
+                config=fold.config,
+                defines=[(d.name, d.step_metric, d.summary) for d in fold.defines.values()],
+                deadline_s=settings.sink_deadline_s,
+            )
+
+        sink = SinkProcess(
+            run.info,
+            run.number,
+            self._delivery.outbox,
+            fold,
+            open_request,
+            on_opened=lambda opened: self._note_opened(run, opened),
+            deadline_s=settings.sink_deadline_s,
+            stderr=self._directory / "logs" / f"sink-{run.info.id}.log",
+        )
+        self._sinks[run.number] = sink
+        if run.exit_code is not None:
+            sink.finish(run.exit_code)
+        self._spawn(sink.serve())
+
+    def _note_opened(self, run: RunState, opened: Opened) -> None:
+        """Remember what only W&B could tell: the page's address, and its step of our first row."""
+        run.base = opened.base
+        run.info = msgspec.structs.replace(
+            run.info, url=opened.url, entity=opened.entity or run.info.entity
+        )
+        save_state(self._directory, self._state)
+
+    def advance(self) -> bool:
+        """Make rows of the ledger as far as it belongs to the last run, and wake the sinks.
+
+        Raises:
+            OSError: the outbox takes nothing.
+        """
+        if self.last is None or not self._delivery.advance(self.last.cut):
+            return False
+        for sink in self._sinks.values():
+            sink.wake()
+        return True
+
+    def sink_of(self, run: RunState) -> SinkProcess | None:
+        """The sink that works for this run; None when it is disabled, or ended before a restart."""
+        return self._sinks.get(run.number)
+
+    def sink_status(self, run: RunState | None) -> SinkStatus:
+        """How W&B's side of a run keeps up."""
+        if run is None:
+            return SinkStatus(state="waiting", applied_rows=0, restarts=0)
+        sink = self.sink_of(run)
+        if sink is not None:
+            return sink.status
+        state = "disabled" if run.info.mode == "disabled" else "finished"
+        applied = run.report.delivered_rows if run.report else 0
+        return SinkStatus(state=state, applied_rows=applied, restarts=0)
+
+    def rows_of(self, run: RunState) -> int:
+        """Finished rows of a run."""
+        return self._delivery.outbox.rows_of(run.number)
+
+    def backlog(self, run: RunState) -> int:
+        """Finished rows that W&B's client has not taken."""
+        sink = self.sink_of(run)
+        return max(self.rows_of(run) - sink.delivered_rows, 0) if sink else 0
+
+    def losses(self) -> dict[str, int]:
+        """Losses since the run began, by the names that they have in the run."""
+        merge = self._delivery.merge
+        losses = {f"raywb/lost/{reason}": count for reason, count in sorted(merge.lost.items())}
+        if merge.rejected:
+            losses["raywb/rejected"] = merge.rejected
+        return losses
+
+    def log_losses(self, losses: dict[str, int]) -> None:
+        """Write losses into the open run, as a row of its own."""
+        run = self.open
+        if run is not None and losses:
+            row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
+            self._delivery.add([OutRow(run.number, time.time(), row)])
+
+    def end(self, run: RunState, exit_code: int) -> None:
+        """Take the cut: what the ledger has now belongs to the run, what comes later does not.
+
+        The last thing in the run is what was lost in it, if only that nothing was.
+
+        Raises:
+            OSError: the outbox takes nothing.
+        """
+        if run.exit_code is None:
+            self.advance()
+            losses = self.losses()
+            self.log_losses(losses)
+            values = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **losses}
+            self._delivery.add([OutSummary(run.number, values)])
+            run.cut = self._delivery.ledger.end
+            run.exit_code = exit_code
+            save_state(self._directory, self._state)
+        self.advance()
+
+    def report(self, run: RunState, *, closed: bool) -> FinishReport:
+        """How a run ended, in numbers.
+
+        Args:
+            run: a run whose cut was taken.
+            closed: W&B has closed it, or it is disabled; the report is then kept.
+        """
+        sink = self.sink_of(run)
+        delivered = sink.delivered_rows if sink else 0
+        undelivered = max(self.rows_of(run) - delivered, 0) if sink else 0
+        message = None
+        if undelivered or not closed:
+            why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
+            message = (
+                f"{undelivered} rows are not with W&B yet{why}. They are safe in "
+                f"{self._directory}, and delivery goes on as long as the service runs"
+            )
+        merge = self._delivery.merge
+        report = FinishReport(
+            run=run.info,
+            exit_code=run.exit_code or 0,
+            received_rows=merge.rows,
+            delivered_rows=delivered,
+            undelivered_rows=undelivered,
+            lost=merge.lost,
+            rejected=merge.rejected,
+            complete=closed and not undelivered,
+            message=message,
+        )
+        if closed:
+            run.report = report
+            save_state(self._directory, self._state)
+        return report

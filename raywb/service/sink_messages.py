@@ -38,7 +38,6 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
         base: W&B's own step of row 0; None while the run has never been opened online.
         config: the fold of the run's config.
         defines: the fold of its metric definitions: name, step metric, summary.
-        reopened: this run was opened before.
     """
 
     project: str
@@ -56,7 +55,6 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     base: int | None
     config: dict[str, Any]
     defines: list[tuple[str, str | None, str | None]]
-    reopened: bool
     deadline_s: float
 
 

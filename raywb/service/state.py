@@ -27,7 +27,6 @@ class RunState(msgspec.Struct, kw_only=True):
         info: what the user sees of it.
         settings: the settings it was started with.
         base: W&B's step of its first row, once it was opened online.
-        opened: a sink has opened it at least once.
         exit_code: set when ``finish()`` was asked for.
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
         report: how it ended.
@@ -37,7 +36,6 @@ class RunState(msgspec.Struct, kw_only=True):
     info: RunInfo
     settings: dict[str, Any]
     base: int | None = None
-    opened: bool = False
     exit_code: int | None = None
     cut: int | None = None
     report: FinishReport | None = None

@@ -71,11 +71,12 @@ def _sources(status: Status) -> RenderableType:
         table.add_column(name, overflow="fold")
     for name in ("rows", "heard"):
         table.add_column(name, justify="right")
-    latest = sorted(status.sources, key=lambda source: (source.ended, source.heard_ago_s))
+    latest = sorted(status.sources, key=lambda source: (source.ended, source.heard_ago_s or 0.0))
     for source in latest[:LISTED_SOURCES]:
-        heard = "ended" if source.ended else f"{source.heard_ago_s:.0f} s ago"
-        if source.heard_ago_s < 0 and not source.ended:
-            heard = "before restart"
+        if source.heard_ago_s is None:
+            heard = "ended" if source.ended else "not since the service's start"
+        else:
+            heard = f"{source.heard_ago_s:.0f} s ago"
         stages = ", ".join(source.stages) or "-"
         table.add_row(source.hostname, str(source.pid), stages, str(source.received_rows), heard)
     more = len(status.sources) - LISTED_SOURCES

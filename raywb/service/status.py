@@ -1,0 +1,82 @@
+"""The service's answer to "how is it going": put together from its parts, changing none."""
+
+from __future__ import annotations
+
+import time
+
+from raywb import __version__
+from raywb.reports import RunInfo, SourceStatus, Status
+from raywb.service.delivery import Delivery
+from raywb.service.ingest import Ingest
+from raywb.service.runs import Runs
+
+__all__ = ["make_status"]
+
+
+def make_status(
+    delivery: Delivery,
+    ingest: Ingest,
+    runs: Runs,
+    *,
+    unopened: RunInfo,
+    address: str,
+    incarnation: int,
+    problems: dict[str, str],
+) -> Status:
+    """The service at this moment.
+
+    Args:
+        delivery: what was received.
+        ingest: who was heard, and what was refused.
+        runs: the runs and their sinks.
+        unopened: what the first run will be like, while there is none.
+        address: where the service listens.
+        incarnation: how often it was started.
+        problems: what is wrong in the background, by part.
+    """
+    run = runs.last
+    merge = delivery.merge
+    lost = dict(merge.lost)
+    if missing := sum(delivery.ledger.missing_bytes.values()):
+        lost["ledger_lost_bytes"] = missing
+    found = list(problems.values())
+    if ingest.ledger_error:
+        found.append(ingest.ledger_error)
+    found += [f"{count} requests refused: {reason}" for reason, count in ingest.refused.items()]
+    return Status(
+        version=__version__,
+        run=run.info if run else unopened,
+        finished=run is not None and run.report is not None,
+        address=address,
+        incarnation=incarnation,
+        received_rows=merge.rows,
+        outbox_rows=runs.rows_of(run) if run else 0,
+        backlog_rows=runs.backlog(run) if run else 0,
+        lost=lost,
+        rejected=merge.rejected,
+        after_finish_rows=delivery.waiting_rows() if runs.open is None else 0,
+        sink=runs.sink_status(run),
+        sources=_sources(delivery, ingest),
+        problems=found,
+    )
+
+
+def _sources(delivery: Delivery, ingest: Ingest) -> list[SourceStatus]:
+    now = time.monotonic()
+    return [
+        SourceStatus(
+            source_id=source_id,
+            hostname=source.hello.hostname,
+            node_id=source.hello.node_id,
+            pid=source.hello.pid,
+            stages=sorted({c.stage for c in source.channels.values() if c.stage}),
+            received_bytes=delivery.ledger.end_of(source_id),
+            received_rows=source.rows,
+            heard_ago_s=(
+                round(now - ingest.heard[source_id], 3) if source_id in ingest.heard else None
+            ),
+            ended=source.ended,
+        )
+        for source_id, source in delivery.merge.sources.items()
+        if source.hello is not None
+    ]
