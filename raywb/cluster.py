@@ -64,12 +64,22 @@ def connect(*, local_cluster: bool = False) -> Cluster:
         except ConnectionError as error:
             if not local_cluster:
                 raise NoClusterError(
-                    "there is no Ray cluster to attach to. Start one with `ray start --head`, "
-                    "call ray.init() first, or allow one on this machine with "
-                    "raywb.start(local_cluster=True)"
+                    f"there is no Ray cluster to attach to ({_first_sentence(error)}). Start one "
+                    "with `ray start --head`, call ray.init() first, or allow one on this machine "
+                    "with raywb.start(local_cluster=True)"
                 ) from error
             ray.init(address="local")
     return _present_cluster()
+
+
+def _first_sentence(error: Exception) -> str:
+    """What Ray said: several clusters, or one that does not answer, is not the same as none."""
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+
+
+def _last_line(error: Exception) -> str:
+    """What a long report of Ray's comes down to: the exception at its end."""
+    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [""])[-1]
 
 
 def _present_cluster() -> Cluster:
@@ -145,7 +155,7 @@ def call(service: Any, method: str, *args: Any, timeout_s: float) -> Any:
 
     Raises:
         RaywbError: what the service raised.
-        ServiceUnavailable: no answer within ``timeout_s``.
+        ServiceUnavailable: no answer within ``timeout_s``, or the actor is gone for good.
     """
     deadline = time.monotonic() + timeout_s
     while True:
@@ -158,6 +168,12 @@ def call(service: Any, method: str, *args: Any, timeout_s: float) -> Any:
             raise
         except ray.exceptions.GetTimeoutError:
             reason = "it did not answer"
+        except ray.exceptions.ActorDiedError as error:
+            # Unlike one that restarts, it is gone for good: waiting would help nobody.
+            raise ServiceUnavailable(
+                f"the raywb service is gone: {_last_line(error)}. raywb.start() makes another; "
+                "rows that were logged are safe on disk"
+            ) from error
         except ray.exceptions.RayActorError as error:
             # Restarting: pending calls fail at once, later ones reach the new incarnation.
             reason = str(error).splitlines()[0]

@@ -139,8 +139,9 @@ class Connection:
     @property
     def lost(self) -> dict[str, int]:
         """Rows of this process that could not be kept, by reason."""
+        # Copies: other threads count while this one adds up.
         total = dict(self._counters)
-        for reason, count in (self.journal.lost if self.journal else {}).items():
+        for reason, count in dict(self.journal.lost if self.journal else {}).items():
             total[reason] = total.get(reason, 0) + count
         return total
 

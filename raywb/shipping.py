@@ -64,6 +64,7 @@ class Sender:
     """One persistent connection to the service; not for several threads at once."""
 
     def __init__(self, endpoint: Endpoint, timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+        self.endpoint = endpoint
         host, _, port = endpoint.address.rpartition(":")
         self._connection = http.client.HTTPConnection(host, int(port), timeout=timeout_s)
         self._headers = {
@@ -119,7 +120,10 @@ class Delivered(NamedTuple):
 def deliver_all(
     sender: Sender, source_id: str, segments: Segments, deadline: float | None = None
 ) -> bool:
-    """Bring everything of a journal home; True when the service has all of it.
+    """Bring a journal home, as far as it goes now; True when the service has all of that.
+
+    A living process may append faster than its journal is read here, so what it logs after the
+    call began is not waited for.
 
     Args:
         sender: the connection to use.
@@ -130,8 +134,11 @@ def deliver_all(
     Raises:
         OSError: the service does not take it.
     """
+    target = segments.end()
     offset = sender.send(source_id, 0, b"").end
     while deadline is None or time.monotonic() < deadline:
+        if offset >= target:
+            return True
         delivered = sender.deliver(source_id, segments, offset)
         if delivered.length == 0:
             return True
@@ -153,6 +160,7 @@ class Shipper:
     ) -> None:
         self._journal = journal
         self._endpoint = endpoint
+        #: The thread's own: another one only says, in ``_endpoint``, where it is to lead.
         self._sender: Sender | None = None
         self._before_request = before_request
         self._pace_s = FIRST_PACE_S
@@ -176,9 +184,7 @@ class Shipper:
 
     def use(self, endpoint: Endpoint) -> None:
         """Send to this address from now on."""
-        if endpoint != self._endpoint:
-            self._endpoint = endpoint
-            self._sender = None
+        self._endpoint = endpoint
         self._wake.set()
 
     def flush(self, timeout_s: float) -> bool:
@@ -224,7 +230,7 @@ class Shipper:
         endpoint = self._endpoint
         if endpoint is None:
             return
-        if self._sender is None:
+        if self._sender is None or self._sender.endpoint != endpoint:
             self._sender = Sender(endpoint)
         while not self._stopping and self._journal.acknowledged < self._journal.end:
             delivered = self._sender.deliver(

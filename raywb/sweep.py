@@ -61,6 +61,8 @@ def sweep_node(bases: list[Path], endpoint: Endpoint, deadline: float) -> SweepR
             home = False
             try:
                 home = _bring_home(sender, journal, deadline, report)
+            except FileNotFoundError:
+                pass  # its process ended in good order meanwhile, and left nothing behind
             except OSError as error:
                 report.failed[journal.source_id] = str(error)
             finally:

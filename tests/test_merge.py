@@ -55,7 +55,7 @@ def test_a_stage_gets_its_own_axis_once() -> None:
     )
     assert items == [
         OutDefine(1, "training/operator/step", None, None),
-        OutDefine(1, "training/operator/*", "training/operator/step", None),
+        OutDefine(1, "training/operator/*", "training/operator/step", None, False),
         OutRow(1, 1.0, {"training/operator/loss": 0.5, "training/operator/step": 100}),
         OutRow(1, 2.0, {"training/operator/loss": 0.6, "training/operator/step": 90}),
     ]
@@ -75,9 +75,9 @@ def test_without_a_stage_each_namespace_has_its_axis() -> None:
     )
     assert [item for item in items if isinstance(item, OutDefine)] == [
         OutDefine(1, "a/b/step", None, None),
-        OutDefine(1, "a/b/*", "a/b/step", None),
+        OutDefine(1, "a/b/*", "a/b/step", None, False),
         OutDefine(1, "step", None, None),
-        OutDefine(1, "acc", "step", None),
+        OutDefine(1, "acc", "step", None, False),
     ]
     assert rows_of(items) == [
         {"a/b/loss": 1.0, "a/b/lr": 2.0, "acc": 3.0, "a/b/step": 7, "step": 7}
@@ -119,10 +119,39 @@ def test_series_of_one_namespace_do_not_mix() -> None:
         merge=merge,
     )
     assert rows_of(first) == [{"xenna/t": 0}]
-    assert OutDefine(1, "xenna/*", "xenna/t", None) in first
+    assert OutDefine(1, "xenna/*", "xenna/t", None, False) in first
     assert rows_of(second) == [{"xenna/sft_2/t": 0}]
-    assert OutDefine(1, "xenna/sft_2/*", "xenna/sft_2/t", None) in second
+    assert OutDefine(1, "xenna/sft_2/*", "xenna/sft_2/t", None, False) in second
     assert rows_of(third) == [{"xenna/pretrain_3/t": 0}, {"xenna/t": 1}]
+
+
+def test_a_namespace_within_another_keeps_its_axis() -> None:
+    """Where one namespace's glob covers another's keys, these are defined by their full names."""
+    merge = Merge()
+    opened = [Channel(0, "a/b", None, None), Channel(1, "a", None, None)]
+    first = items_of(*opened, Row(0, 1.0, 1, {"x": 0}), merge=merge)
+    assert [item.name for item in first if isinstance(item, OutDefine)] == ["a/b/step", "a/b/*"]
+    second = items_of(
+        Row(1, 1.0, 1, {"y": 0}), Row(0, 1.0, 2, {"x": 0}), Row(0, 1.0, 3, {"x": 0}), merge=merge
+    )
+    assert [item for item in second if isinstance(item, OutDefine)] == [
+        OutDefine(1, "a/step", None, None),
+        OutDefine(1, "a/*", "a/step", None, False),
+        OutDefine(1, "a/b/x", "a/b/step", None, False),
+    ]
+
+
+def test_what_the_user_defined_stays() -> None:
+    """A definition of the user's is never followed by one of ours for the same name."""
+    items = items_of(
+        Channel(0, "s", None, None),
+        Define(0, "*", "epoch", "max"),
+        Row(0, 1.0, 1, {"x": 0}),
+    )
+    assert [item for item in items if isinstance(item, OutDefine)] == [
+        OutDefine(1, "s/*", "s/epoch", "max"),
+        OutDefine(1, "s/step", None, None),
+    ]
 
 
 def test_a_new_run_begins_anew() -> None:
@@ -141,7 +170,7 @@ def test_a_new_run_begins_anew() -> None:
         0,
     )
     assert batch is not None
-    assert OutDefine(2, "xenna/*", "xenna/t", None) in batch.items
+    assert OutDefine(2, "xenna/*", "xenna/t", None, False) in batch.items
     assert rows_of(batch.items) == [{"xenna/t": 2}]
     assert (merge.lost, merge.rejected) == ({"disk_full": 1}, 1)
 

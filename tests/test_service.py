@@ -165,6 +165,34 @@ def test_a_summary_of_the_whole_run_survives_a_restart(service: LocalService) ->
     assert run.metrics["s/loss"].summary == {"max"}
 
 
+def test_series_keep_their_own_axes(service: LocalService) -> None:
+    """Rows of two series in one namespace, interleaved, hold their own axis and no other."""
+    service.up()
+    service.start()
+    client = service.client()
+    series = [client.open_series("xenna", label=kind, axis="t") for kind in ("one", "two")]
+    for moment in range(3):
+        for number, one in enumerate(series):
+            one.log({"t": moment * 10 + number, "progress": float(moment)})
+    series[1].set_summary({"slowest": "plan"})
+    assert client.flush()
+    assert service.service.finish(60.0, 0).complete
+    (run,) = read_runs(service.directory).values()
+    rows = [{key for key in row if key[0] != "_"} for row in run.history]
+    assert (
+        rows
+        == [
+            {"xenna/t", "xenna/progress"},
+            {"xenna/two_2/t", "xenna/two_2/progress"},
+        ]
+        * 3
+    )
+    assert [row.get("xenna/two_2/t") for row in run.history[1::2]] == [1, 11, 21]
+    assert run.metrics["xenna/*"].step_metric == "xenna/t"
+    assert run.metrics["xenna/two_2/progress"].step_metric == "xenna/two_2/t"
+    assert run.summary["xenna/two_2/slowest"] == "plan"
+
+
 def test_a_provisional_run_takes_rows_at_once(service: LocalService) -> None:
     """Rows before start() wait in the ledger, and belong to the run that it opens."""
     service.up(provisional=True, provisional_wait_s=3600.0)

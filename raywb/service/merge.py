@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Iterable
 
 from raywb.errors import FrameError
 from raywb.rows import (
@@ -69,6 +70,8 @@ class Merge:
         self.rows = 0
         self.damaged = 0
         self._defined: set[str] = set()
+        self._axes: dict[str, str] = {}
+        self._nested: set[str] = set()
         self._series: dict[tuple[str, int], str] = {}
         self._series_count: Counter[str] = Counter()
         self._lost_before: Counter[str] = Counter()
@@ -83,6 +86,8 @@ class Merge:
         self.run = run
         self.rows = 0
         self._defined.clear()
+        self._axes.clear()
+        self._nested.clear()
         self._series.clear()
         self._series_count.clear()
 
@@ -150,6 +155,8 @@ class Merge:
         for item in batch.items:
             if isinstance(item, OutDefine):
                 self._defined.add(item.name)
+                if item.name.endswith("/*") and item.step_metric and item.step_sync is False:
+                    self._remember_axis(item.name[:-1], item.step_metric)
         for source_id, message in batch.state:
             self._note(source_id, self.sources.setdefault(source_id, Source()), message)
         for consumed in batch.consumed:
@@ -172,8 +179,10 @@ class Merge:
                 batch.items.append(OutSummary(self.run, values))
             case Define():
                 prefix = self._prefix(source_id, source, message.channel, batch)
+                name = prefix + message.name
                 axis = message.step_metric and prefix + message.step_metric
-                self._define(batch.items, prefix + message.name, axis, message.summary)
+                self._defined.add(name)
+                batch.items.append(OutDefine(self.run, name, axis, message.summary))
             case Hello() | Channel() | Counters() | End():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
@@ -202,7 +211,7 @@ class Merge:
         if isinstance(stamp, (int, float)):
             time_s = float(stamp)
         if channel is not None and channel.axis is not None:
-            self._define_axis(items, prefix, prefix + channel.axis)
+            self._define_axis(items, prefix, prefix + channel.axis, metrics)
         elif row.step is not None:
             self._put_steps(items, prefix, metrics, row.step)
         items.append(OutRow(self.run, time_s, metrics))
@@ -212,8 +221,8 @@ class Merge:
     ) -> None:
         """Add the step as data, on the axis of the stage, or of each key's own namespace."""
         if prefix:
-            self._define_axis(items, prefix, prefix + "step")
             metrics[prefix + "step"] = step
+            self._define_axis(items, prefix, prefix + "step", metrics)
             return
         for key in list(metrics):
             namespace = key.rpartition("/")[0]
@@ -221,23 +230,40 @@ class Merge:
             if key == axis:
                 continue
             if namespace:
-                self._define_axis(items, namespace + "/", axis)
+                self._define_axis(items, namespace + "/", axis, (key,))
             else:
-                self._define(items, axis, None, None)
-                self._define(items, key, axis, None)
+                self._define(items, axis)
+                self._define(items, key, axis)
             metrics.setdefault(axis, step)
 
-    def _define_axis(self, items: list[Item], prefix: str, axis: str) -> None:
-        self._define(items, axis, None, None)
-        self._define(items, prefix + "*", axis, None)
+    def _define_axis(self, items: list[Item], prefix: str, axis: str, keys: Iterable[str]) -> None:
+        """Define a namespace's axis on first sight.
 
-    def _define(
-        self, items: list[Item], name: str, step_metric: str | None, summary: str | None
-    ) -> None:
-        if summary is None and name in self._defined:
-            return
-        self._defined.add(name)
-        items.append(OutDefine(self.run, name, step_metric, summary))
+        ``a/*`` also matches the keys of ``a/b/``. W&B does not say which of two globs counts, so
+        the keys of a namespace that lies within another one are defined by their full names.
+        """
+        self._remember_axis(prefix, axis)
+        self._define(items, axis)
+        self._define(items, prefix + "*", axis)
+        if prefix in self._nested:
+            for key in keys:
+                if key != axis:
+                    self._define(items, key, axis)
+
+    def _remember_axis(self, prefix: str, axis: str) -> None:
+        if prefix not in self._axes:
+            self._axes[prefix] = axis
+            self._nested = {
+                inner
+                for inner in self._axes
+                if any(inner != outer and inner.startswith(outer) for outer in self._axes)
+            }
+
+    def _define(self, items: list[Item], name: str, axis: str | None = None) -> None:
+        """Define a name of ours once in a run, unless the user has defined it."""
+        if name not in self._defined:
+            self._defined.add(name)
+            items.append(OutDefine(self.run, name, axis, None, None if axis is None else False))
 
     def _prefix(self, source_id: str, source: Source, number: int, batch: Batch) -> str:
         """What stands before the keys of a channel: nothing, or its name and a slash."""

@@ -45,12 +45,18 @@ class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
 
 
 class OutDefine(msgspec.Struct, array_like=True, tag=1, frozen=True):
-    """``define_metric`` with full names."""
+    """``define_metric`` with full names.
+
+    Attributes:
+        step_sync: whether W&B puts the last value of the step metric into rows that lack it;
+            None leaves it to W&B, which does. Axes of ours are in every row that they belong to.
+    """
 
     run: int
     name: str
     step_metric: str | None
     summary: str | None
+    step_sync: bool | None = None
 
 
 class OutConfig(msgspec.Struct, array_like=True, tag=2, frozen=True):

@@ -19,7 +19,7 @@ from raywb.service.delivery import Delivery
 from raywb.service.fold import Fold
 from raywb.service.outbox import OutRow, OutSummary
 from raywb.service.sink_messages import Open, Opened
-from raywb.service.sink_process import SinkProcess
+from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
 from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
 
@@ -156,7 +156,7 @@ class Runs:
                 api_key=self.api_key or find_api_key(settings),
                 base=run.base if base is None else base,
                 config=fold.config,
-                defines=[(d.name, d.step_metric, d.summary) for d in fold.defines.values()],
+                defines=definitions(fold),
                 deadline_s=settings.sink_deadline_s,
             )
 

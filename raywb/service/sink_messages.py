@@ -17,6 +17,7 @@ __all__ = [
     "LENGTH",
     "Applied",
     "Apply",
+    "Definition",
     "Failed",
     "Finish",
     "Finished",
@@ -30,6 +31,10 @@ __all__ = [
 LENGTH = struct.Struct("<I")
 
 
+#: A metric definition: name, step metric, summary, and whether W&B fills the step metric in.
+Definition = tuple[str, str | None, str | None, bool | None]
+
+
 class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     """Open or resume the run; first message to every child.
 
@@ -37,7 +42,7 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
         api_key: W&B's key; it travels through the pipe only.
         base: W&B's own step of row 0; None while the run has never been opened online.
         config: the fold of the run's config.
-        defines: the fold of its metric definitions: name, step metric, summary.
+        defines: the fold of its metric definitions.
     """
 
     project: str
@@ -54,7 +59,7 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     api_key: str | None
     base: int | None
     config: dict[str, Any]
-    defines: list[tuple[str, str | None, str | None]]
+    defines: list[Definition]
     deadline_s: float
 
 
@@ -64,7 +69,7 @@ class Apply(msgspec.Struct, tag=True, frozen=True):
     rows: list[tuple[int, float, dict[str, Scalar]]]
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
-    defines: list[tuple[str, str | None, str | None]] = []
+    defines: list[Definition] = []
 
 
 class Finish(msgspec.Struct, tag=True, frozen=True):

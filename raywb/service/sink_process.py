@@ -25,6 +25,7 @@ from raywb.service.sink_messages import (
     LENGTH,
     Applied,
     Apply,
+    Definition,
     Failed,
     Finish,
     Finished,
@@ -36,7 +37,7 @@ from raywb.service.sink_messages import (
 )
 from raywb.settings import process_environment, sink_environment
 
-__all__ = ["SinkProcess"]
+__all__ = ["SinkProcess", "definitions"]
 
 _log = logging.getLogger(__name__)
 
@@ -233,6 +234,15 @@ class SinkProcess:
         self._child = None
 
 
+def _definition(item: OutDefine) -> Definition:
+    return (item.name, item.step_metric, item.summary, item.step_sync)
+
+
+def definitions(fold: Fold) -> list[Definition]:
+    """A run's metric definitions, for whoever opens it again."""
+    return [_definition(item) for item in fold.defines.values()]
+
+
 def _apply_request(items: list[tuple[int | None, Item]]) -> Apply:
     rows = []
     config: dict[str, object] = {}
@@ -247,5 +257,5 @@ def _apply_request(items: list[tuple[int | None, Item]]) -> Apply:
             case OutSummary():
                 summary.update(item.values)
             case OutDefine():
-                defines.append((item.name, item.step_metric, item.summary))
+                defines.append(_definition(item))
     return Apply(rows, config, summary, defines)

@@ -26,6 +26,7 @@ from raywb.service.sink_messages import (
     LENGTH,
     Applied,
     Apply,
+    Definition,
     Failed,
     Finish,
     Finished,
@@ -133,10 +134,12 @@ class WandbSink:
         self,
         config: dict[str, Any],
         summary: dict[str, Any],
-        defines: list[tuple[str, str | None, str | None]],
+        defines: list[Definition],
     ) -> None:
-        for name, step_metric, kind in defines:
-            self._run.define_metric(name, step_metric=step_metric, summary=kind)
+        for name, step_metric, summary_kind, step_sync in defines:
+            self._run.define_metric(
+                name, step_metric=step_metric, step_sync=step_sync, summary=summary_kind
+            )
         if config:
             self._run.config.update(config, allow_val_change=True)
         if summary:

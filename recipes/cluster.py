@@ -1,0 +1,262 @@
+"""The Ray cluster of a recipe: the one that is there, or a local one for the time of the recipe.
+
+A cluster is there when Ray is initialised in this process, when ``RAY_ADDRESS`` names one, or when
+this process is the driver of a Ray job. Otherwise a local one is started that listens on 127.0.0.1
+only, and another cluster that happens to run on the machine is left alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+import ray.util.state
+from ray.exceptions import RayError, RayTaskError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.util.state.exception import RayStateApiException
+
+from recipes.errors import ClusterError
+from recipes.local_ray import (
+    XENNA_ACTOR_LIMIT,
+    XENNA_ENVIRONMENT,
+    cluster_is_there,
+    prepare_environment,
+)
+from recipes.settings import Count
+
+__all__ = ["RayCluster", "RaySettings", "other_nodes", "ray_cluster", "root_cause", "run_on_nodes"]
+
+_log = logging.getLogger(__name__)
+
+#: Logical CPUs of a local cluster at least: xenna's monitor takes one per node, each worker of a
+#: stage a half or a whole one, and most of them wait rather than compute.
+_LOCAL_CPUS = 8
+
+#: What PlanStage, DownloadStage and one tokenizing worker take together, beside one CPU per node.
+_PIPELINE_CPUS = 2
+
+#: What Ray raises when nobody answers any more.
+_CLUSTER_GONE = (RayError, RayStateApiException, ConnectionError, RuntimeError)
+
+#: xenna's actor of which every node gets one.
+_MONITOR = "NodeResourceMonitor"
+
+#: How long a recipe waits at its end for the nodes of a cluster to clean up.
+_NODES_S = 20.0
+
+#: How long processes of a local cluster may take to end by themselves.
+_SHUTDOWN_S = 1.0
+
+
+@dataclass(frozen=True)
+class RaySettings:
+    """How a local cluster is started."""
+
+    num_cpus: Count | None
+    log_to_driver: bool
+
+
+@dataclass(frozen=True)
+class RayCluster:
+    """The cluster that the recipe runs on."""
+
+    started_here: bool
+    num_cpus: int
+    nodes: int
+
+
+@contextlib.contextmanager
+def ray_cluster(settings: RaySettings) -> Iterator[RayCluster]:
+    """Connect to the cluster that is there, or start a local one and end it on leaving.
+
+    Raises:
+        ClusterError: The cluster lacks what cosmos-xenna needs; the message says what.
+    """
+    if ray.is_initialized():
+        with _named_in_environment():
+            yield _checked(settings, started_here=False)
+        return
+    started_here = not cluster_is_there()
+    try:
+        if started_here:
+            _start_local(settings)
+        else:
+            ray.init(log_to_driver=settings.log_to_driver)
+    except (ConnectionError, RuntimeError, ValueError, OSError) as error:
+        what = "start a local Ray cluster" if started_here else "connect to the Ray cluster"
+        raise ClusterError(f"cannot {what}: {error}") from error
+    try:
+        with _named_in_environment():
+            yield _checked(settings, started_here)
+    finally:
+        _shut_down(started_here)
+
+
+def _shut_down(started_here: bool) -> None:
+    """Leave the cluster, or end it with every process of it.
+
+    Why: xenna's actors hold threads that never end, so some of them outlive their job, and even
+    their cluster, and go on using the processor (seen with 0.3.0 and 0.5.12, Ray 2.60).
+    """
+    processes: list[psutil.Process] = []
+    if started_here:  # found as descendants of this process, as long as the cluster is up
+        processes = psutil.Process().children(recursive=True)
+    else:
+        _end_monitors()
+    ray.shutdown()
+    _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_S)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=_SHUTDOWN_S)
+
+
+def _end_monitors() -> None:
+    """End what xenna's monitors of this job left on each node of a cluster that goes on."""
+    mine = [("job_id", "=", ray.get_runtime_context().get_job_id())]
+    try:
+        actors = ray.util.state.list_actors(filters=[*mine, ("class_name", "=", _MONITOR)])
+    except _CLUSTER_GONE as error:
+        _log.warning("cannot ask for left-over processes: %s", error)
+        return
+    pids: dict[str, list[int]] = {}
+    for actor in actors:
+        if actor.pid:
+            pids.setdefault(actor.node_id, []).append(actor.pid)
+    run_on_nodes({node_id: (_end_processes, found) for node_id, found in pids.items()})
+
+
+def _end_processes(pids: Sequence[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process = psutil.Process(pid)
+            if process.cmdline()[:1] == [f"ray::{_MONITOR}"]:
+                process.kill()
+
+
+def run_on_nodes(calls: Mapping[str, tuple[Callable[..., None], Any]]) -> None:
+    """Call a function with an argument on each of some nodes, waiting for them only so long.
+
+    For cleaning up: what cannot be reached any more is left alone, and the log says so.
+    """
+    try:
+        tasks = [
+            ray.remote(num_cpus=0)(function)
+            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
+            .remote(argument)
+            for node_id, (function, argument) in calls.items()
+        ]
+        if tasks:
+            ray.wait(tasks, num_returns=len(tasks), timeout=_NODES_S)
+    except _CLUSTER_GONE as error:
+        _log.warning("cannot clean up on other nodes: %s", error)
+
+
+def other_nodes() -> list[str]:
+    """Return the ids of the nodes beside this one; none when the cluster is gone."""
+    try:
+        here = ray.get_runtime_context().get_node_id()
+        return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
+    except _CLUSTER_GONE as error:
+        _log.warning("cannot list the nodes: %s", error)
+        return []
+
+
+@contextlib.contextmanager
+def _named_in_environment() -> Iterator[None]:
+    """Keep this cluster's address in ``RAY_ADDRESS``.
+
+    xenna asks Ray's state API without saying of which cluster, and Ray then looks for any cluster
+    on the machine: with two of them it refuses, or asks the wrong one.
+    """
+    before = os.environ.get("RAY_ADDRESS")
+    os.environ["RAY_ADDRESS"] = ray.get_runtime_context().gcs_address
+    try:
+        yield
+    finally:
+        del os.environ["RAY_ADDRESS"]
+        if before is not None:
+            os.environ["RAY_ADDRESS"] = before
+
+
+def _start_local(settings: RaySettings) -> None:
+    prepare_environment()  # for callers other than a recipe's __main__, as far as it still helps
+    ray.init(
+        address="local",
+        num_cpus=settings.num_cpus or max(_LOCAL_CPUS, os.cpu_count() or 1),
+        include_dashboard=True,  # xenna asks the state API, which is part of it
+        dashboard_host="127.0.0.1",
+        log_to_driver=settings.log_to_driver,
+    )
+
+
+def _checked(settings: RaySettings, started_here: bool) -> RayCluster:
+    """Describe the cluster, after making sure that the pipeline can run on it."""
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    cluster = RayCluster(started_here, int(ray.cluster_resources().get("CPU", 0)), len(nodes))
+    if not started_here and settings.num_cpus is not None:
+        raise ClusterError(
+            "ray.num_cpus has no effect here, because there is a Ray cluster already; leave it out"
+        )
+    needed = len(nodes) + _PIPELINE_CPUS
+    if cluster.num_cpus < needed:
+        raise ClusterError(
+            f"the Ray cluster has {cluster.num_cpus} CPUs, and the pipeline needs {needed}: one "
+            f"per node for cosmos-xenna's monitor and {_PIPELINE_CPUS} for the stages; these are "
+            "logical CPUs, so a small machine may be started with a higher --num-cpus"
+        )
+    if not started_here:
+        _check_state_api()
+        _check_imports()
+    return cluster
+
+
+def _check_state_api() -> None:
+    """Ask what xenna will ask; a cluster started without the limits refuses."""
+    try:
+        ray.util.state.list_actors(limit=XENNA_ACTOR_LIMIT, filters=[("state", "=", "ALIVE")])
+    except (RayStateApiException, ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        if "exceeds the supported limit" not in reason:
+            raise ClusterError(
+                "cosmos-xenna needs Ray's state API, and it does not answer; start the head with "
+                f"--include-dashboard=true, with ray[default] installed ({reason})"
+            ) from error
+        variables = " ".join(f"{name}={value}" for name, value in XENNA_ENVIRONMENT.items())
+        raise ClusterError(
+            "the Ray cluster refuses what cosmos-xenna asks of it; start the head and the workers "
+            f"with {variables} in their environment ({reason})"
+        ) from error
+
+
+def _check_imports() -> None:
+    """Let a worker import the stages, so that what is missing there is known by name."""
+    try:
+        ray.get(ray.remote(num_cpus=0)(_import_stages).remote())
+    except RayError as error:
+        last_line = str(error).strip().splitlines()[-1]
+        raise ClusterError(
+            "the cluster's workers cannot import the recipe's stages; install raywb[recipes] there "
+            f"or submit the job with --working-dir ({last_line})"
+        ) from error
+
+
+def _import_stages() -> None:
+    import recipes.pipeline
+    import recipes.stages.download
+    import recipes.stages.tokenizer  # noqa: F401
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return what a worker raised, out of the wrappers that Ray and xenna put around it."""
+    while True:
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            return error
+        error = inner

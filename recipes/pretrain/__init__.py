@@ -1,0 +1,1 @@
+"""Pretraining: ``data_prep`` makes Megatron datasets from text (see ``__main__``)."""

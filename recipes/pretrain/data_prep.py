@@ -1,0 +1,328 @@
+"""Data preparation for pretraining: text in, Megatron indexed datasets out.
+
+    python -m recipes.pretrain tiny
+    python -m recipes.pretrain input.paths=[/data/*.jsonl.gz] output_dir=/data/tokens
+
+    list and cut the inputs, train or load the tokenizer          here, in the driver
+      → PlanStage                 is the shard finished already?  in Ray workers,
+      → DownloadStage             bring its input to the node     one task per shard
+      → BinIdxTokenizationStage   tokenize, write .bin .idx and receipt
+    add up, check, write the blend                                here again
+
+The same input and settings give the same bytes, however many workers there are. A start after a
+kill makes only the shards that have no valid receipt.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+
+from cosmos_xenna.pipelines.v1 import Resources, Stage, StageSpec, WorkerMetadata
+
+from recipes.cluster import RayCluster, RaySettings, ray_cluster
+from recipes.errors import CountsError, InputError
+from recipes.pipeline import PipelineIdentity, run_stages
+from recipes.pretrain.indexed_dataset import IndexedDatasetWriter, token_type
+from recipes.settings import Count, Text, settings_as_dict
+from recipes.stages.documents import DocumentReader, LocalFile
+from recipes.stages.download import (
+    DownloadStage,
+    FetchedShard,
+    files_on_this_node,
+    remove_scratch_everywhere,
+)
+from recipes.stages.layout import OutputLayout
+from recipes.stages.manifest import Manifest, claim
+from recipes.stages.plan import PlanStage
+from recipes.stages.receipts import Receipt, Totals, add_up, write_blend, write_receipt
+from recipes.stages.scratch import Scratch
+from recipes.stages.shards import Shard, cut_into_shards, fingerprint
+from recipes.stages.sources import InputSettings, list_inputs
+from recipes.stages.tokenizer import (
+    DocumentEncoder,
+    PreparedTokenizer,
+    TokenizerMaker,
+    TokenizerSettings,
+)
+from recipes.terminal import Terminal
+from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings, tracked
+
+__all__ = [
+    "BinIdxTokenizationStage",
+    "DataPrepResult",
+    "PretrainSettings",
+    "ShardResult",
+    "prepare_data",
+]
+
+#: Changes when the same settings begin to give other bytes; finished shards are then made anew.
+_FORMAT_VERSION = 1
+
+
+#: The prefix of all that this recipe logs.
+_STAGE = "pretrain/data_prep"
+
+
+@dataclass(frozen=True)
+class WorkerSettings:
+    """How many workers each stage has; null leaves it to xenna's autoscaler."""
+
+    plan: Count | None
+    download: Count | None
+    tokenize: Count | None
+
+
+@dataclass(frozen=True)
+class PretrainSettings:
+    """Everything that ``default.yaml`` holds."""
+
+    output_dir: Text
+    overwrite: bool
+    input: InputSettings
+    tokenizer: TokenizerSettings
+    workers: WorkerSettings
+    ray: RaySettings
+    observability: ObservabilitySettings
+    wandb: WandbSettings
+
+    def idle_keys(self) -> dict[str, str]:
+        """Return the keys that change nothing beside another, each with the other one."""
+        idle: dict[str, str] = {}
+        if not self.tokenizer.trained:
+            trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
+            idle |= dict.fromkeys(trained_only, "tokenizer.source")
+        if self.input.format == "text":
+            idle["input.text_field"] = "input.format"
+        return idle
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard, and whether this start made it."""
+
+    receipt: Receipt
+    made_now: bool
+
+
+@dataclass(frozen=True)
+class DataPrepResult:
+    """What came out, for the summary."""
+
+    totals: Totals
+    shards_made: int
+    shards_removed: int
+    duration_s: float
+    vocabulary_size: int
+    bottleneck_stage: str | None
+    run: TrackedRun
+    cluster: RayCluster
+
+
+class BinIdxTokenizationStage(Stage[FetchedShard, ShardResult]):  # type: ignore[misc]
+    """Writes one shard per task: the tokens, their index, and last the receipt."""
+
+    def __init__(
+        self,
+        layout: OutputLayout,
+        scratch: Scratch,
+        inputs: InputSettings,
+        tokenizer: PreparedTokenizer,
+        settings_fingerprint: str,
+    ) -> None:
+        self._layout = layout
+        self._scratch = scratch
+        self._inputs = inputs
+        self._tokenizer = tokenizer
+        self._settings_fingerprint = settings_fingerprint
+        self._encoder: DocumentEncoder | None = None
+
+    @property
+    def required_resources(self) -> Resources:
+        """One core, kept busy."""
+        return Resources(cpus=1.0)
+
+    def setup(self, worker_metadata: WorkerMetadata) -> None:
+        """Load the tokenizer, once per worker."""
+        self._encoder = DocumentEncoder(self._tokenizer)
+
+    def process_data(self, in_data: list[FetchedShard]) -> list[ShardResult]:
+        """Finish each shard; one that is finished already passes through."""
+        return [self._finish(fetched) for fetched in in_data]
+
+    def _finish(self, fetched: FetchedShard) -> ShardResult:
+        if fetched.receipt is not None:
+            return ShardResult(fetched.receipt, made_now=False)
+        receipt = self._make(fetched.shard, files_on_this_node(fetched, self._scratch))
+        write_receipt(self._layout, receipt)
+        self._scratch.remove(fetched.shard)
+        return ShardResult(receipt, made_now=True)
+
+    def _make(self, shard: Shard, files: tuple[LocalFile, ...]) -> Receipt:
+        assert self._encoder is not None, "setup() comes first"
+        reader = DocumentReader(self._inputs.text_field, self._inputs.max_document_bytes)
+        texts = (text for file in files for text in reader.read(file))
+        dtype = token_type(self._tokenizer.vocabulary_size)
+        with IndexedDatasetWriter(self._layout.shard_prefix(shard.name), dtype) as writer:
+            for token_ids in self._encoder.encode(texts):
+                if token_ids:
+                    writer.add_document(token_ids)
+                else:
+                    reader.filtered["empty"] += 1
+            written = writer.finish()
+        return Receipt(
+            shard=shard.name,
+            settings_fingerprint=self._settings_fingerprint,
+            input_fingerprint=shard.input_fingerprint,
+            rows_in=reader.rows_in,
+            rows_kept=written.documents,
+            rows_filtered=dict(reader.filtered),
+            rows_errors=dict(reader.errors),
+            tokens=written.tokens,
+            bin=written.bin,
+            idx=written.idx,
+        )
+
+
+def prepare_data(
+    settings: PretrainSettings, layout: OutputLayout, terminal: Terminal
+) -> DataPrepResult:
+    """Make all shards that are missing, and the blend.
+
+    Args:
+        settings: What is made, from what.
+        layout: The output directory; the caller holds its lock.
+        terminal: Where steps and progress are shown.
+
+    Raises:
+        RecipeError: One of its subclasses; a later start goes on where this one ended.
+    """
+    began = time.monotonic()
+    terminal.step(f"Listing {', '.join(settings.input.paths)} …")
+    inputs = settings.input
+    shards = cut_into_shards(list_inputs(inputs), inputs.shard_bytes, inputs.limit_bytes)
+    scratch = Scratch.of(layout.root, inputs.max_document_bytes + 4)
+    tokenizer = _claim_output(settings, layout, scratch, shards, terminal)
+    settings_fingerprint = fingerprint(
+        [
+            _FORMAT_VERSION,
+            tokenizer.xxh64,
+            tokenizer.eod_id,
+            inputs.text_field,
+            inputs.max_document_bytes,
+        ]
+    )
+    stages = [
+        StageSpec(PlanStage(layout.root, settings_fingerprint), settings.workers.plan),
+        StageSpec(DownloadStage(scratch), settings.workers.download),
+        StageSpec(
+            BinIdxTokenizationStage(layout, scratch, inputs, tokenizer, settings_fingerprint),
+            settings.workers.tokenize,
+        ),
+    ]
+    identity = PipelineIdentity(
+        pipeline_kind="pretrain",
+        run_hash=fingerprint(settings_as_dict(settings)),
+        run_dir=str(layout.root),
+        dataset_names=inputs.paths,
+    )
+    terminal.step(f"{len(shards)} shards; starting or joining Ray …")
+    with (
+        ray_cluster(settings.ray) as cluster,
+        tracked(
+            settings.wandb,
+            _STAGE,
+            finish=cluster.started_here,
+            announce=terminal.step,
+        ) as run,
+    ):
+        run.config({_STAGE: settings_as_dict(settings)})
+        try:
+            results, bottleneck = run_stages(
+                shards,
+                stages,
+                identity=identity,
+                observability=settings.observability,
+                run=run,
+                terminal=terminal,
+                unobserved_progress=lambda: [("shards", layout.count_receipts(), len(shards))],
+            )
+        finally:
+            remove_scratch_everywhere(scratch)
+        totals = _checked_totals(shards, results)
+        write_blend(layout, [result.receipt for result in results], tokenizer.xxh64)
+        result = DataPrepResult(
+            totals=totals,
+            shards_made=sum(result.made_now for result in results),
+            shards_removed=_remove_surplus(layout, shards),
+            duration_s=time.monotonic() - began,
+            vocabulary_size=tokenizer.vocabulary_size,
+            bottleneck_stage=bottleneck,
+            run=run,
+            cluster=cluster,
+        )
+        _report(run, result)
+    return result
+
+
+def _claim_output(
+    settings: PretrainSettings,
+    layout: OutputLayout,
+    scratch: Scratch,
+    shards: tuple[Shard, ...],
+    terminal: Terminal,
+) -> PreparedTokenizer:
+    """Make sure that the output directory is of these settings, and lay the tokenizer into it."""
+    maker = TokenizerMaker(settings.tokenizer, settings.input, shards)
+    plain = settings_as_dict(settings)
+    wanted = Manifest({name: plain[name] for name in ("input", "tokenizer")}, maker.fingerprint())
+    manifest = claim(layout, wanted, settings.overwrite)
+    tokenizer = maker.prepare(layout, scratch, manifest.tokenizer_xxh64, terminal.step)
+    replace(manifest, tokenizer_xxh64=tokenizer.xxh64).write(layout)
+    return tokenizer
+
+
+def _checked_totals(shards: tuple[Shard, ...], results: list[ShardResult]) -> Totals:
+    """Add up what all shards hold, after making sure that none is missing or there twice."""
+    expected = sorted(shard.name for shard in shards)
+    found = sorted(result.receipt.shard for result in results)
+    if found != expected:
+        raise CountsError(
+            f"{len(expected)} shards went into the pipeline and {len(found)} came out; "
+            f"missing: {sorted(set(expected) - set(found))[:5]}; please report this"
+        )
+    totals = add_up(result.receipt for result in results)
+    if not totals.rows_kept:
+        raise InputError(
+            f"the input holds no document: {totals.rows_in} rows read, left out: "
+            f"{totals.rows_filtered | totals.rows_errors}"
+        )
+    return totals
+
+
+def _remove_surplus(layout: OutputLayout, shards: tuple[Shard, ...]) -> int:
+    """Remove shards of an earlier, larger input; the blend no longer names them."""
+    surplus = layout.shard_names() - {shard.name for shard in shards}
+    for name in surplus:
+        layout.remove_shard(name)
+    return len(surplus)
+
+
+def _report(run: TrackedRun, result: DataPrepResult) -> None:
+    """Put the totals into the W&B run."""
+    totals = result.totals
+    counts = {
+        "rows_in": totals.rows_in,
+        "rows_kept": totals.rows_kept,
+        "rows_filtered": sum(totals.rows_filtered.values()),
+        "rows_errors": sum(totals.rows_errors.values()),
+        **{f"rows_filtered/{kind}": count for kind, count in totals.rows_filtered.items()},
+        **{f"rows_errors/{kind}": count for kind, count in totals.rows_errors.items()},
+        "tokens": totals.tokens,
+        "size_bytes": totals.size_bytes,
+        "shards": totals.shards,
+        "shards_made": result.shards_made,
+        "duration_s": result.duration_s,
+    }
+    run.log(counts)
+    run.summary(counts)

@@ -1,0 +1,235 @@
+"""Where inputs come from: one small interface, so that a new kind of store touches nothing else.
+
+    input.paths → Source.list() → InputFile …           the driver, once
+    InputFile   → Source.open() → bytes                 a DownloadStage worker, per shard
+
+A location is a file, a directory, a glob, or ``stdlib://[package]``: the source files of Python's
+standard library, the input that is real and on every machine.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import glob
+import itertools
+import os
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Annotated, BinaryIO, Literal, Protocol
+
+from recipes.errors import InputError
+from recipes.settings import Count, NotEmpty, Text
+
+__all__ = ["InputFile", "InputSettings", "Source", "list_inputs", "source_of"]
+
+Format = Literal["text", "jsonl"]
+
+#: How a file is read, by its ending (before ``.gz``). A text is one document, a JSONL line is one.
+_FORMAT_OF_SUFFIX: dict[str, Format] = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".rst": "text",
+    ".py": "text",
+}
+
+
+@dataclass(frozen=True)
+class InputSettings:
+    """What is read, and what counts as one document."""
+
+    paths: Annotated[tuple[str, ...], NotEmpty()]
+    format: Literal["auto", "text", "jsonl"]
+    text_field: Text
+    exclude: tuple[str, ...]
+    limit_bytes: Count | None
+    shard_bytes: Count
+    max_document_bytes: Count
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """A file as its store lists it."""
+
+    #: What :meth:`Source.open` takes.
+    url: str
+    #: Relative to the location that was asked for, so the same on every machine.
+    name: str
+    size_bytes: int
+    #: Another text whenever the content may be another: modification time, etag.
+    version: str
+
+
+@dataclass(frozen=True)
+class InputFile(StoredFile):
+    """A stored file, and how it is to be read."""
+
+    format: Format
+    gzip: bool
+
+
+class Source(Protocol):
+    """A store of input files."""
+
+    def list(self, location: str) -> Iterable[tuple[StoredFile, bool]]:
+        """Yield the files at a location in any order, each with whether it was asked for by name.
+
+        Files that were only found in a directory are skipped when their ending is unknown.
+        """
+        ...
+
+    def stat(self, url: str) -> tuple[int, str]:
+        """Return size and version of a file now."""
+        ...
+
+    def readable(self, url: str) -> bool:
+        """Say whether this process may read a file, as far as that is known before opening it."""
+        ...
+
+    def open(self, url: str) -> BinaryIO:
+        """Open a file for reading; the reader can seek."""
+        ...
+
+
+class LocalSource:
+    """Files, directories and globs that this node sees in its own file system."""
+
+    #: Directories that are not walked into, beside hidden ones.
+    _left_out: frozenset[str] = frozenset()
+
+    def list(self, location: str) -> Iterator[tuple[StoredFile, bool]]:
+        """Yield the files at a path or a glob; a directory is walked, hidden names left out."""
+        pattern = Path(location).expanduser()
+        matches = [str(pattern)] if pattern.exists() else glob.glob(str(pattern), recursive=True)
+        root = _fixed_part(pattern) if not pattern.exists() else pattern
+        for match in map(Path, matches):
+            if match.is_dir():
+                yield from ((file, False) for file in self._walk(match, root))
+            elif match.is_file():
+                name = match.name if match == root else match.relative_to(root).as_posix()
+                yield self._stored(match, name), True
+
+    def stat(self, url: str) -> tuple[int, str]:
+        """Return size and modification time of a file now."""
+        status = os.stat(url)
+        return status.st_size, f"{status.st_mtime_ns:x}"
+
+    def readable(self, url: str) -> bool:
+        """Say whether this process has the permission to read a file."""
+        return os.access(url, os.R_OK)
+
+    def open(self, url: str) -> BinaryIO:
+        """Open a file for reading."""
+        return open(url, "rb")
+
+    def _walk(self, top: Path, root: Path) -> Iterator[StoredFile]:
+        for folder, subfolders, files in os.walk(top):
+            subfolders[:] = [
+                name
+                for name in subfolders
+                if not name.startswith(".") and name not in self._left_out
+            ]
+            for name in files:
+                path = Path(folder, name)
+                if not name.startswith(".") and path.is_file():
+                    yield self._stored(path, path.relative_to(root).as_posix())
+
+    def _stored(self, path: Path, name: str) -> StoredFile:
+        size_bytes, version = self.stat(str(path))
+        return StoredFile(str(path.absolute()), name, size_bytes, version)
+
+
+class StandardLibrarySource(LocalSource):
+    """The source files of the standard library of the Python that runs the recipe."""
+
+    #: Not part of the library, or not its source.
+    _left_out = frozenset({"site-packages", "dist-packages", "__pycache__"})
+
+    def list(self, location: str) -> Iterator[tuple[StoredFile, bool]]:
+        """Yield the library's ``.py`` files, or those of one package: ``stdlib://asyncio``."""
+        root = Path(sysconfig.get_path("stdlib"), location.removeprefix("stdlib://"))
+        yield from ((file, False) for file in self._walk(root, root) if file.name.endswith(".py"))
+
+
+_SOURCES: dict[str, Source] = {"": LocalSource(), "stdlib": StandardLibrarySource()}
+
+
+def source_of(location: str) -> Source:
+    """Return the store that a location or a file's url belongs to.
+
+    Raises:
+        InputError: There is no store for this scheme.
+    """
+    scheme = location.partition("://")[0] if "://" in location else ""
+    if scheme not in _SOURCES:
+        known = ", ".join(f"{name}://" for name in _SOURCES if name)
+        raise InputError(
+            f"input.paths: no store for {scheme}:// ({location}); allowed: paths, globs, {known}"
+        )
+    return _SOURCES[scheme]
+
+
+def list_inputs(settings: InputSettings) -> tuple[InputFile, ...]:
+    """List every input once, in an order that depends on nothing but the input and the settings.
+
+    Raises:
+        InputError: A location holds nothing, or a file cannot be read or has an unknown ending.
+    """
+    files: dict[str, InputFile] = {}
+    for location in settings.paths:
+        found = sorted(_list_location(location, settings), key=lambda file: file.name)
+        if not found:
+            raise InputError(f"input.paths: nothing to read at {location}")
+        for file in found:
+            files.setdefault(file.url, file)
+    return tuple(files.values())
+
+
+def _list_location(location: str, settings: InputSettings) -> Iterator[InputFile]:
+    source = source_of(location)
+    try:
+        for stored, by_name in source.list(location):
+            if _excluded(stored.name, settings.exclude):
+                continue
+            file = _with_format(stored, by_name, settings)
+            if file is None:
+                continue
+            if not source.readable(file.url):
+                raise InputError(f"input.paths: no permission to read {file.url}")
+            yield file
+    except OSError as error:
+        raise InputError(
+            f"input.paths: cannot list {location}: {error.strerror} ({error.filename})"
+        ) from error
+
+
+def _excluded(name: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _with_format(stored: StoredFile, by_name: bool, settings: InputSettings) -> InputFile | None:
+    """Say how a file is read; None leaves out what lies in a directory with another ending."""
+    name = stored.name.lower()
+    suffix = PurePosixPath(name.removesuffix(".gz")).suffix
+    form = _FORMAT_OF_SUFFIX.get(suffix) if settings.format == "auto" else settings.format
+    if form is None:
+        if not by_name:
+            return None
+        raise InputError(
+            f"input.paths: cannot tell how to read {stored.url}; known endings: "
+            f"{', '.join(sorted(_FORMAT_OF_SUFFIX))}, each also with .gz; "
+            "or set input.format=text or input.format=jsonl"
+        )
+    return InputFile(
+        stored.url, stored.name, stored.size_bytes, stored.version, form, name.endswith(".gz")
+    )
+
+
+def _fixed_part(pattern: Path) -> Path:
+    """Return the folder below which all matches of a glob lie."""
+    fixed = list(itertools.takewhile(lambda part: not glob.has_magic(part), pattern.parts[:-1]))
+    return Path(*fixed)

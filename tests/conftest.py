@@ -1,0 +1,31 @@
+"""What all tests share: an environment that says nothing, and a Ray cluster per module."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+from ray_cluster import FOREIGN, RayCluster
+
+#: Of Ray's many variables, those that say where a cluster is and which job this would be.
+_WHERE = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+
+
+@pytest.fixture(autouse=True)
+def _clean_environment(
+    monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Nobody's W&B key, run id, Slurm job or Ray address decides how a test ends."""
+    for name in list(os.environ):
+        if name in _WHERE or name.startswith(FOREIGN):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    """A cluster that a module's tests share; ``finish`` and ``start`` part their runs."""
+    with RayCluster.start(num_cpus=4) as started:
+        yield started

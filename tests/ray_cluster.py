@@ -1,0 +1,367 @@
+"""Real Ray clusters and real driver processes for tests, each with its own directories.
+
+A test starts a cluster (``ray start --head --block``), runs driver scripts on it as processes of
+their own, and talks to them in between::
+
+    with RayCluster.start() as cluster:
+        driver = cluster.driver('''
+            import raywb
+            from ray_cluster import report, told
+            report(raywb.start(project="demo").id)
+            told()                       # until the test says something
+        ''')
+        run_id = driver.next_report()
+        driver.tell("go on")
+        driver.succeed()
+
+Nothing here touches another Ray of the machine: what was started is ended by its process id.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+__all__ = [
+    "Driver",
+    "RayCluster",
+    "clean_environment",
+    "driver_alone",
+    "report",
+    "told",
+    "until",
+    "without_service",
+]
+
+#: Variables with these beginnings would make a test depend on who runs it, and where.
+FOREIGN = ("WANDB_", "RAYWB_", "SLURM_", "SUBMITIT_")
+
+#: Longest that anything here waits, in seconds, unless it is told otherwise. Machines that run
+#: several clusters at a time are slow.
+PATIENCE_S = 120.0
+
+#: Names the descriptor through which a driver talks to its test.
+_CHANNEL = "DRIVER_CHANNEL_FD"
+
+_T = TypeVar("_T")
+
+
+def until(what: str, condition: Callable[[], _T | None], timeout_s: float = PATIENCE_S) -> _T:
+    """Wait until ``condition()`` is true, and return it.
+
+    Raises:
+        TimeoutError: it was not in time; ``what`` says what was waited for.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not (found := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {timeout_s:g} s in vain for {what}")
+        time.sleep(0.02)
+    return found
+
+
+def clean_environment(home: Path) -> dict[str, str]:
+    """This process's environment without what would steer raywb, W&B or Ray."""
+    foreign = (*FOREIGN, "RAY_")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(foreign)}
+    paths = [str(_package_root()), str(Path(__file__).parent)]
+    return kept | {
+        "HOME": str(home),
+        "PYTHONPATH": os.pathsep.join([*paths, *filter(None, [kept.get("PYTHONPATH")])]),
+        # A local cluster leaves a token in HOME which would switch authentication on later.
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        # Workers start when they are wanted: on a small machine the others only cost time.
+        "RAY_prestart_worker_first_driver": "0",
+        "RAY_enable_worker_prestart": "0",
+        "RAY_raylet_start_wait_time_s": "120",
+    }
+
+
+def _package_root() -> Path:
+    """Where raywb lies; it is not imported here, since drivers import this module too."""
+    spec = importlib.util.find_spec("raywb")
+    assert spec is not None, "raywb is not installed, and this is not its directory"
+    assert spec.origin is not None
+    return Path(spec.origin).parents[1]
+
+
+class Driver:
+    """A Python script that runs as a process of its own."""
+
+    def __init__(self, script: str, directory: Path, environment: Mapping[str, str]) -> None:
+        directory.mkdir(parents=True)
+        self.directory = directory
+        self._log = directory / "output.log"
+        path = directory / "driver.py"
+        path.write_text(textwrap.dedent(script))
+        ours, theirs = socket.socketpair()
+        with open(self._log, "wb") as log, theirs:
+            self._process = psutil.Popen(
+                [sys.executable, str(path)],
+                cwd=directory,
+                env={**environment, _CHANNEL: str(theirs.fileno())},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                pass_fds=[theirs.fileno()],
+            )
+        self._socket = ours
+        self._lines = ours.makefile("r", encoding="utf-8")
+
+    @property
+    def pid(self) -> int:
+        return int(self._process.pid)
+
+    @property
+    def output(self) -> str:
+        """All that the driver printed, and what Ray printed there for its workers."""
+        return self._log.read_text(errors="replace")
+
+    def next_report(self, timeout_s: float = PATIENCE_S) -> Any:
+        """What the script reports next.
+
+        Raises:
+            AssertionError: the script ended, or reported nothing in time.
+        """
+        self._socket.settimeout(timeout_s)
+        try:
+            line = self._lines.readline()
+        except TimeoutError:
+            line = ""
+        if not line:
+            raise AssertionError(f"the driver reports nothing more; it printed:\n{self.output}")
+        return json.loads(line)
+
+    def tell(self, value: Any = None) -> None:
+        """Answer the script's ``told()``."""
+        self._socket.sendall(json.dumps(value).encode() + b"\n")
+
+    def wait(self, timeout_s: float = PATIENCE_S) -> int:
+        """Wait for the end of the process; returns its exit code."""
+        return int(self._process.wait(timeout_s))
+
+    def succeed(self, timeout_s: float = PATIENCE_S) -> Any:
+        """Wait for a last report and a good end; returns the report (None: there was none)."""
+        self._socket.settimeout(timeout_s)
+        lines = self._lines.readlines()
+        assert self.wait(timeout_s) == 0, self.output
+        return json.loads(lines[-1]) if lines else None
+
+    def close(self) -> None:
+        """End the process and what it started, if there still is any."""
+        _end([self._process, *_descendants(self._process)])
+        self._lines.close()
+        self._socket.close()
+
+
+class RayCluster:
+    """A Ray cluster on this machine, which belongs to no driver.
+
+    Attributes:
+        root: directory of everything that belongs to it.
+        home: the HOME of its processes and drivers.
+        address: what drivers connect to; they find it in ``RAY_ADDRESS``.
+    """
+
+    def __init__(self, root: Path, num_cpus: int) -> None:
+        self.root = root
+        self.home = root / "home"
+        self.home.mkdir()
+        self._drivers: list[Driver] = []
+        self._nodes: list[psutil.Popen] = []
+        self._environment = clean_environment(self.home)
+        head = [
+            *("--head", "--port=0", f"--temp-dir={root / 'ray'}", f"--num-cpus={num_cpus}"),
+            *("--include-dashboard=false", f"--dashboard-port={_free_port()}"),
+            f"--ray-client-server-port={_free_port()}",
+        ]
+        try:
+            said = self._start_node(*head)
+            self.address = re.findall(r"--address='([^']+)'", said)[0]
+        except BaseException:
+            self.close()
+            raise
+        self._environment["RAY_ADDRESS"] = self.address
+
+    @classmethod
+    @contextlib.contextmanager
+    def start(cls, num_cpus: int = 4) -> Iterator[RayCluster]:
+        """Start a cluster, and end it with the block."""
+        # Ray's socket paths have 107 characters at most, so pytest's directories are too deep.
+        root = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
+        try:
+            cluster = cls(root, num_cpus)
+            try:
+                yield cluster
+            finally:
+                cluster.close()
+        finally:
+            shutil.rmtree(root, ignore_errors=True)
+
+    def add_node(self, num_cpus: int) -> None:
+        """Add a node, which is another raylet on this machine."""
+        self._start_node(f"--address={self.address}", f"--num-cpus={num_cpus}")
+
+    def _start_node(self, *arguments: str) -> str:
+        """Run ``ray start`` in the foreground; returns what it said when it was up."""
+        log = self.root / f"node_{len(self._nodes)}.log"
+        with open(log, "wb") as output:
+            process = psutil.Popen(
+                [
+                    *(sys.executable, "-c", "from ray.scripts.scripts import main; main()"),
+                    *("start", "--block", "--disable-usage-stats"),
+                    # Ray's usual port numbers are those of every other cluster on the machine.
+                    *("--min-worker-port=0", "--max-worker-port=0"),
+                    *("--dashboard-agent-listen-port=0", "--object-store-memory=100000000"),
+                    *arguments,
+                ],
+                cwd=self.root,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+        self._nodes.append(process)
+
+        def said() -> str | None:
+            text = log.read_text(errors="replace")
+            assert process.poll() is None, f"Ray did not start:\n{text}"
+            return text if "Ray runtime started" in text and "--block" in text else None
+
+        return until("Ray to start", said)
+
+    def driver(self, script: str, environment: Mapping[str, str] | None = None) -> Driver:
+        """Start a script as a driver of this cluster; it ends with the cluster at the latest."""
+        directory = self.root / f"driver_{len(self._drivers)}"
+        driver = Driver(script, directory, {**self._environment, **(environment or {})})
+        self._drivers.append(driver)
+        return driver
+
+    def run_driver(self, script: str, environment: Mapping[str, str] | None = None) -> Any:
+        """Run a script to its good end; returns its last report."""
+        return self.driver(script, environment).succeed()
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """The cluster's living processes whose command line has ``name`` in it."""
+        return [
+            process
+            for node in self._nodes
+            for process in _descendants(node)
+            if name in _command(process)
+        ]
+
+    def service(self) -> psutil.Process | None:
+        """The process of raywb's actor, when there is one."""
+        return next(iter(self.processes("ray::RaywbService")), None)
+
+    def close(self) -> None:
+        """End drivers and cluster, and all that they started."""
+        for driver in self._drivers:
+            driver.close()
+        started = [process for node in self._nodes for process in _descendants(node)]
+        for node in reversed(self._nodes):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                node.terminate()
+        _end([*self._nodes, *started], grace_s=3.0)
+
+
+@contextlib.contextmanager
+def driver_alone(script: str, environment: Mapping[str, str] | None = None) -> Iterator[Driver]:
+    """Run a script without a cluster; it may start its own with ``ray.init(address="local")``."""
+    root = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
+    home = root / "home"
+    home.mkdir()
+    ours = {**clean_environment(home), "RAY_TMPDIR": str(root / "ray")}
+    driver = Driver(script, root / "driver", {**ours, **(environment or {})})
+    try:
+        yield driver
+    finally:
+        driver.close()
+        shutil.rmtree(root, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except (psutil.NoSuchProcess, psutil.ZombieProcess):
+        return ""
+
+
+def _end(processes: list[psutil.Process], grace_s: float = 0.0) -> None:
+    """Kill what is still there after ``grace_s``, and wait for the end."""
+    _, alive = psutil.wait_procs(processes, timeout=grace_s)
+    for process in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(alive, timeout=10)
+
+
+# ----------------------------------------------------------------------------------------------
+# The driver's side
+
+
+_channel: socket.socket | None = None
+
+
+def _to_the_test() -> socket.socket:
+    global _channel
+    if _channel is None:
+        _channel = socket.socket(fileno=int(os.environ[_CHANNEL]))
+    return _channel
+
+
+def report(value: Any) -> None:
+    """In a driver: send the test a value that JSON can carry."""
+    _to_the_test().sendall(json.dumps(value).encode() + b"\n")
+
+
+def without_service() -> None:
+    """In a driver: the cluster as if nobody had used raywb on it before."""
+    from raywb import cluster, connection
+    from raywb.lifecycle import stop_service
+
+    stop_service()
+    until("the service's name to be free", lambda: cluster.find_service() is None)
+    # A service in another directory has never seen what earlier sources left.
+    for base in connection.local_journals(cluster.connect()):
+        shutil.rmtree(base, ignore_errors=True)
+
+
+def told() -> Any:
+    """In a driver: wait for what the test tells next."""
+    line = b""
+    while not line.endswith(b"\n"):
+        byte = _to_the_test().recv(1)
+        if not byte:
+            raise SystemExit("the test is gone")
+        line += byte
+    return json.loads(line)
