@@ -376,9 +376,10 @@ def test_refusals_reach_the_run(service: LocalService, caplog: pytest.LogCapture
     assert client.flush()
     report = service.service.finish(60.0, 0)
     assert report.rejected == 6
+    assert (report.received_rows, report.delivered_rows) == (3, 3)
     (run,) = read_runs(service.directory).values()
     assert [row.get("s/fine") for row in run.history[:3]] == [1, 1, 1]
-    assert run.summary["raywb/rejected"] == 6
+    assert run.history[-1]["raywb/rejected"] == run.summary["raywb/rejected"] == 6
 
 
 def request(

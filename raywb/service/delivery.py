@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 from raywb.rows import ROW_TAG, Frame, scan
 from raywb.service.fold import Fold
 from raywb.service.ledger import Ledger
 from raywb.service.merge import Merge
-from raywb.service.outbox import Batch, Item, Outbox
+from raywb.service.outbox import Batch, Item, Outbox, OutRow
 
 __all__ = ["Delivery"]
 
@@ -19,6 +20,7 @@ class Delivery:
     Attributes:
         position: everything in the ledger before it is consumed.
         folds: what each run amounts to, by run number.
+        own_rows: rows of raywb's own making, by run number.
 
     Raises:
         OSError: the directory cannot be made or read.
@@ -29,6 +31,7 @@ class Delivery:
         self.outbox = Outbox(directory / "outbox")
         self.merge = Merge()
         self.folds: dict[int, Fold] = {}
+        self.own_rows: Counter[int] = Counter()
         self.position = 0
         self._unwritten: Batch | None = None
         for batch in self.outbox.recover():
@@ -38,6 +41,7 @@ class Delivery:
     def _take(self, batch: Batch) -> None:
         self.position = max(self.position, batch.ledger_position)
         for item in batch.items:
+            self.own_rows[item.run] += not batch.consumed and isinstance(item, OutRow)
             self.folds.setdefault(item.run, Fold()).apply(item)
 
     def open_run(self, number: int) -> None:

@@ -275,7 +275,8 @@ class Runs:
             run=run.info,
             exit_code=run.exit_code or 0,
             received_rows=merge.rows,
-            delivered_rows=delivered,
+            # What raywb itself wrote into the run is no row that anybody logged.
+            delivered_rows=max(delivered - self._delivery.own_rows[run.number], 0),
             undelivered_rows=undelivered,
             lost=merge.lost,
             rejected=merge.rejected,
