@@ -126,9 +126,15 @@ def test_names_and_sizes(path: Path) -> None:
     assert path.read_text().startswith('"""') or not path.read_text()
 
 
-@pytest.mark.parametrize("page", sorted(REPOSITORY.rglob("README.md")), ids=str)
+def pages() -> list[Path]:
+    """Every page of the project; environments lie in hidden directories."""
+    found = (path.relative_to(REPOSITORY) for path in REPOSITORY.rglob("README.md"))
+    return sorted(page for page in found if not any(part[0] == "." for part in page.parts))
+
+
+@pytest.mark.parametrize("page", pages(), ids=str)
 def test_links_lead_somewhere(page: Path) -> None:
     """Every relative link of every page leads to a file."""
-    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (REPOSITORY / page).read_text()):
         if "://" not in target:
-            assert (page.parent / target).exists(), f"{page}: {target}"
+            assert (REPOSITORY / page.parent / target).exists(), f"{page}: {target}"
