@@ -187,7 +187,7 @@ def test_the_main_job_tells_the_truth(home: Path) -> None:
     assert records[-1]["bottleneck_stage"] == run.summary["xenna/bottleneck_stage"]
     assert {record["pipeline_kind"] for record in records} == {"pretrain"}
 
-    receipts = [json.loads(path.read_text()) for path in job.output.glob("**/*.receipt.json")]
+    receipts = [json.loads(path.read_text()) for path in job.output.glob("receipts/*.json")]
     assert len(receipts) == len(shards)
     summary = run.summary
     assert summary["pretrain/data_prep/tokens"] == tokens
@@ -200,7 +200,9 @@ def test_the_main_job_tells_the_truth(home: Path) -> None:
     assert str(len(shards)) in printed
     assert f"{tokens:,}" in printed
     assert str(job.run_directory) in printed
-    assert blend
+    prefixes, weights = blend["blend"][1::2], blend["blend"][::2]
+    assert [job.output / f"{prefix}.idx" for prefix in prefixes] == shards
+    assert [float(weight) for weight in weights] == [idx_tokens(path) for path in shards]
 
 
 @pytest.mark.ray
