@@ -10,15 +10,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import psutil
 import ray
 import ray.util.state
-from ray.exceptions import RayError, RayTaskError
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+from ray.exceptions import RayError
 from ray.util.state.exception import RayStateApiException
 
 from recipes.errors import ClusterError
@@ -28,9 +26,10 @@ from recipes.local_ray import (
     cluster_is_there,
     prepare_environment,
 )
+from recipes.nodes import CLUSTER_GONE, run_on_nodes
 from recipes.settings import Count
 
-__all__ = ["RayCluster", "RaySettings", "other_nodes", "ray_cluster", "root_cause", "run_on_nodes"]
+__all__ = ["RayCluster", "RaySettings", "ray_cluster"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,14 +40,8 @@ _LOCAL_CPUS = 8
 #: What PlanStage, DownloadStage and one tokenizing worker take together, beside one CPU per node.
 _PIPELINE_CPUS = 2
 
-#: What Ray raises when nobody answers any more.
-_CLUSTER_GONE = (RayError, RayStateApiException, ConnectionError, RuntimeError)
-
 #: xenna's actor of which every node gets one.
 _MONITOR = "NodeResourceMonitor"
-
-#: How long a recipe waits at its end for the nodes of a cluster to clean up.
-_NODES_S = 20.0
 
 #: How long processes of a local cluster may take to end by themselves.
 _SHUTDOWN_S = 1.0
@@ -122,7 +115,7 @@ def _end_monitors() -> None:
     mine = [("job_id", "=", ray.get_runtime_context().get_job_id())]
     try:
         actors = ray.util.state.list_actors(filters=[*mine, ("class_name", "=", _MONITOR)])
-    except _CLUSTER_GONE as error:
+    except CLUSTER_GONE as error:
         _log.warning("cannot ask for left-over processes: %s", error)
         return
     pids: dict[str, list[int]] = {}
@@ -138,34 +131,6 @@ def _end_processes(pids: Sequence[int]) -> None:
             process = psutil.Process(pid)
             if process.cmdline()[:1] == [f"ray::{_MONITOR}"]:
                 process.kill()
-
-
-def run_on_nodes(calls: Mapping[str, tuple[Callable[..., None], Any]]) -> None:
-    """Call a function with an argument on each of some nodes, waiting for them only so long.
-
-    For cleaning up: what cannot be reached any more is left alone, and the log says so.
-    """
-    try:
-        tasks = [
-            ray.remote(num_cpus=0)(function)
-            .options(scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False))
-            .remote(argument)
-            for node_id, (function, argument) in calls.items()
-        ]
-        if tasks:
-            ray.wait(tasks, num_returns=len(tasks), timeout=_NODES_S)
-    except _CLUSTER_GONE as error:
-        _log.warning("cannot clean up on other nodes: %s", error)
-
-
-def other_nodes() -> list[str]:
-    """Return the ids of the nodes beside this one; none when the cluster is gone."""
-    try:
-        here = ray.get_runtime_context().get_node_id()
-        return [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["NodeID"] != here]
-    except _CLUSTER_GONE as error:
-        _log.warning("cannot list the nodes: %s", error)
-        return []
 
 
 @contextlib.contextmanager
@@ -251,12 +216,3 @@ def _import_stages() -> None:
     import recipes.pipeline
     import recipes.stages.download
     import recipes.stages.tokenizer  # noqa: F401
-
-
-def root_cause(error: BaseException) -> BaseException:
-    """Return what a worker raised, out of the wrappers that Ray and xenna put around it."""
-    while True:
-        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
-        if not isinstance(inner, BaseException) or inner is error:
-            return error
-        error = inner

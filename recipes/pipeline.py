@@ -14,8 +14,8 @@ from cosmos_xenna.pipelines.v1 import (
     StreamingSpecificSpec,
     run_pipeline,
 )
+from ray.exceptions import RayTaskError
 
-from recipes.cluster import root_cause
 from recipes.errors import PipelineError, RecipeError
 from recipes.terminal import Snapshot, StageProgress, Terminal
 from recipes.tracking import ObservabilitySettings, TrackedRun
@@ -23,7 +23,7 @@ from recipes.tracking import ObservabilitySettings, TrackedRun
 if TYPE_CHECKING:
     from raywb.xenna import XennaWandbStatsHook
 
-__all__ = ["PipelineIdentity", "run_stages"]
+__all__ = ["PipelineIdentity", "root_cause", "run_stages"]
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,12 @@ def _snapshots_of(hook: XennaWandbStatsHook) -> Snapshot:
         ]
 
     return snapshot
+
+
+def root_cause(error: BaseException) -> BaseException:
+    """Return what a worker raised, out of the wrappers that Ray and xenna put around it."""
+    while True:
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if not isinstance(inner, BaseException) or inner is error:
+            return error
+        error = inner

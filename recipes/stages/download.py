@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import ray
 from cosmos_xenna.pipelines.v1 import NodeInfo, Resources, Stage, WorkerMetadata
 
-from recipes.cluster import other_nodes, run_on_nodes
+from recipes.nodes import other_nodes, run_on_nodes
 from recipes.stages.documents import LocalFile
 from recipes.stages.plan import PlannedShard
 from recipes.stages.receipts import Receipt
