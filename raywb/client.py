@@ -30,7 +30,7 @@ _PLAIN = frozenset((float, int, bool, str))
 _TEXT = frozenset((str,))
 _STEPS = frozenset((int, float, type(None)))
 
-_SUMMARIES = ("min", "max", "mean", "last", "best", "copy", "none", "first")
+_SUMMARIES = ("min", "max", "mean", "first", "last", "copy", "none")
 
 #: Longest that ``attach()`` waits for a service that is being made or restarted, in seconds.
 ATTACH_TIMEOUT_S = 30.0
@@ -121,13 +121,16 @@ class Client:
             return None
         return self._log_with_care(metrics, step)
 
-    def _log_with_care(self, metrics: Mapping[str, Any], step: Any) -> None:
+    def _log_with_care(self, metrics: Any, step: Any) -> None:
         if self._closed:
             self._connection.count_loss("after_close")
             return self._warn_once("", "log() came after close(); the row is counted as lost")
+        if not isinstance(metrics, Mapping):
+            name = type(metrics).__name__
+            return self._refuse([Refusal("", name, "log() takes a dict of values")])
         row, refused = flatten(metrics)
         if step is not None:
-            taken, wrong = flatten({"step": step})
+            taken, wrong = flatten({"step": int(step) if isinstance(step, bool) else step})
             step = taken.get("step")
             refused += wrong
         if isinstance(step, str):
@@ -166,18 +169,23 @@ class Client:
         Args:
             name: the metric, without the stage; a trailing ``*`` stands for all that begin so.
             step_metric: the metric that is its x-axis, without the stage.
-            summary: ``min``, ``max``, ``mean``, ``last``, ``best``, ``first``, ``copy`` or
-                ``none``; several with commas between.
+            summary: ``min``, ``max``, ``mean``, ``first``, ``last``, ``copy`` or ``none``;
+                several with commas between.
 
         Raises:
-            SettingsError: ``summary`` is none of these.
+            SettingsError: ``summary`` is none of these, or ``name`` has a ``*`` in the middle.
         """
-        for kind in (summary or "").split(",") if summary else []:
-            if kind.strip() not in _SUMMARIES:
-                raise SettingsError(
-                    f"summary={summary!r} cannot be used: allowed are {', '.join(_SUMMARIES)}"
-                )
-        self._connection.say(Define(self._channel, name, step_metric, summary))
+        if not name or "*" in name[:-1]:
+            raise SettingsError(
+                f"name={name!r} cannot be used: a '*' stands only at the end of a metric's name"
+            )
+        kinds = [kind.strip() for kind in summary.split(",")] if summary else []
+        if wrong := [kind for kind in kinds if kind not in _SUMMARIES]:
+            raise SettingsError(
+                f"summary={summary!r} cannot be used: {', '.join(wrong)} is not among "
+                f"{', '.join(_SUMMARIES)}"
+            )
+        self._connection.say(Define(self._channel, name, step_metric, ",".join(kinds) or None))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the service has every row that was logged before this call.
@@ -185,10 +193,11 @@ class Client:
         Returns:
             False when it has not after ``timeout_s``; the rows are safe in the journal then.
         """
+        deadline = time.monotonic() + timeout_s
         connection = self._connection
         if connection.shipper is not None and connection.shipper.failing:
-            self._look_up(timeout_s)
-        return connection.flush(timeout_s)
+            self._look_up(timeout_s / 2)
+        return connection.flush(max(deadline - time.monotonic(), 0.0))
 
     def _look_up(self, timeout_s: float) -> None:
         """The address is lost: ask Ray again, in the caller's thread."""

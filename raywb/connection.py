@@ -19,13 +19,16 @@ from pathlib import Path
 from raywb import __version__
 from raywb.cluster import Cluster
 from raywb.journal import Journal, new_source_id
-from raywb.rows import Channel, Counters, End, Hello, Message, encode
+from raywb.rows import MAX_MESSAGE_BYTES, Channel, Counters, End, Hello, Message, encode
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
 __all__ = ["Connection", "connection_for", "present_connection"]
 
 _log = logging.getLogger(__name__)
+
+#: Time between two tries to make a journal where none can be made, in seconds.
+JOURNAL_RETRY_S = 1.0
 
 #: Longest that the end of a process waits for its last rows to be taken, in seconds. What is
 #: not taken in this time stays on disk, and is brought home by a sweep.
@@ -40,7 +43,7 @@ class Connection:
         lost: what could not be kept, by reason.
     """
 
-    append: Callable[[bytes], bool]
+    append: Callable[..., bool]
 
     def __init__(self, cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> None:
         self.cluster = cluster
@@ -50,6 +53,7 @@ class Connection:
         self._counters: dict[str, int] = {}
         self._written: tuple[int, dict[str, int]] = (0, {})
         self._lock = threading.RLock()
+        self._next_try = 0.0
         self.rejected = 0
         self.journal: Journal | None = None
         self.shipper: Shipper | None = None
@@ -60,7 +64,9 @@ class Connection:
         try:
             self.journal = self._make_journal()
         except OSError as error:
-            _log.warning("raywb: no journal can be made, rows are lost until it can: %s", error)
+            if self._next_try == 0.0:
+                _log.warning("raywb: no journal can be made, rows are lost until it can: %s", error)
+            self._next_try = time.monotonic() + JOURNAL_RETRY_S
             self.journal = None
             self.append = self._append_without_journal
             return
@@ -80,7 +86,11 @@ class Connection:
         for channel in self._channels:
             self._say(channel)
         self.shipper = Shipper(self.journal, self._endpoint, self._write_counters)
-        self.shipper.start()
+        try:
+            self.shipper.start()
+        except RuntimeError as error:
+            # The interpreter is about to end, or the thread limit is reached: a sweep ships.
+            _log.warning("raywb: no thread can be started, rows wait on disk: %s", error)
 
     def _make_journal(self) -> Journal:
         base = journal_base(self.cluster.session_dir, self.cluster.cluster_id)
@@ -90,22 +100,34 @@ class Connection:
             # A session directory that is full or not ours need not be the end of it.
             return Journal(journal_base(None, self.cluster.cluster_id), new_source_id())
 
-    def _append_without_journal(self, payload: bytes) -> bool:
-        """Try again to make a journal; rows meanwhile are counted."""
+    def _append_without_journal(self, payload: bytes, *, counted: bool = True) -> bool:
+        """Try again to make a journal, once a second; rows meanwhile are counted."""
         with self._lock:
-            if self.append == self._append_without_journal:
+            due = time.monotonic() >= self._next_try
+            if due and self.append == self._append_without_journal:
                 self._open()
             if self.journal is not None:
-                return self.append(payload)
-        self.count_loss("no_journal")
+                return self.append(payload, counted=counted)
+        if counted:
+            self.count_loss("no_journal")
         return False
 
-    def _say(self, message: Message) -> None:
-        self.append(encode(message))
+    def _say(self, message: Message) -> bool:
+        return self.append(encode(message), counted=False)
 
     def say(self, message: Message) -> bool:
-        """Append a message that is no row."""
-        return self.append(encode(message))
+        """Append a message that is no row; one that is too large is refused and counted."""
+        payload = encode(message)
+        if len(payload) > MAX_MESSAGE_BYTES:
+            self.rejected += 1
+            _log.warning(
+                "raywb: a %s of %d bytes is refused: %d are most",
+                type(message).__name__,
+                len(payload),
+                MAX_MESSAGE_BYTES,
+            )
+            return False
+        return self.append(payload, counted=False)
 
     def open_channel(
         self,
@@ -174,6 +196,8 @@ class Connection:
         The journal stays open, since an exit handler that comes after this one may still log;
         such rows are brought home by a sweep.
         """
+        if self.journal is None:
+            return  # nothing was ever logged here: a forked child that only inherited the client
         self._write_counters()
         self._say(End(time.time()))
         self.flush(EXIT_FLUSH_S)
@@ -188,6 +212,7 @@ class Connection:
         self.rejected = 0
         self._counters = {}
         self._written = (0, {})
+        self._next_try = 0.0
         self.append = self._append_without_journal
 
 

@@ -125,6 +125,8 @@ class Journal:
         self.lost: dict[str, int] = {}
         #: Everything before this offset is safe with the service.
         self.acknowledged = 0
+        #: Everything before this offset has been forced to the service's disk.
+        self.durable = 0
         self._segment_bytes = segment_bytes
         self._cap = backlog_cap_bytes
         # Re-entrant, so that a signal handler that logs cannot deadlock with the code that it
@@ -161,21 +163,28 @@ class Journal:
     def closed(self) -> bool:
         return self._fd < 0
 
-    def append(self, payload: bytes) -> bool:
-        """Append one message; True when it is in the kernel's hands, False when it is counted lost.
+    def append(self, payload: bytes, *, counted: bool = True) -> bool:
+        """Append one message; True when it is in the kernel's hands, False when it is lost.
 
         Never raises: a full disk, a removed directory and a closed journal are losses by reason.
+
+        Args:
+            payload: an encoded message.
+            counted: it is a row, whose loss counts.
         """
         data = HEADER.pack(MARK, len(payload), zlib.crc32(payload)) + payload
         with self._lock:
+            if self._fd < 0:
+                return self._lose("after_close", counted)
             if self._size >= self._segment_bytes and not self._roll():
-                return self._count_loss("backlog_cap")
+                return self._lose("backlog_cap", counted)
             try:
                 written = os.write(self._fd, data)
             except OSError as error:
-                return self._count_loss(_reason(error) if self._fd >= 0 else "after_close")
+                return self._lose(_reason(error), counted)
             if written != len(data):
-                return self._undo_short_write()
+                os.ftruncate(self._fd, self._size)
+                return self._lose("disk_full", counted)
             self._size += written
             return True
 
@@ -194,12 +203,9 @@ class Journal:
         self._fd, self._start, self._size = fd, start, 0
         return True
 
-    def _undo_short_write(self) -> bool:
-        os.ftruncate(self._fd, self._size)
-        return self._count_loss("disk_full")
-
-    def _count_loss(self, reason: str) -> bool:
-        self.lost[reason] = self.lost.get(reason, 0) + 1
+    def _lose(self, reason: str, counted: bool) -> bool:
+        if counted:
+            self.lost[reason] = self.lost.get(reason, 0) + 1
         return False
 
     def acknowledge(self, offset: int, durable: int) -> None:
@@ -213,14 +219,15 @@ class Journal:
             if self.closed:
                 return
             self.acknowledged = max(self.acknowledged, min(offset, self.end))
+            self.durable = max(self.durable, min(durable, self.end))
             self.segments.delete_before(durable)
 
     def close(self) -> None:
-        """Stop writing, and let go of the directory; remove it when nothing is outstanding."""
+        """Stop writing, and let go of the directory; remove it when all of it is durable."""
         with self._lock:
             if self.closed:
                 return
-            done = self.acknowledged >= self.end
+            done = self.durable >= self.end
             os.close(self._fd)
             self._fd = -1
             if done:

@@ -7,6 +7,7 @@ import sys
 import time
 from typing import Any
 
+import msgspec
 import ray
 
 from raywb import cluster as ray_side
@@ -125,15 +126,20 @@ def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     cluster = ray_side.connect()
     joined = ray_side.join(service, cluster, timeout_s=timeout_s)
     flush_process(min(timeout_s / 4, 10.0))
+    missing: list[str] = []
     if joined.endpoint is not None and not joined.finished:
         swept = sweep_cluster(cluster, joined.endpoint, min(timeout_s / 4, 60.0))
         for source_id, reason in swept.failed.items():
-            _log.warning("raywb: the journal of %s is not home: %s", source_id[:8], reason)
+            missing.append(f"the journal of source {source_id[:8]} is not home ({reason})")
+        missing += [f"node {node_id[:8]} did not answer" for node_id in swept.unreached]
     remaining = max(deadline - time.monotonic(), 1.0)
     report: FinishReport = ray_side.call(
         service, "finish", remaining, exit_code, timeout_s=remaining + 10.0
     )
-    return report
+    if not missing:
+        return report
+    texts = [*missing, *filter(None, [report.message])]
+    return msgspec.structs.replace(report, complete=False, message="; ".join(texts))
 
 
 def stop_service() -> None:

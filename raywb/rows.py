@@ -152,7 +152,7 @@ def decode(payload: bytes | memoryview) -> Message:
     """
     try:
         return _decoder.decode(payload)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise FrameError(f"a frame holds no message of protocol {PROTOCOL}: {error}") from error
 
 
@@ -225,16 +225,15 @@ def _resync(view: memoryview, position: int) -> int:
 def last_whole_frame(data: bytes | memoryview) -> int:
     """Length of the leading part of ``data`` that ends where a frame ends.
 
-    Only headers are read: this is for cutting a batch, not for checking it. A header that makes
-    no sense ends the walk at the buffer's end, so that damage travels and is counted once, by
-    the service.
+    Only headers are read: this is for cutting a batch, not for checking it. Damage travels, and
+    is counted by the service: the cut falls before it, or where it begins the buffer, behind it.
     """
     position = 0
     size = len(data)
     while position + HEADER.size <= size:
         mark, length, _ = HEADER.unpack_from(data, position)
         if mark != MARK or length > MAX_MESSAGE_BYTES:
-            return size
+            return position or _resync(memoryview(data), 1)
         end = position + HEADER.size + length
         if end > size:
             break

@@ -238,10 +238,9 @@ class Shipper:
             )
             answer = delivered.answer
             self._pace_s = answer.pace_s
-            stuck = delivered.length == 0 and answer.end == self._offset
             self._offset = answer.end
             with self._progress:
                 self._journal.acknowledge(answer.end, answer.durable)
                 self._progress.notify_all()
-            if stuck:
-                return
+            if delivered.length < BATCH_BYTES // 2 and answer.end >= delivered.offset:
+                return  # what came meanwhile waits for its time, so that the pace is kept

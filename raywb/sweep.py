@@ -27,6 +27,9 @@ __all__ = ["SweepReport", "sweep_cluster", "sweep_node"]
 
 _log = logging.getLogger(__name__)
 
+#: Longest that a sweep waits for the ledger to be forced to the disk, in seconds.
+DURABLE_WAIT_S = 3.0
+
 
 class SweepReport(msgspec.Struct):
     """What a sweep found.
@@ -54,12 +57,14 @@ class SweepReport(msgspec.Struct):
 def sweep_node(bases: list[Path], endpoint: Endpoint, deadline: float) -> SweepReport:
     """Bring home every journal on this node, until the monotonic time ``deadline``."""
     report = SweepReport()
-    sender = Sender(endpoint, timeout_s=max(deadline - time.monotonic(), 1.0))
+    sender = Sender(endpoint, timeout_s=min(max(deadline - time.monotonic(), 1.0), 10.0))
     for base in bases:
         for journal in find_journals(base):
             report.journals += 1
             home = False
             try:
+                if time.monotonic() > deadline:
+                    raise TimeoutError("the time was over before its turn")
                 home = _bring_home(sender, journal, deadline, report)
             except FileNotFoundError:
                 pass  # its process ended in good order meanwhile, and left nothing behind
@@ -79,7 +84,18 @@ def _bring_home(
     if not deliver_all(sender, journal.source_id, journal.segments, deadline):
         report.failed[journal.source_id] = "the time was over"
         return False
-    return journal.is_free
+    return journal.is_free and _is_durable(sender, journal)
+
+
+def _is_durable(sender: Sender, journal: FoundJournal) -> bool:
+    """Wait a moment for the ledger to be synced; until then the journal is the safer copy."""
+    end = journal.segments.end()
+    deadline = time.monotonic() + DURABLE_WAIT_S
+    while sender.send(journal.source_id, 0, b"").durable < end:
+        if time.monotonic() > deadline:
+            return False  # it stays for the next sweep
+        time.sleep(0.1)
+    return True
 
 
 def sweep_cluster(cluster: Cluster, endpoint: Endpoint, timeout_s: float) -> SweepReport:

@@ -66,12 +66,17 @@ def scalar(value: Any) -> Scalar | Refusal:
         return float(value)
     if isinstance(value, str):
         return _text(value)
+    why = "log() takes numbers, bools, strings, and dicts of these"
     if _has_one_element(value):
-        inner = value.item()
+        try:
+            inner = value.item()
+        except (RuntimeError, ValueError, TypeError) as error:
+            # A tensor without data, or a device that failed.
+            inner, why = None, f"it has no value: {error}"
         if isinstance(inner, (bool, int, float, str)):
             return scalar(inner)
     name = f"{type(value).__module__}.{type(value).__qualname__}".removeprefix("builtins.")
-    return Refusal("", name, "log() takes numbers, bools, strings, and dicts of these")
+    return Refusal("", name, why)
 
 
 def _integer(value: int) -> Scalar:

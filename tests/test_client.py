@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from local_service import CLUSTER, LocalService, local_service
 from wandb_file import read_runs
 
@@ -90,14 +92,19 @@ def test_odd_calls_do_not_raise(alone: Client, caplog: pytest.LogCaptureFixture)
         alone.log({"huge": "x" * 5_000_000})
         alone.log({"x": "\ud800"})
         alone.log({1: 2})
+        alone.log(None)
+        alone.log([("x", 1)])
+        alone.log({"x": 5}, step=True)
+        alone.log({"x": torch.empty((), device="meta")})
     rows = [m for m in messages_of(alone._connection.journal.segments) if isinstance(m, Row)]
     assert [(row.step, row.metrics) for row in rows] == [
         (None, {"x": 1}),
         (float(2**70), {"x": float(2**200)}),
         (None, {"x": "?"}),
         (None, {"1": 2}),
+        (1, {"x": 5}),
     ]
-    assert alone.stats.rejected == 2
+    assert alone.stats.rejected == 5
     texts = [record.getMessage() for record in caplog.records]
     assert any("a step is a number" in text for text in texts)
     assert any("bytes" in text and "'huge'" in text for text in texts)
@@ -117,10 +124,22 @@ def test_after_close_rows_are_counted(alone: Client, caplog: pytest.LogCaptureFi
     assert messages_of(other._connection.journal.segments)[-1].metrics == {"x": 3}
 
 
-def test_a_bad_summary_kind_is_named(alone: Client) -> None:
-    """define_metric refuses a summary that W&B does not know."""
-    with pytest.raises(SettingsError, match="summary='median'"):
-        alone.define_metric("x", summary="median")
+def test_a_bad_definition_is_named(alone: Client) -> None:
+    """define_metric refuses what W&B's client would refuse, in the caller's own frame."""
+    with pytest.raises(SettingsError, match=r"summary='min, median'.* median is not among"):
+        alone.define_metric("x", summary="min, median")
+    with pytest.raises(SettingsError, match=r"name='a/\*/b'"):
+        alone.define_metric("a/*/b")
+
+
+def test_a_config_too_large_is_refused(alone: Client, caplog: pytest.LogCaptureFixture) -> None:
+    """A config beyond the limit of one message is refused and counted, and harms no row."""
+    with caplog.at_level(logging.WARNING, "raywb"):
+        alone.config.update({"huge": "x" * 5_000_000})
+    assert "ConfigUpdate" in caplog.text
+    assert alone.stats.rejected == 1
+    alone.log({"x": 1})
+    assert messages_of(alone._connection.journal.segments)[-1].metrics == {"x": 1}
 
 
 def test_no_journal_is_counted_until_there_is_one(
@@ -137,6 +156,11 @@ def test_no_journal_is_counted_until_there_is_one(
     assert lost >= 1
     assert not client.flush(0.01)
     blocked.unlink()
+    deadline = time.monotonic() + 10
+    while connection.journal is None:  # it is tried again once a second
+        assert time.monotonic() < deadline
+        client.log({"x": 2})
+    lost = client.stats.lost["no_journal"]
     client.log({"x": 2})
     assert [type(m).__name__ for m in messages_of(connection.journal.segments)][:2] == [
         "Hello",

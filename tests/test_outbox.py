@@ -90,17 +90,23 @@ def test_the_fold_is_the_run_so_far() -> None:
         OutConfig(1, {"b": 3}),
         OutDefine(1, "loss", "step", "min,mean"),
         OutDefine(1, "acc", None, "max"),
+        OutDefine(1, "train/*", None, "first,last"),
+        OutDefine(1, "quiet", None, "none"),
         OutRow(1, 0.0, {"loss": 3.0, "acc": 0.9, "step": 1}),
         OutRow(1, 0.0, {"loss": float("nan"), "step": 2}),
         OutRow(1, 0.0, {"loss": 1.0, "acc": 0.5, "note": "x"}),
-        OutSummary(1, {"note": "y"}),
+        OutSummary(1, {"note": "y", "early": 1}),
+        OutRow(1, 0.0, {"train/x": 1, "quiet": 5, "early": 2}),
+        OutRow(1, 0.0, {"train/x": 4}),
     ]:
         fold.apply(item)
     assert fold.config == {"a": 1, "b": 3}
-    assert list(fold.defines) == ["loss", "acc"]
+    assert list(fold.defines) == ["loss", "acc", "train/*", "quiet"]
     assert fold.summary() == {
         "loss": {"min": 1.0, "mean": 2.0},
         "acc": {"max": 0.9},
         "step": 2,
         "note": "y",
+        "early": 2,
+        "train/x": {"first": 1, "last": 4},
     }

@@ -121,3 +121,18 @@ def test_a_cut_falls_between_frames(payloads: list[bytes], cut: int) -> None:
     whole = last_whole_frame(buffer)
     ends = [sum(map(len, frames[:count])) for count in range(len(frames) + 1)]
     assert whole == max(end for end in ends if end <= len(buffer))
+
+
+def test_a_cut_after_damage_splits_no_frame() -> None:
+    """Cut in small batches behind a damaged header, every other frame still travels whole."""
+    frames = [frame(bytes([number]) * 30) for number in range(20)]
+    buffer = bytearray(b"".join(frames))
+    buffer[len(frames[0]) * 3] ^= 0xFF
+    survivors = []
+    position = 0
+    while position < len(buffer):
+        chunk = bytes(buffer[position : position + 100])
+        whole = last_whole_frame(chunk)
+        survivors += frames_of(chunk[:whole])
+        position += whole
+    assert survivors == [bytes([number]) * 30 for number in range(20) if number != 3]

@@ -165,6 +165,55 @@ def test_a_summary_of_the_whole_run_survives_a_restart(service: LocalService) ->
     assert run.metrics["s/loss"].summary == {"max"}
 
 
+def test_the_same_run_id_twice(service: LocalService) -> None:
+    """Offline, a second run under the id of the first goes on behind it, as W&B would."""
+    service.up()
+    client = None
+    for epoch in (1, 2):
+        service.start(run_id="again")
+        client = client or service.client("s")
+        client.log({"x": epoch})
+        assert client.flush()
+        report = service.service.finish(60.0, 0)
+        assert (report.complete, report.delivered_rows) == (True, 1), report
+    rows = history(service, "again")
+    assert [(row["_step"], row["s/x"]) for row in rows] == [(0, 1), (1, 2)]
+
+
+def test_a_directory_serves_one_service(service: LocalService) -> None:
+    """A second service in a directory that is in use waits, and says why."""
+    service.up()
+    first = service.service
+    with pytest.raises(AssertionError):
+        service.up(join_s=0.5)
+    second, service.service = service.service, first
+    assert "another raywb service works in" in second._problems["service"]
+    service.down()
+    service.service = second
+    assert second.join(PROTOCOL, 20.0)["address"]
+
+
+def test_a_full_disk_at_the_start_is_no_open_run(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a run cannot be written down it is not open, and the next start() opens it."""
+    service.up(provisional=True, provisional_wait_s=3600.0)
+    client = service.client("s")
+    client.log({"x": 1})
+    assert client.flush()
+
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr("raywb.service.runs.save_state", refuse)
+        with pytest.raises(OSError, match="No space"):
+            service.start()
+    assert not service.start()[1]
+    report = service.service.finish(60.0, 0)
+    assert (report.received_rows, report.delivered_rows, report.complete) == (1, 1, True)
+
+
 def test_series_keep_their_own_axes(service: LocalService) -> None:
     """Rows of two series in one namespace, interleaved, hold their own axis and no other."""
     service.up()

@@ -13,7 +13,9 @@ tried again.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
+import os
 import secrets
 import threading
 import time
@@ -90,6 +92,7 @@ class RaywbService:
         self._directory = Path(boot.directory)
         self._state: ServiceState | None = None
         self._delivery: Delivery | None = None
+        self._lock_fd: int | None = None
         self._parts: _Parts | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         self._problems: dict[str, str] = {"service": "starting"}
@@ -163,7 +166,14 @@ class RaywbService:
     def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
         task = self._loop.create_task(coroutine)
         self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        task.add_done_callback(self._note_end)
+
+    def _note_end(self, task: asyncio.Task[None]) -> None:
+        """A part that ends with an exception is a problem that the status shows."""
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._problems["a part that failed"] = f"a part of the service failed: {error!r}"
+            _log.error("raywb: a part of the service failed", exc_info=error)
 
     async def _bring_up(self) -> None:
         """Open the directory and the port, then serve; try again until it works."""
@@ -180,12 +190,16 @@ class RaywbService:
 
     async def _open(self, attempt: int) -> None:
         self._directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if self._lock_fd is None:
+            self._lock_fd = lock_directory(self._directory)
         if self._state is None:
             state = load_state(self._directory)
             if state is None:
                 token = secrets.token_urlsafe(32)
                 state = ServiceState(cluster_id=self._boot.cluster_id, token=token)
             state.incarnation += 1
+            # A directory that is used again on another cluster takes that one's rows from now on.
+            state.cluster_id = self._boot.cluster_id
             self._state = state
         state = self._state
         if self._delivery is None:
@@ -221,8 +235,14 @@ class RaywbService:
     async def _open_provisional(self, runs: Runs) -> None:
         """Nobody brought settings: after a short while the run opens with the defaults."""
         await asyncio.sleep(self._boot.settings.provisional_wait_s)
-        if runs.last is None:
-            self._begin_run(self._boot.settings, self._boot.group, provisional=True)
+        while runs.last is None:
+            try:
+                self._begin_run(self._boot.settings, self._boot.group, provisional=True)
+            except OSError as error:
+                self._problems["run"] = f"the run cannot be opened: {error}"
+                await asyncio.sleep(RETRY_PAUSE_S)
+                continue
+            self._problems.pop("run", None)
             _log.warning(
                 "raywb: no start() came within %g s; the run opened with the defaults",
                 self._boot.settings.provisional_wait_s,
@@ -259,12 +279,13 @@ class RaywbService:
         """Force ledger and outbox to the disk every second, off the loop."""
         while True:
             await asyncio.sleep(1.0)
-            sync = delivery.ledger.begin_sync()
-            fds = [fd for fd in (sync.fd, delivery.outbox.unsynced()) if fd is not None]
             try:
-                for fd in fds:
-                    await asyncio.to_thread(sync_and_close, fd)
+                sync = delivery.ledger.begin_sync()
+                if sync.fd is not None:
+                    await asyncio.to_thread(sync_and_close, sync.fd)
                 delivery.ledger.end_sync(sync)
+                if (fd := delivery.outbox.unsynced()) is not None:
+                    await asyncio.to_thread(sync_and_close, fd)
                 self._problems.pop("sync", None)
             except OSError as error:
                 self._problems["sync"] = f"the disk refuses to sync: {error}"
@@ -359,6 +380,8 @@ class RaywbService:
             await self._parts.ingest.close()
         if self._delivery is not None:
             self._delivery.close()
+        if self._lock_fd is not None:
+            os.close(self._lock_fd)
 
 
 class _Parts(NamedTuple):
@@ -374,6 +397,21 @@ class _Parts(NamedTuple):
         for source_id, source in self.delivery.merge.sources.items():
             if source.ended:
                 self.ingest.forget_ended(source_id)
+
+
+def lock_directory(directory: Path) -> int:
+    """Make sure that no other service works in this directory, as long as this process lives.
+
+    Raises:
+        OSError: another one does.
+    """
+    fd = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise OSError(f"another raywb service works in {directory}") from error
+    return fd
 
 
 #: Settings that belong to the service or to the caller, not to the run.

@@ -54,6 +54,8 @@ class AppendLog:
         self._start = starts[-1] if starts else 0
         self._fd = self._open(self._start)
         self._size = self._cut_torn_tail()
+        # What an earlier process wrote and did not sync counts as durable from here on.
+        os.fdatasync(self._fd)
         self._dirty = False
 
     def _path(self, start: int) -> Path:
@@ -110,8 +112,9 @@ class AppendLog:
         """
         if not self._dirty:
             return None
+        fd = os.dup(self._fd)
         self._dirty = False
-        return os.dup(self._fd)
+        return fd
 
     def close(self) -> None:
         """Sync and close; reading and appending are over."""

@@ -12,6 +12,7 @@ without giving.
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hmac
 import logging
@@ -31,6 +32,9 @@ _log = logging.getLogger(__name__)
 
 #: Largest body that is read; the client sends about a quarter of it.
 MAX_BODY_BYTES = 8 * 1024 * 1024
+
+#: Bodies that are in memory at the same time; after an outage everybody comes at once.
+BODIES_AT_ONCE = 32
 
 #: Requests a second that all sources together are asked to keep to.
 REQUESTS_PER_S = 400.0
@@ -69,6 +73,7 @@ class Ingest:
         self._cluster_id = cluster_id
         self._on_append = on_append
         self._runner: web.AppRunner | None = None
+        self._reading = asyncio.Semaphore(BODIES_AT_ONCE)
         #: When each source was last heard, on the monotonic clock.
         self.heard: dict[str, float] = {}
         #: Requests that were refused, by reason.
@@ -142,7 +147,8 @@ class Ingest:
         offset = int(offset_text)
         if offset >= 1 << 63:
             return self._refuse("a malformed source or offset", 400)
-        data = await request.read()
+        async with self._reading:
+            data = await request.read()
         self.heard[source_id] = time.monotonic()
         try:
             # Check and append in one step: nothing is awaited between the two.

@@ -103,9 +103,10 @@ class Ledger:
 
     def begin_sync(self) -> Sync:
         """What has to be synced now; carry it out in any thread, then call :meth:`end_sync`."""
+        fd = self._log.unsynced()
         ends = {source_id: self._ends[source_id] for source_id in self._unsynced}
         self._unsynced.clear()
-        return Sync(self._log.unsynced(), ends)
+        return Sync(fd, ends)
 
     def end_sync(self, sync: Sync) -> None:
         """The sync was carried out: what it covered may be deleted at the source."""

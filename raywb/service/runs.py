@@ -129,7 +129,11 @@ class Runs:
         )
         run = RunState(number=number, info=info, settings=settings.explicit())
         self._state.runs.append(run)
-        save_state(self._directory, self._state)
+        try:
+            save_state(self._directory, self._state)
+        except OSError:
+            self._state.runs.pop()
+            raise
         self._delivery.open_run(number)
         self._begin_sink(run)
         return run
@@ -219,12 +223,18 @@ class Runs:
         sink = self.sink_of(run)
         return max(self.rows_of(run) - sink.delivered_rows, 0) if sink else 0
 
+    def lost(self) -> dict[str, int]:
+        """What could not be kept since the run began, by reason."""
+        lost = self._delivery.merge.lost
+        if missing := sum(self._delivery.ledger.missing_bytes.values()):
+            lost["ledger_lost_bytes"] = missing
+        return lost
+
     def losses(self) -> dict[str, int]:
         """Losses since the run began, by the names that they have in the run."""
-        merge = self._delivery.merge
-        losses = {f"raywb/lost/{reason}": count for reason, count in sorted(merge.lost.items())}
-        if merge.rejected:
-            losses["raywb/rejected"] = merge.rejected
+        losses = {f"raywb/lost/{reason}": count for reason, count in sorted(self.lost().items())}
+        if rejected := self._delivery.merge.rejected:
+            losses["raywb/rejected"] = rejected
         return losses
 
     def log_losses(self, losses: dict[str, int]) -> None:
@@ -248,9 +258,16 @@ class Runs:
             self.log_losses(losses)
             values = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **losses}
             self._delivery.add([OutSummary(run.number, values)])
+            merge = self._delivery.merge
+            run.received_rows, run.rejected = merge.rows, merge.rejected
+            run.lost = self.lost()
             run.cut = self._delivery.ledger.end
             run.exit_code = exit_code
-            save_state(self._directory, self._state)
+            try:
+                save_state(self._directory, self._state)
+            except OSError:
+                run.cut = run.exit_code = None
+                raise
         self.advance()
 
     def report(self, run: RunState, *, closed: bool) -> FinishReport:
@@ -261,7 +278,8 @@ class Runs:
             closed: W&B has closed it, or it is disabled; the report is then kept.
         """
         sink = self.sink_of(run)
-        delivered = sink.delivered_rows if sink else 0
+        # While W&B has not closed the run, only what it once showed to have counts.
+        delivered = (sink.delivered_rows if closed else sink.confirmed_rows) if sink else 0
         undelivered = max(self.rows_of(run) - delivered, 0) if sink else 0
         message = None
         if undelivered or not closed:
@@ -270,16 +288,15 @@ class Runs:
                 f"{undelivered} rows are not with W&B yet{why}. They are safe in "
                 f"{self._directory}, and delivery goes on as long as the service runs"
             )
-        merge = self._delivery.merge
         report = FinishReport(
             run=run.info,
             exit_code=run.exit_code or 0,
-            received_rows=merge.rows,
+            received_rows=run.received_rows,
             # What raywb itself wrote into the run is no row that anybody logged.
             delivered_rows=max(delivered - self._delivery.own_rows[run.number], 0),
             undelivered_rows=undelivered,
-            lost=merge.lost,
-            rejected=merge.rejected,
+            lost=run.lost,
+            rejected=run.rejected,
             complete=closed and not undelivered,
             message=message,
         )

@@ -81,7 +81,9 @@ class SinkProcess:
         stderr: Path,
     ) -> None:
         self.run = run
+        #: Rows that W&B's client has taken, and rows that W&B has shown to have.
         self.delivered_rows = 0
+        self.confirmed_rows = 0
         self.opened: Opened | None = None
         self._number = number
         self._outbox = outbox
@@ -163,7 +165,7 @@ class SinkProcess:
             )
         self.opened = opened
         self._on_opened(opened)
-        self.delivered_rows = opened.next_row
+        self.delivered_rows = self.confirmed_rows = opened.next_row
         self._state = "running"
         cursor = self._outbox.cursor(self._number, opened.next_row)
         while True:
@@ -186,7 +188,7 @@ class SinkProcess:
 
     async def _end_run(self, exit_code: int) -> None:
         finished = await self._ask(Finish(exit_code, self._fold.summary()), Finished)
-        self.delivered_rows = finished.rows
+        self.delivered_rows = self.confirmed_rows = finished.rows
         self._state = "finished"
         self.done.set()
 

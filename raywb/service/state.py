@@ -6,6 +6,7 @@ new one. It holds the token and is readable by its owner only; it never holds W&
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class RunState(msgspec.Struct, kw_only=True):
         base: W&B's step of its first row, once it was opened online.
         exit_code: set when ``finish()`` was asked for.
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
+        received_rows, lost, rejected: what had come by the cut.
         report: how it ended.
     """
 
@@ -38,6 +40,9 @@ class RunState(msgspec.Struct, kw_only=True):
     base: int | None = None
     exit_code: int | None = None
     cut: int | None = None
+    received_rows: int = 0
+    lost: dict[str, int] = {}
+    rejected: int = 0
     report: FinishReport | None = None
 
 
@@ -70,7 +75,9 @@ def save_state(directory: Path, state: ServiceState) -> None:
     temporary = directory / f".{FILE_NAME}"
     fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        os.write(fd, msgspec.json.format(msgspec.json.encode(state)))
+        data = msgspec.json.format(msgspec.json.encode(state))
+        if os.write(fd, data) != len(data):
+            raise OSError(errno.ENOSPC, "the disk is full", str(temporary))
         os.fsync(fd)
     finally:
         os.close(fd)

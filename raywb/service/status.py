@@ -36,9 +36,6 @@ def make_status(
     """
     run = runs.last
     merge = delivery.merge
-    lost = dict(merge.lost)
-    if missing := sum(delivery.ledger.missing_bytes.values()):
-        lost["ledger_lost_bytes"] = missing
     found = list(problems.values())
     if ingest.ledger_error:
         found.append(ingest.ledger_error)
@@ -52,7 +49,7 @@ def make_status(
         received_rows=merge.rows,
         outbox_rows=runs.rows_of(run) if run else 0,
         backlog_rows=runs.backlog(run) if run else 0,
-        lost=lost,
+        lost=runs.lost(),
         rejected=merge.rejected,
         after_finish_rows=delivery.waiting_rows() if runs.open is None else 0,
         sink=runs.sink_status(run),

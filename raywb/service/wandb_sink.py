@@ -66,9 +66,7 @@ class WandbSink:
         end_leftover_core(self._core_record(request))
         import wandb
 
-        next_row = 0
-        if request.mode == "offline":
-            next_row = self._offline_rows(request)
+        next_row = self._offline_rows(request) if request.mode == "offline" else 0
         settings: dict[str, Any] = {
             "console": "off",
             "disable_git": True,
@@ -117,7 +115,9 @@ class WandbSink:
         from raywb.service.transaction_log import find_segments, read_segment
 
         segments = find_segments(Path(request.dir) / "wandb", request.run_id)
-        return max((read_segment(path).next_row for path in segments), default=0)
+        step = max((read_segment(path).next_row for path in segments), default=0)
+        self._base = step if request.base is None else request.base
+        return step - self._base
 
     def _online_rows(self, request: Open) -> int:
         """How many of our rows the server has, from the step at which it resumes."""
@@ -136,10 +136,17 @@ class WandbSink:
         summary: dict[str, Any],
         defines: list[Definition],
     ) -> None:
+        import wandb
+
         for name, step_metric, summary_kind, step_sync in defines:
-            self._run.define_metric(
-                name, step_metric=step_metric, step_sync=step_sync, summary=summary_kind
-            )
+            try:
+                self._run.define_metric(
+                    name, step_metric=step_metric, step_sync=step_sync, summary=summary_kind
+                )
+            except wandb.Error as error:
+                # It would be refused by every sink to come: the metric goes without, the rows
+                # do not.
+                sys.stderr.write(f"define_metric({name!r}) was refused by W&B: {error}\n")
         if config:
             self._run.config.update(config, allow_val_change=True)
         if summary:
@@ -190,12 +197,11 @@ class WandbSink:
             pause_s = min(pause_s * 2, 1.0)
         return rows
 
-    @staticmethod
-    def _rows_on_disk(opened: Open) -> int:
+    def _rows_on_disk(self, opened: Open) -> int:
         from raywb.service.transaction_log import find_segments, read_segment
 
         segments = find_segments(Path(opened.dir) / "wandb", opened.run_id)
-        return sum(read_segment(path).rows for path in segments)
+        return sum(read_segment(path).rows for path in segments) - self._base
 
     def _rows_at_server(self, opened: Open) -> int:
         step = ask_next_step(
