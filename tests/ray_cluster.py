@@ -278,7 +278,7 @@ class RayCluster:
         for node in reversed(self._nodes):
             with contextlib.suppress(psutil.NoSuchProcess):
                 node.terminate()
-        _end([*self._nodes, *started], grace_s=3.0)
+        _end([*self._nodes, *started], grace_s=1.0)
 
 
 @contextlib.contextmanager

@@ -25,9 +25,10 @@ def test_the_actor_is_detached_on_the_head_and_takes_no_cpu(cluster: RayCluster)
     found = cluster.run_driver("""
         import ray, raywb
         from ray._private.state import gcs_pb2, state as tables
-        from ray_cluster import report, until
+        from ray_cluster import report, until, without_service
 
         ray.init()
+        without_service()
 
         @ray.remote
         class Greedy:
@@ -190,9 +191,10 @@ def test_rows_of_every_kind_of_process_meet_in_one_run(cluster: RayCluster) -> N
         import ray, raywb
         from msgspec import to_builtins
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-        from ray_cluster import report
+        from ray_cluster import report, without_service
 
         ray.init()
+        without_service()
         raywb.start(project="everywhere")
 
         def log(stage):
@@ -307,7 +309,7 @@ def test_settings_that_conflict_are_refused_by_name(cluster: RayCluster) -> None
     run_ids, conflict, unknown = cluster.run_driver("""
         import ray, raywb
         from raywb.errors import SettingsConflict, SettingsError
-        from ray_cluster import report
+        from ray_cluster import report, without_service
 
         def refused(kind, **settings):
             try:
@@ -317,6 +319,7 @@ def test_settings_that_conflict_are_refused_by_name(cluster: RayCluster) -> None
             return "not refused"
 
         ray.init()
+        without_service()
         settings = {"project": "settled", "group": "mine", "tags": ["a", "b"], "name": "first"}
         runs = [raywb.start(**settings), raywb.start(**settings), raywb.start(project="settled")]
         report([
@@ -338,9 +341,10 @@ def test_another_version_is_named_on_both_sides(cluster: RayCluster) -> None:
         import ray, raywb
         import raywb.cluster
         from raywb.errors import VersionMismatch
-        from ray_cluster import report
+        from ray_cluster import report, without_service
 
         ray.init()
+        without_service()
         raywb.start(project="versions")
         service_version = raywb.__version__
         raywb.__version__, raywb.cluster.PROTOCOL = "9.8.7", 999
