@@ -9,9 +9,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from raywb.values import flatten, plain
+
+#: The lane for the newest cosmos-xenna has no torch; the first one always does.
+torch = pytest.importorskip("torch")
 
 
 @pytest.mark.parametrize(
