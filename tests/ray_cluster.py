@@ -71,7 +71,7 @@ def until(what: str, condition: Callable[[], _T | None], timeout_s: float = PATI
     while not (found := condition()):
         if time.monotonic() > deadline:
             raise TimeoutError(f"waited {timeout_s:g} s in vain for {what}")
-        time.sleep(0.02)
+        time.sleep(0.05)
     return found
 
 

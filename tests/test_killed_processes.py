@@ -274,7 +274,7 @@ def test_the_writer_to_wandb_is_killed(cluster: RayCluster, dice: random.Random)
     """A sink that dies, or loses W&B's own process, is replaced behind the last row in the file."""
     sink, core = "raywb.service.wandb_sink", "wandb-core"
     driver = cluster.driver(STREAMS)
-    for victims in [[sink], [core], [sink, core]] * (6 if LONG else 1):
+    for victims in [[sink], [core], [sink, core]] * 6 if LONG else [[sink], [core]]:
         this = Round(cluster, driver)
         this.wait_for_rows()
         time.sleep(dice.uniform(0.0, 2.0))
