@@ -63,7 +63,7 @@ def test_rows_of_killed_workers_and_drivers_are_in_the_run(cluster: RayCluster) 
 
         ray.init()
         raywb.start(project="killed")
-        workers = {rows: Worker.remote() for rows in (1, 10, 20_000)}
+        workers = {rows: Worker.remote() for rows in (1, 10, 5_000)}
         dying = [worker.log_and_die.remote(f"actor_{rows}", rows)
                  for rows, worker in workers.items()]
         task = ray.remote(log_and_die).options(num_cpus=0, max_retries=0)
@@ -78,10 +78,10 @@ def test_rows_of_killed_workers_and_drivers_are_in_the_run(cluster: RayCluster) 
         report([to_builtins(ended), sources, to_builtins(raywb.finish())])
     """)
     assert report["run"]["id"] == run_id
-    assert (report["received_rows"], report["delivered_rows"]) == (20_811, 20_811)
+    assert (report["received_rows"], report["delivered_rows"]) == (5_811, 5_811)
     assert (report["complete"], report["lost"], again) == (True, {}, report)
     run = read_runs(report["run"]["dir"])[run_id]
-    for rows in (1, 10, 20_000):
+    for rows in (1, 10, 5_000):
         assert run.values(f"actor_{rows}/i") == list(range(rows))
     assert run.values("task/i") == list(range(300))
     assert run.values("driver/i") == list(range(500))

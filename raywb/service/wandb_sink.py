@@ -291,7 +291,10 @@ def main() -> None:
         except Exception as error:  # noqa: BLE001 - whatever W&B raises is told to the service
             name = "" if isinstance(error, RaywbError) else f"{type(error).__name__}: "
             reply = Failed(f"{name}{error}")
-        replies.write(pack(reply))
+        try:
+            replies.write(pack(reply))
+        except BrokenPipeError:
+            break  # the service is gone: leave without W&B's own finish
         if isinstance(reply, (Failed, Finished)):
             break
     os._exit(0)
