@@ -41,6 +41,19 @@ DEFAULT_PROJECT = "raywb"
 DEFAULT_BASE_URL = "https://api.wandb.ai"
 
 
+#: Settings that are one word of a few.
+_CHOICES: dict[str, tuple[str | None, ...]] = {
+    "mode": (None, *get_args(Mode)),
+    "fsync": get_args(Fsync),
+}
+
+
+def _check_choice(key: str, value: Any) -> None:
+    if value not in _CHOICES[key]:
+        names = ", ".join(str(item) for item in _CHOICES[key] if item is not None)
+        raise SettingsError(f"{key}={value!r} cannot be used: allowed are {names}")
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a run and its service are to be like; ``None`` leaves the choice to raywb.
 
@@ -92,12 +105,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                     f"{key}={value!r} cannot be used: it is 1 to 128 letters, digits, "
                     "'-', '_' and '.'"
                 )
-        for key, allowed in (("mode", (None, *get_args(Mode))), ("fsync", get_args(Fsync))):
-            if getattr(self, key) not in allowed:
-                names = ", ".join(str(item) for item in allowed if item is not None)
-                raise SettingsError(
-                    f"{key}={getattr(self, key)!r} cannot be used: allowed are {names}"
-                )
+        for key in _CHOICES:
+            _check_choice(key, getattr(self, key))
         for key in ("provisional_wait_s", "sink_deadline_s"):
             if not 0 < getattr(self, key) < 86_400:
                 raise SettingsError(
@@ -151,6 +160,8 @@ def resolve(
         )
     if values.get("dir") is not None:
         values["dir"] = str(Path(values["dir"]).expanduser().absolute())
+    for key in _CHOICES.keys() & values.keys():
+        _check_choice(key, values[key])
     try:
         return msgspec.convert(values, Settings)
     except msgspec.ValidationError as error:

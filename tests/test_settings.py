@@ -57,11 +57,11 @@ def test_cfg_may_be_a_mapping_or_omegaconf(make: Any) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"mode": "shared-ish"}, "mode"),
+        ({"mode": "shared-ish"}, "mode='shared-ish'.*allowed are online, offline, disabled"),
         ({"project": "a b"}, "project='a b'"),
         ({"project": "../up"}, "project='../up'"),
         ({"run_id": "a/b"}, "run_id='a/b'"),
-        ({"fsync": "sometimes"}, "fsync"),
+        ({"fsync": "sometimes"}, "fsync='sometimes'.*allowed are off, every_second, each"),
         ({"provisional_wait_s": 0}, "provisional_wait_s"),
         ({"provisional_wait_s": "soon"}, "provisional_wait_s"),
         ({"base_url": "ftp://x"}, "base_url='ftp://x'"),
