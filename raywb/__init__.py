@@ -34,8 +34,8 @@ from raywb.errors import RaywbError
 
 if TYPE_CHECKING:
     from raywb import xenna
-    from raywb.client import Client, attach
-    from raywb.lifecycle import finish, start, status
+    from raywb.client import Client
+    from raywb.lifecycle import attach, finish, start, status
     from raywb.reports import RunInfo
     from raywb.settings import Settings
 
@@ -57,7 +57,7 @@ __version__ = "0.1.0"
 #: next to nothing in a process that only passes it on.
 _HOMES = {
     "Client": "raywb.client",
-    "attach": "raywb.client",
+    "attach": "raywb.lifecycle",
     "finish": "raywb.lifecycle",
     "start": "raywb.lifecycle",
     "status": "raywb.lifecycle",

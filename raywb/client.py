@@ -1,4 +1,4 @@
-"""``attach()`` and :class:`Client`: what a worker, a driver or a stage script logs with."""
+"""The :class:`Client`: what a worker, a driver or a stage script logs with."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ import msgspec
 import ray
 
 from raywb import cluster as ray_side
-from raywb.connection import Connection, connection_for, present_connection
+from raywb.connection import Connection
 from raywb.errors import MetricTypeError, ServiceUnavailable, SettingsError
-from raywb.groups import resolve_group
 from raywb.reports import RunInfo
 from raywb.rows import MAX_MESSAGE_BYTES, ConfigUpdate, Define, Row, SummaryUpdate, encode
-from raywb.settings import find_api_key, process_environment, resolve
+from raywb.settings import as_mapping
 from raywb.values import Refusal, flatten, plain
 
-__all__ = ["Client", "ClientStats", "Series", "attach", "running_client"]
+__all__ = ["Client", "ClientStats", "Series"]
 
 _log = logging.getLogger("raywb")
 
@@ -31,9 +30,6 @@ _TEXT = frozenset((str,))
 _STEPS = frozenset((int, float, type(None)))
 
 _SUMMARIES = ("min", "max", "mean", "first", "last", "copy", "none")
-
-#: Longest that ``attach()`` waits for a service that is being made or restarted, in seconds.
-ATTACH_TIMEOUT_S = 30.0
 
 
 class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -289,8 +285,6 @@ class Config:
         ``allow_val_change`` is there for those who come from ``wandb``; changes are allowed.
         """
         del allow_val_change
-        from raywb.settings import as_mapping
-
         connection, channel = self._client._connection, self._client._channel
         connection.say(ConfigUpdate(channel, plain(as_mapping(values))))
 
@@ -311,100 +305,3 @@ class Summary:
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.update({key: value})
-
-
-def attach(
-    stage: str | None = None,
-    *,
-    rank: int | None = None,
-    world_size: int | None = None,
-    cfg: Any = None,
-    strict: bool = False,
-) -> Client:
-    """Get a client of the cluster's run, in any Ray task, actor or driver.
-
-    Without a service one is made; it takes rows at once, and opens its run when a ``start()``
-    brings settings, or after a short while with the defaults.
-
-    Args:
-        stage: prefix of all keys, for instance ``training/operator``.
-        rank: this worker's rank among those that log the stage.
-        world_size: how many there are.
-        cfg: config with a ``wandb`` section, for the service that may have to be made.
-        strict: ``log()`` raises for a value that cannot be charted.
-
-    Raises:
-        NoClusterError: there is no Ray cluster; ``ray.init()`` or ``raywb.start`` comes first.
-        SettingsError: ``stage``, ``rank`` or ``cfg`` cannot be used.
-        VersionMismatch: the service speaks another protocol.
-    """
-    stage = _checked_stage(stage)
-    _check_rank(rank, world_size)
-    cluster = ray_side.connect()
-    service = ray_side.find_service()
-    if service is None:
-        settings = resolve(cfg=cfg)
-        group = resolve_group(settings.group, cluster.cluster_id, process_environment())
-        key = None if settings.mode in ("offline", "disabled") else find_api_key(settings)
-        service = ray_side.make_service(cluster, settings, group, key, provisional=True)
-    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
-    if joined.finished:
-        _log.warning(
-            "raywb: run %s is finished; rows logged from here on wait for the next raywb.start()",
-            joined.run.name,
-        )
-    return _open_client(cluster, joined, stage, rank, world_size, strict=strict)
-
-
-def _open_client(
-    cluster: ray_side.Cluster,
-    joined: ray_side.Joined,
-    stage: str | None,
-    rank: int | None,
-    world_size: int | None,
-    *,
-    strict: bool = False,
-) -> Client:
-    connection = connection_for(cluster, joined.endpoint, joined.epoch)
-    channel = connection.open_channel(stage, rank, world_size)
-    return Client(connection, channel, stage, joined.run, strict=strict)
-
-
-def running_client() -> Client | None:
-    """A client without a stage when this cluster's service runs; never makes or starts anything."""
-    if not ray.is_initialized():
-        return None
-    service = ray_side.find_service()
-    if service is None:
-        return None
-    cluster = ray_side.connect()
-    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
-    return _open_client(cluster, joined, None, None, None)
-
-
-def flush_process(timeout_s: float) -> bool:
-    """Flush whatever this process has logged; True when there is nothing outstanding."""
-    connection = present_connection()
-    return connection is None or connection.flush(timeout_s)
-
-
-def _checked_stage(stage: str | None) -> str | None:
-    if stage is None:
-        return None
-    name = stage.strip("/") if isinstance(stage, str) else ""
-    if not name or len(name) > 256 or not name.isprintable() or "*" in name:
-        raise SettingsError(
-            f"stage={stage!r} cannot be used: it is a printable name such as 'training/operator', "
-            "of at most 256 characters, without '*'"
-        )
-    return name
-
-
-def _check_rank(rank: int | None, world_size: int | None) -> None:
-    if rank is None and world_size is None:
-        return
-    if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise SettingsError(
-            f"rank={rank!r}, world_size={world_size!r} cannot be used: they come together, "
-            "with 0 <= rank < world_size"
-        )

@@ -109,8 +109,6 @@ def make_service(
     settings: Settings,
     group: Group,
     api_key: str | None,
-    *,
-    provisional: bool,
 ) -> Any:
     """Make the service on the head node, or find the one that somebody else just made."""
     from raywb.service.actor import Boot, RaywbService
@@ -124,7 +122,6 @@ def make_service(
         host=settings.listen_host or _head_address(),
         settings=settings,
         group=group,
-        provisional=provisional,
     )
     return (
         ray.remote(RaywbService)

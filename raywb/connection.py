@@ -153,10 +153,10 @@ class Connection:
             if self.shipper is not None:
                 self.shipper.use(endpoint)
 
-    def count_loss(self, reason: str, count: int = 1) -> None:
-        """Count rows that could not even be appended."""
+    def count_loss(self, reason: str) -> None:
+        """Count a row that could not even be appended."""
         with self._lock:
-            self._counters[reason] = self._counters.get(reason, 0) + count
+            self._counters[reason] = self._counters.get(reason, 0) + 1
 
     @property
     def lost(self) -> dict[str, int]:

@@ -1,19 +1,20 @@
-"""``start``, ``status`` and ``finish``: the life of the cluster's run."""
+"""``start``, ``attach``, ``status`` and ``finish``: the life of the cluster's run."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import ray
 
 from raywb import cluster as ray_side
-from raywb.client import flush_process
-from raywb.errors import NoClusterError, ServiceUnavailable
-from raywb.groups import resolve_group
+from raywb.client import Client
+from raywb.connection import connection_for, present_connection
+from raywb.errors import NoClusterError, ServiceUnavailable, SettingsError
+from raywb.groups import Group, resolve_group
 from raywb.reports import FinishReport, RunInfo, Status
 from raywb.settings import (
     Settings,
@@ -24,12 +25,30 @@ from raywb.settings import (
 )
 from raywb.sweep import sweep_cluster
 
-__all__ = ["finish", "start", "status"]
+__all__ = ["attach", "finish", "running_client", "start", "status"]
 
 _log = logging.getLogger("raywb")
 
 #: Longest that ``start()`` waits for the service to come up, in seconds; W&B is not waited for.
 START_TIMEOUT_S = 60.0
+
+#: Longest that ``attach()`` waits for a service that is being made or restarted, in seconds.
+ATTACH_TIMEOUT_S = 30.0
+
+
+class _Origin(NamedTuple):
+    """What a caller brings to the service: settings, its own group, and W&B's key if it has it."""
+
+    settings: Settings
+    group: Group
+    api_key: str | None
+
+
+def _origin(settings: Settings, cluster: ray_side.Cluster) -> _Origin:
+    """Look around in this process, which may be the only one that has group or key."""
+    group = resolve_group(settings.group, cluster.cluster_id, process_environment())
+    online = settings.mode not in ("offline", "disabled")
+    return _Origin(settings, group, find_api_key(settings) if online else None)
 
 
 def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: Any) -> RunInfo:
@@ -53,14 +72,11 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
     named = explicit_settings(settings, cfg=cfg, overrides=overrides)
     explicit = {key: getattr(resolved, key) for key in named}
     cluster = ray_side.connect(local_cluster=resolved.local_cluster)
-    group = resolve_group(resolved.group, cluster.cluster_id, process_environment())
-    key = None if resolved.mode in ("offline", "disabled") else find_api_key(resolved)
-    service = ray_side.find_service() or ray_side.make_service(
-        cluster, resolved, group, key, provisional=False
-    )
+    origin = _origin(resolved, cluster)
+    service = ray_side.find_service() or ray_side.make_service(cluster, *origin)
     ray_side.join(service, cluster, timeout_s=START_TIMEOUT_S)
     run, joined = ray_side.call(
-        service, "start", resolved, explicit, group, key, timeout_s=START_TIMEOUT_S
+        service, "start", resolved, explicit, *origin[1:], timeout_s=START_TIMEOUT_S
     )
     _say_started(run, joined=joined)
     return run  # type: ignore[no-any-return]
@@ -84,6 +100,94 @@ def say(text: str) -> None:
     """One line for the person at the terminal."""
     sys.stderr.write(f"[raywb] {text}\n")
     sys.stderr.flush()
+
+
+def attach(
+    stage: str | None = None,
+    *,
+    rank: int | None = None,
+    world_size: int | None = None,
+    cfg: Any = None,
+    strict: bool = False,
+) -> Client:
+    """Get a client of the cluster's run, in any Ray task, actor or driver.
+
+    Without a service one is made; it takes rows at once, and opens its run when a ``start()``
+    brings settings, or after a short while with the defaults.
+
+    Args:
+        stage: prefix of all keys, for instance ``training/operator``.
+        rank: this worker's rank among those that log the stage.
+        world_size: how many there are.
+        cfg: config with a ``wandb`` section, for the service that may have to be made.
+        strict: ``log()`` raises for a value that cannot be charted.
+
+    Raises:
+        NoClusterError: there is no Ray cluster; ``ray.init()`` or ``raywb.start`` comes first.
+        SettingsError: ``stage``, ``rank`` or ``cfg`` cannot be used.
+        VersionMismatch: the service speaks another protocol.
+    """
+    stage = _checked_stage(stage)
+    _check_rank(rank, world_size)
+    cluster = ray_side.connect()
+    service = ray_side.find_service()
+    if service is None:
+        service = ray_side.make_service(cluster, *_origin(resolve(cfg=cfg), cluster))
+    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
+    if joined.finished:
+        _log.warning(
+            "raywb: run %s is finished; rows logged from here on wait for the next raywb.start()",
+            joined.run.name,
+        )
+    return _open_client(cluster, joined, stage, rank, world_size, strict=strict)
+
+
+def _open_client(
+    cluster: ray_side.Cluster,
+    joined: ray_side.Joined,
+    stage: str | None,
+    rank: int | None,
+    world_size: int | None,
+    *,
+    strict: bool = False,
+) -> Client:
+    connection = connection_for(cluster, joined.endpoint, joined.epoch)
+    channel = connection.open_channel(stage, rank, world_size)
+    return Client(connection, channel, stage, joined.run, strict=strict)
+
+
+def running_client() -> Client | None:
+    """A client without a stage when this cluster's service runs; never makes or starts anything."""
+    if not ray.is_initialized():
+        return None
+    service = ray_side.find_service()
+    if service is None:
+        return None
+    cluster = ray_side.connect()
+    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
+    return _open_client(cluster, joined, None, None, None)
+
+
+def _checked_stage(stage: str | None) -> str | None:
+    if stage is None:
+        return None
+    name = stage.strip("/") if isinstance(stage, str) else ""
+    if not name or len(name) > 256 or not name.isprintable() or "*" in name:
+        raise SettingsError(
+            f"stage={stage!r} cannot be used: it is a printable name such as 'training/operator', "
+            "of at most 256 characters, without '*'"
+        )
+    return name
+
+
+def _check_rank(rank: int | None, world_size: int | None) -> None:
+    if rank is None and world_size is None:
+        return
+    if rank is None or world_size is None or not 0 <= rank < world_size:
+        raise SettingsError(
+            f"rank={rank!r}, world_size={world_size!r} cannot be used: they come together, "
+            "with 0 <= rank < world_size"
+        )
 
 
 def _service() -> Any:
@@ -125,7 +229,8 @@ def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     service = _service()
     cluster = ray_side.connect()
     joined = ray_side.join(service, cluster, timeout_s=timeout_s)
-    flush_process(min(timeout_s / 4, 10.0))
+    if (connection := present_connection()) is not None:
+        connection.flush(min(timeout_s / 4, 10.0))
     missing: list[str] = []
     if joined.endpoint is not None and not joined.finished:
         swept = sweep_cluster(cluster, joined.endpoint, min(timeout_s / 4, 60.0))

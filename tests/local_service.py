@@ -30,9 +30,7 @@ class LocalService:
         self.service: RaywbService | None = None
         self._connections: list[Connection] = []
 
-    def up(
-        self, *, provisional: bool = False, join_s: float = 20.0, **settings: Any
-    ) -> RaywbService:
+    def up(self, *, join_s: float = 20.0, **settings: Any) -> RaywbService:
         """Make the service, again after :meth:`down`, and wait until it listens."""
         boot = Boot(
             directory=str(self.directory),
@@ -41,7 +39,6 @@ class LocalService:
             host="127.0.0.1",
             settings=Settings(mode="offline", **settings),
             group=Group("group", "the test"),
-            provisional=provisional,
         )
         self.service = RaywbService(boot)
         assert self.service.join(PROTOCOL, join_s)["address"]

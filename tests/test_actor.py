@@ -284,7 +284,6 @@ def test_a_provisional_run_opens_by_itself(cluster: RayCluster) -> None:
         # As attach() makes one, but less patient.
         cluster.make_service(
             cluster.connect(), raywb.Settings(provisional_wait_s=0.5), Group(None, "nobody"), None,
-            provisional=True,
         )
         client = raywb.attach("alone")
         client.log({"i": 0})
@@ -379,7 +378,7 @@ def test_a_service_that_cannot_be_made_is_told_at_once(cluster: RayCluster) -> N
         without_service()
         here = cluster.connect()
         service = cluster.make_service(
-            here, raywb.Settings(), Group(None, "nobody"), OnlyHere(), provisional=False
+            here, raywb.Settings(), Group(None, "nobody"), OnlyHere()
         )
         try:
             cluster.join(service, here, timeout_s=60)

@@ -197,7 +197,7 @@ def test_a_full_disk_at_the_start_is_no_open_run(
     service: LocalService, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When a run cannot be written down it is not open, and the next start() opens it."""
-    service.up(provisional=True, provisional_wait_s=3600.0)
+    service.up(provisional_wait_s=3600.0)
     client = service.client("s")
     client.log({"x": 1})
     assert client.flush()
@@ -244,7 +244,7 @@ def test_series_keep_their_own_axes(service: LocalService) -> None:
 
 def test_a_provisional_run_takes_rows_at_once(service: LocalService) -> None:
     """Rows before start() wait in the ledger, and belong to the run that it opens."""
-    service.up(provisional=True, provisional_wait_s=3600.0)
+    service.up(provisional_wait_s=3600.0)
     client = service.client("s")
     client.log({"x": 1})
     assert client.flush()
@@ -258,7 +258,7 @@ def test_a_provisional_run_takes_rows_at_once(service: LocalService) -> None:
 
 def test_nobody_starts_it(service: LocalService) -> None:
     """Without a start() the run opens with the defaults after a short while."""
-    service.up(provisional=True, provisional_wait_s=0.2)
+    service.up(provisional_wait_s=0.2)
     client = service.client("s")
     client.log({"x": 1})
     status = service.wait_for(lambda status: status.sink.applied_rows == 1)

@@ -20,6 +20,7 @@ import pytest
 import ray
 import xenna_cases
 from cosmos_xenna.pipelines.private import monitoring
+from spec_metrics import PIPELINE_METRICS, STAGE_METRICS
 from wandb_file import read_run
 from xenna_cases import (
     ORIGINAL,
@@ -45,30 +46,6 @@ from raywb.lifecycle import stop_service
 pytestmark = [pytest.mark.ray, pytest.mark.xenna]
 
 TESTS = Path(__file__).parent
-
-#: Every metric of SPEC D that a running pipeline has, and those of each stage.
-PIPELINE_METRICS = {
-    "pipeline_duration_s",
-    "main_loop_rate_hz",
-    "progress",
-    "num_input_remaining",
-    "num_outputs",
-    "inputs_processed_per_s",
-    "outputs_per_s",
-    *(f"cluster/{of}_{what}" for of in ("total", "avail") for what in ("cpus", "gpus", "mem_gb")),
-}
-STAGE_METRICS = {
-    *(f"actors_{state}" for state in ("target", "ready", "running", "idle", "pending")),
-    "tasks_completed",
-    "tasks_returned_none",
-    "queue_in",
-    "queue_out",
-    "slots_used",
-    "slots_empty",
-    "resource/cpu_util_pct",
-    "resource/mem_gb",
-    "resource/actor_count",
-}
 
 
 @pytest.fixture(scope="module", autouse=True)

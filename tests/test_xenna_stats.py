@@ -12,6 +12,7 @@ from cosmos_xenna.pipelines.private.monitoring_types import (
     Resources,
 )
 from cosmos_xenna.ray_utils.monitoring import ActorPoolStats, ActorStats, SlotStats, TaskStats
+from spec_metrics import STAGE_METRICS
 from xenna_cases import Monitored, no_cluster
 
 from raywb.xenna.stats import (
@@ -28,23 +29,6 @@ from raywb.xenna.stats import (
 )
 
 pytestmark = pytest.mark.xenna
-
-STAGE_METRICS = {
-    "actors_target",
-    "actors_ready",
-    "actors_running",
-    "actors_idle",
-    "actors_pending",
-    "tasks_completed",
-    "tasks_returned_none",
-    "queue_in",
-    "queue_out",
-    "slots_used",
-    "slots_empty",
-    "resource/cpu_util_pct",
-    "resource/mem_gb",
-    "resource/actor_count",
-}
 
 
 def pool(name: str, *, speed: float | None = None, target: int = 0) -> ActorPoolStats:

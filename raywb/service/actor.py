@@ -13,7 +13,6 @@ tried again.
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 import secrets
@@ -34,8 +33,14 @@ from raywb.rows import PROTOCOL
 from raywb.service.append_log import sync_and_close
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
-from raywb.service.runs import Runs, describe_run, resolve_mode
-from raywb.service.state import RunState, ServiceState, load_state, save_state
+from raywb.service.runs import Runs, check_settings, describe_run, resolve_mode
+from raywb.service.state import (
+    RunState,
+    ServiceState,
+    load_state,
+    lock_directory,
+    save_state,
+)
 from raywb.service.status import make_status
 from raywb.settings import Settings
 
@@ -66,7 +71,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         run_id: id of the first run, unless the settings name one.
         settings: settings of whoever made the service.
         group: the group of the first run, and where its name came from.
-        provisional: made by an ``attach()``; a ``start()`` may still bring settings.
     """
 
     directory: str
@@ -75,7 +79,6 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     settings: Settings
     group: Group
-    provisional: bool
 
 
 class RaywbService:
@@ -207,7 +210,12 @@ class RaywbService:
         delivery = self._delivery
         fsync = self._boot.settings.fsync
         ingest = Ingest(
-            delivery.ledger, state.token, state.cluster_id, fsync, self._new_entries.set
+            delivery.ledger,
+            state.token,
+            state.cluster_id,
+            fsync,
+            on_append=self._new_entries.set,
+            has_ended=delivery.merge.has_ended,
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
@@ -256,17 +264,18 @@ class RaywbService:
     async def _merge(self, parts: _Parts) -> None:
         """Turn what arrives into finished rows, and write losses into the run when they grow."""
         written: dict[str, int] = {}
-        written_at = time.monotonic()
+        looked_at = time.monotonic()
         while True:
             await self._new_entries.wait()
             self._new_entries.clear()
             try:
-                if parts.runs.advance():
-                    parts.forget_ended_sources()
-                losses = parts.runs.losses()
-                if losses != written and time.monotonic() - written_at > LOSS_INTERVAL_S:
-                    written, written_at = losses, time.monotonic()
-                    parts.runs.log_losses(losses)
+                parts.runs.advance()
+                # To add up over all sources is too much for every step.
+                if time.monotonic() - looked_at > LOSS_INTERVAL_S:
+                    looked_at = time.monotonic()
+                    if (losses := parts.runs.losses()) != written:
+                        parts.runs.log_losses(losses)
+                        written = losses
                 self._problems.pop("outbox", None)
             except OSError as error:
                 self._problems["outbox"] = f"the outbox takes nothing: {error}"
@@ -293,21 +302,22 @@ class RaywbService:
     # -- answers --------------------------------------------------------------------------------
 
     async def _join(self, timeout_s: float) -> dict[str, Any]:
-        answer = {"protocol": PROTOCOL, "version": __version__, "run": self._unopened()}
+        answer = {"protocol": PROTOCOL, "version": __version__}
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
         except TimeoutError:
-            return {**answer, "address": None, "epoch": 0, "finished": False}
+            run = self._unopened()
+            return {**answer, "address": None, "epoch": 0, "finished": False, "run": run}
         parts = self._ready()
-        run = parts.runs.last
+        last = parts.runs.last
         return {
             **answer,
             "address": self._address,
             "token": parts.state.token,
             "epoch": len(parts.state.runs),
-            "finished": run is not None and run.exit_code is not None,
-            **({"run": run.info} if run else {}),
+            "finished": last is not None and last.exit_code is not None,
+            "run": last.info if last else self._unopened(),
         }
 
     @property
@@ -348,7 +358,7 @@ class RaywbService:
             parts.delivery,
             parts.ingest,
             parts.runs,
-            unopened=self._unopened(),
+            info=parts.runs.last.info if parts.runs.last else self._unopened(),
             address=self._address,
             incarnation=parts.state.incarnation,
             problems=self._problems,
@@ -391,47 +401,3 @@ class _Parts(NamedTuple):
     delivery: Delivery
     ingest: Ingest
     runs: Runs
-
-    def forget_ended_sources(self) -> None:
-        """Sources that ended in good order no longer count for the pace."""
-        for source_id, source in self.delivery.merge.sources.items():
-            if source.ended:
-                self.ingest.forget_ended(source_id)
-
-
-def lock_directory(directory: Path) -> int:
-    """Make sure that no other service works in this directory, as long as this process lives.
-
-    Raises:
-        OSError: another one does.
-    """
-    fd = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(fd)
-        raise OSError(f"another raywb service works in {directory}") from error
-    return fd
-
-
-#: Settings that belong to the service or to the caller, not to the run.
-_NOT_OF_A_RUN = ("dir", "local_cluster", "listen_host")
-
-
-def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
-    """Make sure that a caller who joins a run asks for nothing that it is not.
-
-    Raises:
-        SettingsConflict: with each setting that differs, and both values.
-    """
-    has = msgspec.structs.asdict(msgspec.convert(run.settings, Settings))
-    has |= {"project": run.info.project, "group": run.info.group or "", "mode": run.info.mode}
-    has |= {"name": run.info.name, "run_id": run.info.id, "entity": run.info.entity}
-    asked = {key: value for key, value in explicit.items() if key not in _NOT_OF_A_RUN}
-    differing = sorted(key for key, value in asked.items() if has[key] != value)
-    if differing:
-        pairs = ", ".join(f"{key} is {has[key]!r}, not {asked[key]!r}" for key in differing)
-        raise SettingsConflict(
-            f"the raywb run {run.info.name!r} is open with other settings: {pairs}. "
-            "Leave them out to join it, or end it first with `raywb finish`"
-        )

@@ -16,6 +16,7 @@ import asyncio
 import errno
 import hmac
 import logging
+import math
 import re
 import socket
 import time
@@ -42,6 +43,9 @@ REQUESTS_PER_S = 400.0
 #: Shortest and longest time between two requests of one source that is asked for, in seconds.
 PACE_RANGE_S = (0.25, 60.0)
 
+#: How often the pace is worked out, in seconds.
+PACE_EVERY_S = 1.0
+
 #: A source that was silent for longer no longer counts for the pace.
 LIVE_S = 60.0
 
@@ -57,6 +61,7 @@ class Ingest:
         cluster_id: requests from any other cluster are refused.
         fsync: see :class:`raywb.Settings`.
         on_append: called after each append.
+        has_ended: says of a source whether it ended in good order.
     """
 
     def __init__(
@@ -65,13 +70,18 @@ class Ingest:
         token: str,
         cluster_id: str,
         fsync: str,
+        *,
         on_append: Callable[[], None],
+        has_ended: Callable[[str], bool],
     ) -> None:
         self._ledger = ledger
         self._fsync = fsync
         self._token = token
         self._cluster_id = cluster_id
         self._on_append = on_append
+        self._has_ended = has_ended
+        self._pace_s = PACE_RANGE_S[0]
+        self._paced_at = -math.inf
         self._runner: web.AppRunner | None = None
         self._reading = asyncio.Semaphore(BODIES_AT_ONCE)
         #: When each source was last heard, on the monotonic clock.
@@ -111,17 +121,24 @@ class Ingest:
         if self._runner is not None:
             await self._runner.cleanup()
 
-    def forget_ended(self, source_id: str) -> None:
-        """A source that ended in good order no longer counts for the pace."""
-        self.heard.pop(source_id, None)
+    def _pace(self) -> float:
+        """Seconds between two requests of one source, so that all stay within the bound.
 
-    @property
-    def pace_s(self) -> float:
-        """Seconds between two requests of one source, so that all stay within the bound."""
-        shortest, longest = PACE_RANGE_S
-        since = time.monotonic() - LIVE_S
-        live = sum(heard > since for heard in self.heard.values())
-        return min(max(live / REQUESTS_PER_S, shortest), longest)
+        Sources come and go slowly, and there may be very many: they are counted once a second,
+        and those that ended are forgotten then.
+        """
+        now = time.monotonic()
+        if now - self._paced_at > PACE_EVERY_S:
+            self._paced_at = now
+            self.heard = {
+                source_id: heard
+                for source_id, heard in self.heard.items()
+                if not self._has_ended(source_id)
+            }
+            live = sum(now - heard < LIVE_S for heard in self.heard.values())
+            shortest, longest = PACE_RANGE_S
+            self._pace_s = min(max(live / REQUESTS_PER_S, shortest), longest)
+        return self._pace_s
 
     def _refuse(self, reason: str, status: int) -> web.Response:
         self.refused[reason] = self.refused.get(reason, 0) + 1
@@ -165,4 +182,4 @@ class Ingest:
         if data:
             self._on_append()
         durable = end if self._fsync == "off" else self._ledger.durable_end_of(source_id)
-        return web.json_response({"end": end, "durable": durable, "pace_s": self.pace_s})
+        return web.json_response({"end": end, "durable": durable, "pace_s": self._pace()})

@@ -51,7 +51,6 @@ class Source:
     counters: Counters = dataclasses.field(default_factory=lambda: Counters(0, {}))
     rows: int = 0
     consumed: int = 0
-    last_row_s: float | None = None
     ended: bool = False
 
 
@@ -90,6 +89,11 @@ class Merge:
         self._nested.clear()
         self._series.clear()
         self._series_count.clear()
+
+    def has_ended(self, source_id: str) -> bool:
+        """Whether a source has said that it ends."""
+        source = self.sources.get(source_id)
+        return source is not None and source.ended
 
     @property
     def lost(self) -> dict[str, int]:
@@ -169,7 +173,6 @@ class Merge:
         match message:
             case Row():
                 source.rows += 1
-                source.last_row_s = message.time_s
                 self._use_row(source_id, source, message, batch)
             case ConfigUpdate():
                 batch.items.append(OutConfig(self.run, message.values))

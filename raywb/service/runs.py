@@ -12,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from raywb.errors import SettingsConflict
 from raywb.groups import Group
 from raywb.reports import FinishReport, RunInfo, SinkStatus
 from raywb.rows import Scalar
@@ -23,7 +24,7 @@ from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
 from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
 
-__all__ = ["Runs", "describe_run", "new_run_id", "resolve_mode"]
+__all__ = ["Runs", "check_settings", "describe_run", "new_run_id", "resolve_mode"]
 
 _ALPHABET = string.ascii_lowercase + string.digits
 
@@ -66,6 +67,29 @@ def describe_run(
         epoch=epoch,
         provisional=provisional,
     )
+
+
+#: Settings that belong to the service or to the caller, not to the run.
+_NOT_OF_A_RUN = ("dir", "local_cluster", "listen_host")
+
+
+def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
+    """Make sure that a caller who joins a run asks for nothing that it is not.
+
+    Raises:
+        SettingsConflict: with each setting that differs, and both values.
+    """
+    has = msgspec.structs.asdict(msgspec.convert(run.settings, Settings))
+    has |= {"project": run.info.project, "group": run.info.group or "", "mode": run.info.mode}
+    has |= {"name": run.info.name, "run_id": run.info.id, "entity": run.info.entity}
+    asked = {key: value for key, value in explicit.items() if key not in _NOT_OF_A_RUN}
+    differing = sorted(key for key, value in asked.items() if has[key] != value)
+    if differing:
+        pairs = ", ".join(f"{key} is {has[key]!r}, not {asked[key]!r}" for key in differing)
+        raise SettingsConflict(
+            f"the raywb run {run.info.name!r} is open with other settings: {pairs}. "
+            "Leave them out to join it, or end it first with `raywb finish`"
+        )
 
 
 class Runs:
@@ -144,7 +168,7 @@ class Runs:
         settings = msgspec.convert(run.settings, Settings)
         fold = self._delivery.folds.setdefault(run.number, Fold())
 
-        def open_request(base: int | None) -> Open:
+        def open_request() -> Open:
             return Open(
                 project=run.info.project,
                 run_id=run.info.id,
@@ -158,7 +182,7 @@ class Runs:
                 notes=settings.notes,
                 base_url=settings.base_url,
                 api_key=self.api_key or find_api_key(settings),
-                base=run.base if base is None else base,
+                base=run.base,
                 config=fold.config,
                 defines=definitions(fold),
                 deadline_s=settings.sink_deadline_s,

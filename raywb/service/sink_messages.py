@@ -86,14 +86,12 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
         next_row: number of the first row that W&B does not have.
         base: W&B's own step of row 0.
         url: the run's page, when it has one.
-        files_dir: the directory that W&B writes this session's files to.
     """
 
     next_row: int
     base: int
     url: str | None
     entity: str | None
-    files_dir: str
 
 
 class Applied(msgspec.Struct, tag=True, frozen=True):

@@ -74,7 +74,7 @@ class SinkProcess:
         number: int,
         outbox: Outbox,
         fold: Fold,
-        open_request: Callable[[int | None], Open],
+        open_request: Callable[[], Open],
         *,
         on_opened: Callable[[Opened], None],
         deadline_s: float,
@@ -84,7 +84,6 @@ class SinkProcess:
         #: Rows that W&B's client has taken, and rows that W&B has shown to have.
         self.delivered_rows = 0
         self.confirmed_rows = 0
-        self.opened: Opened | None = None
         self._number = number
         self._outbox = outbox
         self._fold = fold
@@ -155,15 +154,13 @@ class SinkProcess:
                 stderr=stderr,
                 env=sink_environment(process_environment()),
             )
-        base = self.opened.base if self.opened else None
-        opened = await self._ask(self._open_request(base), Opened)
+        opened = await self._ask(self._open_request(), Opened)
         emitted = self._outbox.rows_of(self._number)
         if opened.next_row > emitted:
             raise SinkError(
                 f"W&B's run {self.run.id} has {opened.next_row} rows and raywb emitted {emitted}: "
                 "somebody else writes to this run; give this one another run_id"
             )
-        self.opened = opened
         self._on_opened(opened)
         self.delivered_rows = self.confirmed_rows = opened.next_row
         self._state = "running"

@@ -7,6 +7,7 @@ new one. It holds the token and is readable by its owner only; it never holds W&
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import msgspec
 
 from raywb.reports import FinishReport, RunInfo
 
-__all__ = ["RunState", "ServiceState", "load_state", "save_state"]
+__all__ = ["RunState", "ServiceState", "load_state", "lock_directory", "save_state"]
 
 FILE_NAME = "service.json"
 
@@ -82,3 +83,18 @@ def save_state(directory: Path, state: ServiceState) -> None:
     finally:
         os.close(fd)
     temporary.replace(path)
+
+
+def lock_directory(directory: Path) -> int:
+    """Make sure that no other service works in this directory, as long as this process lives.
+
+    Raises:
+        OSError: another one does.
+    """
+    fd = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(fd)
+        raise OSError(f"another raywb service works in {directory}") from error
+    return fd

@@ -18,7 +18,7 @@ def make_status(
     ingest: Ingest,
     runs: Runs,
     *,
-    unopened: RunInfo,
+    info: RunInfo,
     address: str,
     incarnation: int,
     problems: dict[str, str],
@@ -29,7 +29,7 @@ def make_status(
         delivery: what was received.
         ingest: who was heard, and what was refused.
         runs: the runs and their sinks.
-        unopened: what the first run will be like, while there is none.
+        info: the last run, or what the first one will be like.
         address: where the service listens.
         incarnation: how often it was started.
         problems: what is wrong in the background, by part.
@@ -42,7 +42,7 @@ def make_status(
     found += [f"{count} requests refused: {reason}" for reason, count in ingest.refused.items()]
     return Status(
         version=__version__,
-        run=run.info if run else unopened,
+        run=info,
         finished=run is not None and run.report is not None,
         address=address,
         incarnation=incarnation,
@@ -70,7 +70,9 @@ def _sources(delivery: Delivery, ingest: Ingest) -> list[SourceStatus]:
             received_bytes=delivery.ledger.end_of(source_id),
             received_rows=source.rows,
             heard_ago_s=(
-                round(now - ingest.heard[source_id], 3) if source_id in ingest.heard else None
+                None
+                if source.ended or source_id not in ingest.heard
+                else round(now - ingest.heard[source_id], 3)
             ),
             ended=source.ended,
         )

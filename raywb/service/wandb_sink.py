@@ -108,7 +108,6 @@ class WandbSink:
             base=self._base,
             url=self._run.url if request.mode == "online" else None,
             entity=self._entity,
-            files_dir=str(Path(self._run.dir).parent),
         )
 
     def _offline_rows(self, request: Open) -> int:

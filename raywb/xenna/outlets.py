@@ -242,9 +242,9 @@ class Delivery:
         """Return what opens series in W&B: in the service, else in a run of this process."""
         with Contained("looking for the raywb service", self._report):
             # Not at the top: a hook that only writes JSONL needs neither a service nor Ray.
-            from raywb import client as raywb_client
+            from raywb.lifecycle import running_client
 
-            client = raywb_client.running_client()
+            client = running_client()
             if client is not None:
                 return lambda: Outlet(
                     client.open_series("xenna", label=self._pipeline_kind, axis=AXIS),
