@@ -40,8 +40,8 @@ _LOCAL_CPUS = 8
 #: What PlanStage, DownloadStage and one tokenizing worker take together, beside one CPU per node.
 _PIPELINE_CPUS = 2
 
-#: xenna's actor of which every node gets one.
-_MONITOR = "NodeResourceMonitor"
+#: xenna's actors: one per node, and one per worker of a stage.
+_XENNA_ACTORS = ("NodeResourceMonitor", "StageWorker")
 
 #: How long processes of a local cluster may take to end by themselves.
 _SHUTDOWN_S = 1.0
@@ -101,7 +101,7 @@ def _shut_down(started_here: bool) -> None:
     if started_here:  # found as descendants of this process, as long as the cluster is up
         processes = psutil.Process().children(recursive=True)
     else:
-        _end_monitors()
+        _end_xenna_actors()
     ray.shutdown()
     _, alive = psutil.wait_procs(processes, timeout=_SHUTDOWN_S)
     for process in alive:
@@ -110,26 +110,33 @@ def _shut_down(started_here: bool) -> None:
     psutil.wait_procs(alive, timeout=_SHUTDOWN_S)
 
 
-def _end_monitors() -> None:
-    """End what xenna's monitors of this job left on each node of a cluster that goes on."""
-    mine = [("job_id", "=", ray.get_runtime_context().get_job_id())]
+def _end_xenna_actors() -> None:
+    """End what xenna's actors of this job left on each node of a cluster that goes on.
+
+    xenna has killed its workers by now, and leaves looking after them to tasks that end with the
+    job; Ray takes its word for dead ones too, hence all are asked for, whatever their state.
+    """
+    mine = ("job_id", "=", ray.get_runtime_context().get_job_id())
+    pids: dict[str, list[int]] = {}
     try:
-        actors = ray.util.state.list_actors(filters=[*mine, ("class_name", "=", _MONITOR)])
+        for name in _XENNA_ACTORS:
+            for actor in ray.util.state.list_actors(
+                filters=[mine, ("class_name", "=", name)], limit=XENNA_ACTOR_LIMIT
+            ):
+                if actor.pid:
+                    pids.setdefault(actor.node_id, []).append(actor.pid)
     except CLUSTER_GONE as error:
         _log.warning("cannot ask for left-over processes: %s", error)
-        return
-    pids: dict[str, list[int]] = {}
-    for actor in actors:
-        if actor.pid:
-            pids.setdefault(actor.node_id, []).append(actor.pid)
     run_on_nodes({node_id: (_end_processes, found) for node_id, found in pids.items()})
 
 
 def _end_processes(pids: Sequence[int]) -> None:
+    # An actor at work has the name of its method behind that of its class.
+    titles = tuple(f"ray::{name}" for name in _XENNA_ACTORS)
     for pid in pids:
         with contextlib.suppress(psutil.NoSuchProcess):
             process = psutil.Process(pid)
-            if process.cmdline()[:1] == [f"ray::{_MONITOR}"]:
+            if process.cmdline()[:1] and process.cmdline()[0].startswith(titles):
                 process.kill()
 
 

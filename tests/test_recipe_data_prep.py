@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -279,6 +280,47 @@ def test_nothing_of_a_recipe_stays_on_a_cluster_that_goes_on(
 
     until("xenna's processes to end", lambda: not left_over())
     assert not list(Path(cluster["TMPDIR"]).glob("raywb-recipes-*/*"))
+
+
+#: A job whose detached actors have the names of xenna's, and are in the middle of a call.
+AT_WORK = """
+import os, time
+import psutil, ray
+from recipes.cluster import RaySettings, ray_cluster
+
+class Busy:
+    def pid(self):
+        return os.getpid()
+
+    def work(self):
+        time.sleep(600)
+
+with ray_cluster(RaySettings(num_cpus=None, log_to_driver=False)):
+    pids = []
+    for name in ("NodeResourceMonitor", "StageWorker"):
+        actor = ray.remote(num_cpus=0)(type(name, (Busy,), {}))
+        actor = actor.options(name=name, namespace="test", lifetime="detached").remote()
+        pids.append(ray.get(actor.pid.remote()))
+        actor.work.remote()
+    while not all(".work" in psutil.Process(pid).cmdline()[0] for pid in pids):
+        time.sleep(0.05)
+    print("pids:", *pids, flush=True)
+"""
+
+
+def test_actors_at_work_are_ended_too(cluster: dict[str, str]) -> None:
+    """A process whose title names the method that it is in belongs to xenna all the same.
+
+    The actors are detached, so that Ray itself does not end them with the job.
+    """
+    job = subprocess.run(
+        [sys.executable, "-c", AT_WORK], env=cluster, capture_output=True, text=True, timeout=120
+    )
+    assert job.returncode == 0, job.stderr
+    said = re.search(r"^pids: (\d+) (\d+)$", job.stdout, re.MULTILINE)
+    assert said, job.stdout
+    pids = [int(pid) for pid in said.groups()]
+    until("both processes to end", lambda: not any(map(psutil.pid_exists, pids)))
 
 
 def test_any_number_of_workers_gives_the_same_bytes(
