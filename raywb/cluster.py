@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
+from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_put
 
 from raywb.errors import NoClusterError, RaywbError, ServiceUnavailable, VersionMismatch
 from raywb.groups import Group
@@ -24,6 +25,10 @@ __all__ = ["Cluster", "Joined", "call", "connect", "find_service", "join", "make
 
 ACTOR_NAME = "raywb"
 NAMESPACE = "raywb"
+
+#: Under this key Ray's control store remembers the service's directory, as long as the cluster
+#: lives.
+DIRECTORY_KEY = b"raywb:directory"
 
 #: Calls that run at the same time in the actor; a finish may wait for minutes in one of them.
 MAX_CONCURRENCY = 32
@@ -116,7 +121,7 @@ def make_service(
 
     run_id = settings.run_id or new_run_id()
     boot = Boot(
-        directory=str(default_dir(settings, run_id)),
+        directory=_directory_of_the_service(settings, run_id),
         cluster_id=cluster.cluster_id,
         run_id=run_id,
         host=settings.listen_host or _head_address(),
@@ -138,6 +143,18 @@ def make_service(
         )
         .remote(boot, api_key)
     )
+
+
+def _directory_of_the_service(settings: Settings, run_id: str) -> str:
+    """Where the cluster's service works: where an earlier one did, unless the settings say.
+
+    Journals on the nodes outlive a service, and only the ledger that took their bytes knows how
+    much of them it has: a service with an empty one would take everything again.
+    """
+    wanted = str(default_dir(settings, run_id)).encode()
+    # Of several who make it at once, the first decides for all.
+    _internal_kv_put(DIRECTORY_KEY, wanted, overwrite=settings.dir is not None)
+    return (_internal_kv_get(DIRECTORY_KEY) or wanted).decode()
 
 
 def _head_address() -> str:

@@ -133,6 +133,43 @@ def test_a_second_job_joins_the_run_and_may_end_it(cluster: RayCluster) -> None:
     assert [run.exit_code for run in (ended, latest)] == [0, 3]
 
 
+def test_a_service_made_anew_takes_no_row_again(cluster: RayCluster) -> None:
+    """A stopped service's successor works in its directory, and knows what journals gave it."""
+    runs = cluster.run_driver("""
+        import ray, raywb
+        from msgspec import to_builtins
+        from raywb.cluster import find_service
+        from raywb.lifecycle import stop_service
+        from ray_cluster import report, until, without_service
+
+        @ray.remote(num_cpus=0)
+        def work(i):
+            raywb.attach("task").log({"i": i})
+
+        ray.init()
+        without_service()
+        finished = []
+        for first in (0, 100):
+            raywb.start(project="anew")
+            client = raywb.attach("driver")
+            for i in range(first, first + 10):
+                client.log({"i": i})
+            ray.get(work.remote(first))
+            finished.append(to_builtins(raywb.finish()))
+            stop_service()
+            until("the service's name to be free", lambda: find_service() is None)
+        report(finished)
+    """)
+    assert runs[0]["run"]["dir"] == runs[1]["run"]["dir"]
+    assert runs[0]["run"]["id"] != runs[1]["run"]["id"]
+    written = read_runs(runs[0]["run"]["dir"])
+    for finished, first in zip(runs, (0, 100), strict=True):
+        assert (finished["received_rows"], finished["complete"]) == (11, True)
+        run = written[finished["run"]["id"]]
+        assert run.values("driver/i") == list(range(first, first + 10))
+        assert run.values("task/i") == [first]
+
+
 def test_a_run_ends_while_its_clients_go_on(cluster: RayCluster) -> None:
     """finish() takes a cut: what is logged after it waits, and begins the next run."""
     after_finish, rows, reports = cluster.run_driver("""
