@@ -16,7 +16,15 @@ from raywb import cluster as ray_side
 from raywb.connection import Connection
 from raywb.errors import MetricTypeError, ServiceUnavailable, SettingsError
 from raywb.reports import RunInfo
-from raywb.rows import MAX_MESSAGE_BYTES, ConfigUpdate, Define, Row, SummaryUpdate, encode
+from raywb.rows import (
+    ACROSS_RANKS,
+    MAX_MESSAGE_BYTES,
+    ConfigUpdate,
+    Define,
+    Row,
+    SummaryUpdate,
+    encode,
+)
 from raywb.settings import as_mapping
 from raywb.values import Refusal, flatten, plain
 
@@ -158,7 +166,12 @@ class Client:
             _log.warning("raywb: %s", text)
 
     def define_metric(
-        self, name: str, step_metric: str | None = None, summary: str | None = None
+        self,
+        name: str,
+        step_metric: str | None = None,
+        summary: str | None = None,
+        *,
+        across_ranks: str | None = None,
     ) -> None:
         """Say how W&B is to chart a metric, as ``wandb.define_metric`` does.
 
@@ -167,9 +180,13 @@ class Client:
             step_metric: the metric that is its x-axis, without the stage.
             summary: ``min``, ``max``, ``mean``, ``first``, ``last``, ``copy`` or ``none``;
                 several with commas between.
+            across_ranks: how the values of several ranks at one step become one: ``mean`` (the
+                default), ``min``, ``max``, ``sum``, ``last`` (the one logged last) or
+                ``per_rank`` (each of them, as ``<name>/rank_<rank>``).
 
         Raises:
-            SettingsError: ``summary`` is none of these, or ``name`` has a ``*`` in the middle.
+            SettingsError: ``summary`` or ``across_ranks`` is none of these, or ``name`` has a
+                ``*`` in the middle.
         """
         if not name or "*" in name[:-1]:
             raise SettingsError(
@@ -181,7 +198,13 @@ class Client:
                 f"summary={summary!r} cannot be used: {', '.join(wrong)} is not among "
                 f"{', '.join(_SUMMARIES)}"
             )
-        self._connection.say(Define(self._channel, name, step_metric, ",".join(kinds) or None))
+        if across_ranks is not None and across_ranks not in ACROSS_RANKS:
+            raise SettingsError(
+                f"across_ranks={across_ranks!r} cannot be used: allowed are "
+                f"{', '.join(ACROSS_RANKS)}"
+            )
+        kind = ",".join(kinds) or None
+        self._connection.say(Define(self._channel, name, step_metric, kind, across_ranks))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the service has every row that was logged before this call.

@@ -20,6 +20,7 @@ import msgspec
 from raywb.errors import FrameError
 
 __all__ = [
+    "ACROSS_RANKS",
     "HEADER",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL",
@@ -56,6 +57,10 @@ HEADER = struct.Struct("<HII")
 RESYNC_BUDGET_BYTES = 16 * 1024 * 1024
 
 Scalar = float | int | bool | str
+
+#: How the values of several ranks at one step become one; ``last`` is the one logged last, and
+#: ``per_rank`` keeps each as ``<key>/rank_<rank>``.
+ACROSS_RANKS = ("mean", "min", "max", "sum", "last", "per_rank")
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
@@ -114,12 +119,16 @@ class SummaryUpdate(msgspec.Struct, array_like=True, tag=4, frozen=True):
 
 
 class Define(msgspec.Struct, array_like=True, tag=5, frozen=True):
-    """A metric definition as ``wandb.define_metric`` takes it; names are relative."""
+    """A metric definition as ``wandb.define_metric`` takes it; names are relative.
+
+    ``across_ranks`` says how the values of several ranks at one step become one.
+    """
 
     channel: int
     name: str
     step_metric: str | None
     summary: str | None
+    across_ranks: str | None = None
 
 
 class Counters(msgspec.Struct, array_like=True, tag=6, frozen=True):

@@ -76,6 +76,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         listen_host: address that the service listens on; by default the head node's own.
         fsync: when the ledger is forced to the disk itself: ``off``, ``every_second``, ``each``.
         provisional_wait_s: how long a service that an ``attach()`` made waits for a ``start()``.
+        rank_wait_s: longest that the row of a step waits for a rank that is silent; a rank that
+            was silent so long is waited for again when it logs.
         sink_deadline_s: longest that W&B's client may take for one step before it is replaced.
     """
 
@@ -95,6 +97,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     listen_host: str | None = None
     fsync: Fsync = "every_second"
     provisional_wait_s: float = 10.0
+    rank_wait_s: float = 15.0
     sink_deadline_s: float = 90.0
 
     def __post_init__(self) -> None:
@@ -107,7 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 )
         for key in _CHOICES:
             _check_choice(key, getattr(self, key))
-        for key in ("provisional_wait_s", "sink_deadline_s"):
+        for key in ("provisional_wait_s", "rank_wait_s", "sink_deadline_s"):
             if not 0 < getattr(self, key) < 86_400:
                 raise SettingsError(
                     f"{key}={getattr(self, key)!r} cannot be used: "

@@ -66,12 +66,19 @@ class LocalService:
             address=answer["address"], token=answer["token"], cluster_id=CLUSTER.cluster_id
         )
 
-    def client(self, stage: str | None = None, *, strict: bool = False) -> Client:
+    def client(
+        self,
+        stage: str | None = None,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        strict: bool = False,
+    ) -> Client:
         """A client as another process would have it, with a journal of its own."""
         assert self.service is not None
         connection = Connection(CLUSTER, self.endpoint, 1)
         self._connections.append(connection)
-        channel = connection.open_channel(stage, None, None)
+        channel = connection.open_channel(stage, rank, world_size)
         run = self.service.join(PROTOCOL)["run"]
         return Client(connection, channel, stage, run, strict=strict)
 

@@ -13,6 +13,7 @@ tried again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -58,6 +59,9 @@ PORT_ATTEMPTS = 30
 
 #: Pause between two steps of the merge, in seconds.
 MERGE_PAUSE_S = 0.02
+
+#: How often rows that wait for other ranks are looked at, in seconds.
+RANK_LOOK_S = 0.25
 
 #: How often losses that grew are written into the run, in seconds.
 LOSS_INTERVAL_S = 10.0
@@ -266,10 +270,9 @@ class RaywbService:
         written: dict[str, int] = {}
         looked_at = time.monotonic()
         while True:
-            await self._new_entries.wait()
-            self._new_entries.clear()
+            await self._work(parts)
             try:
-                parts.runs.advance()
+                parts.runs.advance(parts.ingest.pace_s)
                 # To add up over all sources is too much for every step.
                 if time.monotonic() - looked_at > LOSS_INTERVAL_S:
                     looked_at = time.monotonic()
@@ -283,6 +286,14 @@ class RaywbService:
                 await asyncio.sleep(RETRY_PAUSE_S)
             # A breath, so that many small arrivals become one step.
             await asyncio.sleep(MERGE_PAUSE_S)
+
+    async def _work(self, parts: _Parts) -> None:
+        """Wait for something to merge: new entries, or rows whose time to wait is over."""
+        waits_s = RANK_LOOK_S if parts.delivery.merge.waiting_rows else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(waits_s):
+                await self._new_entries.wait()
+        self._new_entries.clear()
 
     async def _sync(self, delivery: Delivery) -> None:
         """Force ledger and outbox to the disk every second, off the loop."""

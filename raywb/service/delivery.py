@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import time
 from pathlib import Path
 
 from raywb.rows import ROW_TAG, Frame, scan
 from raywb.service.fold import Fold
 from raywb.service.ledger import Ledger
 from raywb.service.merge import Merge
-from raywb.service.outbox import Batch, Item, Outbox, OutRow
+from raywb.service.outbox import Batch, Item, Outbox
+from raywb.service.ranks import Waiting
 
 __all__ = ["Delivery"]
 
@@ -18,9 +19,9 @@ class Delivery:
     """The durable middle of the service: what was received, and what was made of it.
 
     Attributes:
-        position: everything in the ledger before it is consumed.
+        position: everything in the ledger before it was read; rows that wait for other ranks are
+            in no batch yet.
         folds: what each run amounts to, by run number.
-        own_rows: rows of raywb's own making, by run number.
 
     Raises:
         OSError: the directory cannot be made or read.
@@ -31,7 +32,6 @@ class Delivery:
         self.outbox = Outbox(directory / "outbox")
         self.merge = Merge()
         self.folds: dict[int, Fold] = {}
-        self.own_rows: Counter[int] = Counter()
         self.position = 0
         self._unwritten: Batch | None = None
         for batch in self.outbox.recover():
@@ -41,7 +41,6 @@ class Delivery:
     def _take(self, batch: Batch) -> None:
         self.position = max(self.position, batch.ledger_position)
         for item in batch.items:
-            self.own_rows[item.run] += not batch.consumed and isinstance(item, OutRow)
             self.folds.setdefault(item.run, Fold()).apply(item)
 
     def open_run(self, number: int) -> None:
@@ -56,7 +55,7 @@ class Delivery:
             OSError: the outbox takes nothing, and the items are not in it.
         """
         self._write_unwritten()
-        batch = Batch(self.merge.run, self.position, [], items)
+        batch = Batch(self.merge.run, self.merge.position(self.position), [], items)
         self.outbox.append(batch)
         self._take(batch)
 
@@ -81,13 +80,36 @@ class Delivery:
             if entry.next_position > end:
                 break
             self._unwritten = self.merge.consume(
-                entry.source_id, entry.offset, entry.data, entry.next_position
+                entry.source_id,
+                entry.offset,
+                entry.data,
+                entry.next_position,
+                position=self.position,
+                now_s=time.monotonic(),
             )
             self._write_unwritten()
             self.position = max(self.position, entry.next_position)
         # What lies between the last whole entry and the end is damage, and counted by the log.
         self.position = max(self.position, end)
         return True
+
+    def release(self, waiting: Waiting | None) -> bool:
+        """Make rows of what has waited long enough for other ranks; of all of it without limits.
+
+        Returns:
+            Whether there was any.
+
+        Raises:
+            OSError: the outbox takes nothing.
+        """
+        self._write_unwritten()
+        if waiting is None:
+            self._unwritten = self.merge.flush(self.position)
+        else:
+            self._unwritten = self.merge.due(time.monotonic(), waiting, self.position)
+        released = self._unwritten is not None
+        self._write_unwritten()
+        return released
 
     def _write_unwritten(self) -> None:
         if self._unwritten is not None:

@@ -80,7 +80,8 @@ class Ingest:
         self._cluster_id = cluster_id
         self._on_append = on_append
         self._has_ended = has_ended
-        self._pace_s = PACE_RANGE_S[0]
+        #: Seconds between two requests of one source, as it was last worked out.
+        self.pace_s = PACE_RANGE_S[0]
         self._paced_at = -math.inf
         self._runner: web.AppRunner | None = None
         self._reading = asyncio.Semaphore(BODIES_AT_ONCE)
@@ -137,8 +138,8 @@ class Ingest:
             }
             live = sum(now - heard < LIVE_S for heard in self.heard.values())
             shortest, longest = PACE_RANGE_S
-            self._pace_s = min(max(live / REQUESTS_PER_S, shortest), longest)
-        return self._pace_s
+            self.pace_s = min(max(live / REQUESTS_PER_S, shortest), longest)
+        return self.pace_s
 
     def _refuse(self, reason: str, status: int) -> web.Response:
         self.refused[reason] = self.refused.get(reason, 0) + 1

@@ -15,7 +15,7 @@ import bisect
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -23,6 +23,7 @@ from raywb.rows import Message, Scalar
 from raywb.service.append_log import AppendLog
 
 __all__ = [
+    "AttemptNumber",
     "Batch",
     "Cursor",
     "Item",
@@ -33,15 +34,20 @@ __all__ = [
     "Outbox",
     "Range",
     "SeriesName",
+    "State",
 ]
 
 
 class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
-    """One row as W&B gets it; its number is its place among the rows of its run."""
+    """One row as W&B gets it; its number is its place among the rows of its run.
+
+    ``logged`` is the number of ``log()`` calls that it was made of; 0 for a row of raywb's own.
+    """
 
     run: int
     time_s: float
     metrics: dict[str, Scalar]
+    logged: int = 1
 
 
 class OutDefine(msgspec.Struct, array_like=True, tag=1, frozen=True):
@@ -93,25 +99,38 @@ class SeriesName(msgspec.Struct, array_like=True, tag=32, frozen=True):
     name: str
 
 
+class AttemptNumber(msgspec.Struct, array_like=True, tag=33, frozen=True):
+    """Which attempt of its stage a source's channel takes part in, with its rank."""
+
+    channel: int
+    number: int
+
+
+State = Message | SeriesName | AttemptNumber
+
+
 class Batch(msgspec.Struct, array_like=True):
     """One step of the merge, whole or not at all.
 
     Attributes:
         run: the run that rows belonged to at this step.
-        ledger_position: everything in the ledger before it is consumed.
+        ledger_position: everything in the ledger before it is consumed; behind it, the ranges
+            of this and of earlier batches are.
         consumed: the source ranges that this batch is made of.
         items: what the sinks are to do, in order.
         state: messages that change how later rows are read (who a source is, which channel is
             which stage, its counters), with their source.
         damaged: stretches of the journals that held nothing readable.
+        late: rows of ranks whose step had been finished without them.
     """
 
     run: int
     ledger_position: int
     consumed: list[Range] = []
     items: list[Item] = []
-    state: list[tuple[str, Message | SeriesName]] = []
+    state: list[tuple[str, State]] = []
     damaged: int = 0
+    late: int = 0
 
 
 @dataclasses.dataclass
@@ -130,6 +149,14 @@ class Cursor:
     first_row: int
 
 
+class _Mark(NamedTuple):
+    """A row's number, its batch's position, and the ``log()`` calls before it."""
+
+    number: int
+    position: int
+    logged: int
+
+
 class Outbox:
     """Append batches; read a run's items from any row number.
 
@@ -145,7 +172,8 @@ class Outbox:
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Batch)
         self._rows: dict[int, int] = {}
-        self._index: dict[int, list[tuple[int, int]]] = {}
+        self._logged: dict[int, int] = {}
+        self._index: dict[int, list[_Mark]] = {}
 
     @property
     def end(self) -> int:
@@ -173,16 +201,18 @@ class Outbox:
         self._note(batch, position)
 
     def _note(self, batch: Batch, position: int) -> None:
-        first_rows: dict[int, int] = {}
+        first_rows: dict[int, _Mark] = {}
         for item in batch.items:
-            self._index.setdefault(item.run, [(0, position)])
+            self._index.setdefault(item.run, [_Mark(0, position, 0)])
             if isinstance(item, OutRow):
                 number = self._rows.get(item.run, 0)
-                first_rows.setdefault(item.run, number)
+                logged = self._logged.get(item.run, 0)
+                first_rows.setdefault(item.run, _Mark(number, position, logged))
                 self._rows[item.run] = number + 1
-        for run, number in first_rows.items():
-            if number - self._index[run][-1][0] >= self.INDEX_EVERY_ROWS:
-                self._index[run].append((number, position))
+                self._logged[item.run] = logged + item.logged
+        for run, mark in first_rows.items():
+            if mark.number - self._index[run][-1].number >= self.INDEX_EVERY_ROWS:
+                self._index[run].append(mark)
 
     def rows_of(self, run: int) -> int:
         """How many rows the run has."""
@@ -190,9 +220,26 @@ class Outbox:
 
     def cursor(self, run: int, row: int) -> Cursor:
         """A cursor that will yield row number ``row`` of ``run``, and what comes with it."""
-        index = self._index.get(run, [(0, self.end)])
-        number, position = index[bisect.bisect_right(index, (row, self.end)) - 1]
-        return Cursor(run, position, number, row)
+        mark = self._mark_before(run, row)
+        return Cursor(run, mark.position, mark.number, row)
+
+    def _mark_before(self, run: int, row: int) -> _Mark:
+        index = self._index.get(run, [_Mark(0, self.end, 0)])
+        return index[bisect.bisect_right(index, row, key=lambda mark: mark.number) - 1]
+
+    def logged_rows(self, run: int, rows: int | None = None) -> int:
+        """How many ``log()`` calls the run's first ``rows`` rows stand for; all by default."""
+        if rows is None or rows >= self.rows_of(run):
+            return self._logged.get(run, 0)
+        mark = self._mark_before(run, rows)
+        logged = mark.logged
+        cursor = Cursor(run, mark.position, mark.number, mark.number)
+        while items := self.read(cursor, self.INDEX_EVERY_ROWS):
+            for number, item in items:
+                if number == rows:
+                    return logged
+                logged += item.logged if isinstance(item, OutRow) else 0
+        return logged
 
     def read(self, cursor: Cursor, limit: int) -> list[tuple[int | None, Item]]:
         """Read on from a cursor: up to about ``limit`` items, each row with its number.

@@ -19,12 +19,19 @@ from raywb.rows import Scalar
 from raywb.service.delivery import Delivery
 from raywb.service.fold import Fold
 from raywb.service.outbox import OutRow, OutSummary
+from raywb.service.ranks import Waiting
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
 from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
 
 __all__ = ["Runs", "check_settings", "describe_run", "new_run_id", "resolve_mode"]
+
+#: A step waits this long, and this many paces, for ranks that have gone on to later ones; for
+#: silent ones it is a setting, and at least this many paces.
+PASSED_WAIT_S = 2.0
+PASSED_WAIT_PACES = 2
+SILENT_WAIT_PACES = 3
 
 _ALPHABET = string.ascii_lowercase + string.digits
 
@@ -211,17 +218,35 @@ class Runs:
         )
         save_state(self._directory, self._state)
 
-    def advance(self) -> bool:
+    def advance(self, pace_s: float = 0.0) -> bool:
         """Make rows of the ledger as far as it belongs to the last run, and wake the sinks.
+
+        Args:
+            pace_s: how often sources come; ranks are waited for accordingly.
 
         Raises:
             OSError: the outbox takes nothing.
         """
-        if self.last is None or not self._delivery.advance(self.last.cut):
+        run = self.last
+        if run is None:
             return False
-        for sink in self._sinks.values():
-            sink.wake()
-        return True
+        advanced = self._delivery.advance(run.cut)
+        if self._delivery.merge.waiting_rows:
+            # Behind the cut of a finish nothing comes that could be waited for.
+            waiting = self._waiting(run, pace_s) if run.cut is None else None
+            advanced = self._delivery.release(waiting) or advanced
+        if advanced:
+            for sink in self._sinks.values():
+                sink.wake()
+        return advanced
+
+    @staticmethod
+    def _waiting(run: RunState, pace_s: float) -> Waiting:
+        rank_wait_s = msgspec.convert(run.settings, Settings).rank_wait_s
+        return Waiting(
+            passed_s=max(PASSED_WAIT_S, PASSED_WAIT_PACES * pace_s),
+            silent_s=max(rank_wait_s, SILENT_WAIT_PACES * pace_s),
+        )
 
     def sink_of(self, run: RunState) -> SinkProcess | None:
         """The sink that works for this run; None when it is disabled, or ended before a restart."""
@@ -259,6 +284,8 @@ class Runs:
         losses = {f"raywb/lost/{reason}": count for reason, count in sorted(self.lost().items())}
         if rejected := self._delivery.merge.rejected:
             losses["raywb/rejected"] = rejected
+        if late := self._delivery.merge.late:
+            losses["raywb/late_rows"] = late
         return losses
 
     def log_losses(self, losses: dict[str, int]) -> None:
@@ -266,7 +293,7 @@ class Runs:
         run = self.open
         if run is not None and losses:
             row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
-            self._delivery.add([OutRow(run.number, time.time(), row)])
+            self._delivery.add([OutRow(run.number, time.time(), row, logged=0)])
 
     def end(self, run: RunState, exit_code: int) -> None:
         """Take the cut: what the ledger has now belongs to the run, what comes later does not.
@@ -278,6 +305,7 @@ class Runs:
         """
         if run.exit_code is None:
             self.advance()
+            self._delivery.release(None)
             losses = self.losses()
             self.log_losses(losses)
             values = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **losses}
@@ -304,9 +332,14 @@ class Runs:
         sink = self.sink_of(run)
         # While W&B has not closed the run, only what it once showed to have counts.
         delivered = (sink.delivered_rows if closed else sink.confirmed_rows) if sink else 0
-        undelivered = max(self.rows_of(run) - delivered, 0) if sink else 0
+        outstanding = max(self.rows_of(run) - delivered, 0) if sink else 0
+        # What raywb itself wrote into the run is no row that anybody logged, and one row of the
+        # run may stand for a row of each rank.
+        outbox = self._delivery.outbox
+        delivered_rows = outbox.logged_rows(run.number, delivered) if sink else 0
+        undelivered = outbox.logged_rows(run.number) - delivered_rows if sink else 0
         message = None
-        if undelivered or not closed:
+        if outstanding or not closed:
             why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
             message = (
                 f"{undelivered} rows are not with W&B yet{why}. They are safe in "
@@ -316,12 +349,11 @@ class Runs:
             run=run.info,
             exit_code=run.exit_code or 0,
             received_rows=run.received_rows,
-            # What raywb itself wrote into the run is no row that anybody logged.
-            delivered_rows=max(delivered - self._delivery.own_rows[run.number], 0),
+            delivered_rows=delivered_rows,
             undelivered_rows=undelivered,
             lost=run.lost,
             rejected=run.rejected,
-            complete=closed and not undelivered,
+            complete=closed and not outstanding,
             message=message,
         )
         if closed:
