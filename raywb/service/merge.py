@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeGuard
 
 from raywb.errors import FrameError
@@ -33,6 +33,7 @@ from raywb.rows import (
     decode,
     scan,
 )
+from raywb.service.definitions import Definitions
 from raywb.service.outbox import (
     AttemptNumber,
     Batch,
@@ -126,12 +127,7 @@ class Merge:
         self.damaged = 0
         self.late = 0
         self._ranks = RankMerge()
-        self._across: dict[str, str] = {}
-        self._across_of: dict[str, str] = {}
-        self._defined: set[str] = set()
-        self._without_axis: dict[str, str] = {}
-        self._axes: dict[str, str] = {}
-        self._nested: set[str] = set()
+        self._definitions = Definitions()
         self._series: dict[tuple[str, int], str] = {}
         self._series_count: Counter[str] = Counter()
         self._lost_before: Counter[str] = Counter()
@@ -146,10 +142,7 @@ class Merge:
         self.run = run
         self.rows = 0
         self.late = 0
-        self._defined.clear()
-        self._without_axis.clear()
-        self._axes.clear()
-        self._nested.clear()
+        self._definitions.open_run(run)
         self._series.clear()
         self._series_count.clear()
 
@@ -276,9 +269,7 @@ class Merge:
         self.late += batch.late
         for item in batch.items:
             if isinstance(item, OutDefine):
-                self._remember_definition(item)
-                if item.name.endswith("/*") and item.step_metric and item.step_sync is False:
-                    self._remember_axis(item.name[:-1], item.step_metric)
+                self._definitions.note(item)
         for source_id, message in batch.state:
             self._note(source_id, self.sources.setdefault(source_id, Source()), message)
         for consumed in batch.consumed:
@@ -301,7 +292,7 @@ class Merge:
                 axis = message.step_metric and prefix + message.step_metric
                 if message.step_metric or message.summary or message.across_ranks is None:
                     item = OutDefine(self.run, name, axis, message.summary)
-                    self._remember_definition(item)
+                    self._definitions.note(item)
                     batch.items.append(item)
                 if message.across_ranks is not None:
                     self._note(source_id, source, message)
@@ -327,8 +318,7 @@ class Merge:
             case Define():
                 of = source.channels.get(message.channel)
                 name = _stage_prefix(of) + message.name
-                self._across[name] = message.across_ranks or "mean"
-                self._across_of.clear()
+                self._definitions.set_across_ranks(name, message.across_ranks or "mean")
             case SeriesName():
                 self._series[source_id, message.channel] = message.name
                 self._series_count[message.namespace] += 1
@@ -388,9 +378,9 @@ class Merge:
     ) -> None:
         """Define the row's axis, and put its step among the values."""
         if channel is not None and channel.axis is not None:
-            self._define_axis(items, prefix, prefix + channel.axis, metrics)
+            self._definitions.define_axis(items, prefix, prefix + channel.axis, metrics)
         elif step is not None:
-            self._put_steps(items, prefix, metrics, step)
+            self._definitions.put_steps(items, prefix, metrics, step)
 
     def _use_ranked(
         self,
@@ -422,86 +412,13 @@ class Merge:
         """One row for each group, and the ranges of those that it was made of."""
         for group in groups:
             prefix = group.prefix
-            merged = group.metrics(lambda key, prefix=prefix: self._across_kind(prefix + key))  # type: ignore[misc]
+            merged = group.metrics(self._definitions.across_ranks)
             metrics = {prefix + key: value for key, value in merged.items()}
-            self._put_steps(batch.items, prefix, metrics, group.step)
+            self._definitions.put_steps(batch.items, prefix, metrics, group.step)
             batch.items.append(OutRow(self.run, group.time_s, metrics, len(group.frames)))
             batch.consumed += [Range(*frame, 1) for frame in group.frames]
             if group.late:
                 batch.late += len(group.frames)
-
-    def _across_kind(self, name: str) -> str:
-        """How a key's values of several ranks become one: its own definition, else a glob's."""
-        if not self._across:
-            return "mean"
-        kind = self._across_of.get(name)
-        if kind is None:
-            globs = [g for g in self._across if g[-1] == "*" and name.startswith(g[:-1])]
-            found = name if name in self._across else max(globs, key=len, default=None)
-            kind = self._across_of[name] = self._across[found] if found else "mean"
-        return kind
-
-    def _put_steps(
-        self, items: list[Item], prefix: str, metrics: dict[str, Scalar], step: int | float
-    ) -> None:
-        """Add the step as data, on the axis of the stage, or of each key's own namespace."""
-        if prefix:
-            metrics[prefix + "step"] = step
-            self._define_axis(items, prefix, prefix + "step", metrics)
-            return
-        for key in list(metrics):
-            namespace = key.rpartition("/")[0]
-            axis = f"{namespace}/step" if namespace else "step"
-            if key == axis:
-                continue
-            if namespace:
-                self._define_axis(items, namespace + "/", axis, (key,))
-            else:
-                self._define(items, axis)
-                self._define(items, key, axis)
-            metrics.setdefault(axis, step)
-
-    def _define_axis(self, items: list[Item], prefix: str, axis: str, keys: Iterable[str]) -> None:
-        """Define a namespace's axis on first sight.
-
-        ``a/*`` also matches the keys of ``a/b/``. W&B does not say which of two globs counts, so
-        the keys of a namespace that lies within another one are defined by their full names; so
-        are those that the user has defined without an axis, which would be left without one.
-        """
-        self._remember_axis(prefix, axis)
-        self._define(items, axis)
-        self._define(items, prefix + "*", axis)
-        if self._without_axis or prefix in self._nested:
-            for key in keys:
-                if key != axis and (prefix in self._nested or key in self._without_axis):
-                    self._define(items, key, axis)
-
-    def _remember_axis(self, prefix: str, axis: str) -> None:
-        if prefix not in self._axes:
-            self._axes[prefix] = axis
-            self._nested = {
-                inner
-                for inner in self._axes
-                if any(inner != outer and inner.startswith(outer) for outer in self._axes)
-            }
-
-    def _define(self, items: list[Item], name: str, axis: str | None = None) -> None:
-        """Define a name of ours once in a run, unless the user has defined it with an axis."""
-        summary = None
-        if name in self._defined:
-            if axis is None or name not in self._without_axis:
-                return
-            summary = self._without_axis[name]
-        item = OutDefine(self.run, name, axis, summary, None if axis is None else False)
-        self._remember_definition(item)
-        items.append(item)
-
-    def _remember_definition(self, item: OutDefine) -> None:
-        self._defined.add(item.name)
-        if item.step_metric is None and item.summary is not None:
-            self._without_axis[item.name] = item.summary
-        else:
-            self._without_axis.pop(item.name, None)
 
     def _prefix(self, source_id: str, source: Source, number: int, batch: Batch) -> str:
         """What stands before the keys of a channel: nothing, or its name and a slash."""

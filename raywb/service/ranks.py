@@ -84,7 +84,8 @@ class Group:
         and ``straggler_lag_s`` is how much later than the others' median it was.
 
         Args:
-            kind_of: how a key's values become one; see :data:`raywb.rows.ACROSS_RANKS`.
+            kind_of: how the values of a key, given in full, become one; see
+                :data:`raywb.rows.ACROSS_RANKS`.
         """
         ranks = sorted(self.parts)
         columns: dict[str, list[tuple[int, Scalar]]] = {}
@@ -93,7 +94,7 @@ class Group:
                 columns.setdefault(key, []).append((rank, value))
         merged: dict[str, Scalar] = {}
         for key, column in columns.items():
-            kind = kind_of(key)
+            kind = kind_of(self.prefix + key)
             if kind == "per_rank":
                 merged |= {f"{key}/rank_{rank}": value for rank, value in column}
             elif kind == "last":
