@@ -243,4 +243,8 @@ class Shipper:
                 self._journal.acknowledge(answer.end, answer.durable)
                 self._progress.notify_all()
             if delivered.length < BATCH_BYTES // 2 and answer.end >= delivered.offset:
-                return  # what came meanwhile waits for its time, so that the pace is kept
+                break  # what came meanwhile waits for its time, so that the pace is kept
+        if self._journal.wants_room:
+            # No row brings news of what may be deleted, as long as none can be written.
+            answer = self._sender.send(self._journal.source_id, 0, b"")
+            self._journal.acknowledge(answer.end, answer.durable)
