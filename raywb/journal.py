@@ -27,7 +27,20 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from raywb.rows import HEADER, MARK, Counters, Frame, encode, frame, last_whole_frame, scan
+from raywb.rows import (
+    HEADER,
+    MARK,
+    MAX_MESSAGE_BYTES,
+    Counters,
+    Frame,
+    cut_behind_damage,
+    encode,
+    first_frame_is_whole,
+    frame,
+    holds_later_frame,
+    last_whole_frame,
+    scan,
+)
 
 __all__ = ["FoundJournal", "Journal", "find_journals", "new_source_id"]
 
@@ -69,27 +82,32 @@ class Segments:
         starts = self.starts()
         return starts[-1] + self.path(starts[-1]).stat().st_size if starts else 0
 
-    def read(self, offset: int, limit_bytes: int) -> tuple[int, bytes]:
+    def read(self, offset: int, limit_bytes: int, *, final: bool = False) -> tuple[int, bytes]:
         """Read whole frames at ``offset``, at most about ``limit_bytes``.
+
+        Args:
+            offset: where to begin.
+            limit_bytes: a frame longer than that is returned whole.
+            final: nobody writes any more, so what is torn at the very end is damage too.
 
         Returns:
             The offset at which the bytes begin, later than the one asked for where that part is
-            no longer on disk, and the bytes (empty at the end). A frame longer than the limit is
-            returned whole. A torn frame at the very end, which a process killed in the middle of
-            a write leaves, is not returned.
+            no longer on disk, and the bytes (empty at the end). Damage is returned like frames,
+            for the service to count. A torn frame at the very end, which a process killed in
+            the middle of a write leaves, is not returned, unless it is final.
         """
-        for start in self.starts():
-            path = self.path(start)
+        starts = self.starts()
+        for start in starts:
             begin = max(offset, start)
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            with contextlib.suppress(FileNotFoundError), open(self.path(start), "rb") as file:
                 if begin >= start + os.fstat(file.fileno()).st_size:
                     continue
                 data = os.pread(file.fileno(), limit_bytes, begin - start)
                 whole = last_whole_frame(data)
-                if whole == 0 and len(data) >= HEADER.size:
-                    _, length, _ = HEADER.unpack_from(data)
-                    data = os.pread(file.fileno(), HEADER.size + length, begin - start)
-                    whole = last_whole_frame(data)
+                if not whole:
+                    complete = final or start != starts[-1]
+                    data = _first_piece(file.fileno(), begin - start, limit_bytes, complete)
+                    whole = len(data)
                 if whole:
                     return begin, data[:whole]
         return offset, b""
@@ -100,6 +118,22 @@ class Segments:
         for start, following in itertools.pairwise(starts):
             if following <= offset:
                 self.path(start).unlink(missing_ok=True)
+
+
+def _first_piece(fd: int, position: int, limit_bytes: int, complete: bool) -> bytes:
+    """The frame at ``position``, which is longer than the limit, or damage up to the next one.
+
+    Empty when it may be that the frame is being written: nothing whole comes behind it, and the
+    segment is not ``complete``.
+    """
+    frame_bytes = HEADER.size + MAX_MESSAGE_BYTES
+    data = os.pread(fd, max(frame_bytes, limit_bytes) + HEADER.size, position)
+    if first_frame_is_whole(data):
+        return data[: HEADER.size + HEADER.unpack_from(data)[1]]
+    at_the_end = len(data) < frame_bytes
+    if at_the_end and not complete and not holds_later_frame(data):
+        return b""
+    return data[: cut_behind_damage(data)]
 
 
 class Journal:

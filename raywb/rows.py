@@ -35,9 +35,12 @@ __all__ = [
     "Row",
     "Scalar",
     "SummaryUpdate",
+    "cut_behind_damage",
     "decode",
     "encode",
+    "first_frame_is_whole",
     "frame",
+    "holds_later_frame",
     "last_whole_frame",
     "scan",
 ]
@@ -223,19 +226,57 @@ def _resync(view: memoryview, position: int) -> int:
 
 
 def last_whole_frame(data: bytes | memoryview) -> int:
-    """Length of the leading part of ``data`` that ends where a frame ends.
+    """Length of the leading part of ``data`` that ends where a frame ends; 0 when none is whole.
 
-    Only headers are read: this is for cutting a batch, not for checking it. Damage travels, and
-    is counted by the service: the cut falls before it, or where it begins the buffer, behind it.
+    Headers are read, and a checksum only where they lead nowhere: this is for cutting a batch,
+    not for checking it. Damage travels, and is counted by the service: the cut falls before it,
+    or where it begins the buffer, behind it. No whole frame is ever cut in two.
     """
-    position = 0
+    position = previous = 0
     size = len(data)
     while position + HEADER.size <= size:
         mark, length, _ = HEADER.unpack_from(data, position)
         if mark != MARK or length > MAX_MESSAGE_BYTES:
-            return position or _resync(memoryview(data), 1)
+            # Either damage begins here, or the length before it is damaged and led astray.
+            view = memoryview(data)
+            cut = position if position and _frame_at(view, previous) else previous
+            return cut or cut_behind_damage(view)
         end = position + HEADER.size + length
         if end > size:
             break
-        position = end
+        previous, position = position, end
     return position
+
+
+def first_frame_is_whole(data: bytes | memoryview) -> bool:
+    """Whether ``data`` begins with a frame whose checksum holds."""
+    return _frame_at(memoryview(data), 0) is not None
+
+
+def holds_later_frame(data: bytes | memoryview) -> bool:
+    """Whether a whole frame begins somewhere behind the first byte."""
+    return _resync(memoryview(data), 1) < len(data)
+
+
+def cut_behind_damage(data: bytes | memoryview) -> int:
+    """Where, behind the first byte, a frame begins: one that is whole, or goes beyond the end.
+
+    Returns the length of ``data`` when no frame begins in it any more.
+    """
+    view = memoryview(data)
+    raw = bytes(view)
+    mark = MARK.to_bytes(2, "little")
+    budget = RESYNC_BUDGET_BYTES
+    position = 1
+    while budget > 0 and (position := raw.find(mark, position)) >= 0:
+        if position + HEADER.size > len(raw):
+            return position
+        _, length, _ = HEADER.unpack_from(raw, position)
+        if length <= MAX_MESSAGE_BYTES:
+            beyond = position + HEADER.size + length > len(raw)
+            if beyond or _frame_at(view, position) is not None:
+                return position
+            budget -= length + HEADER.size
+        position += 1
+    half_a_mark = position < 0 and len(raw) > 1 and raw.endswith(mark[:1])
+    return len(raw) - 1 if half_a_mark else len(raw)

@@ -81,7 +81,8 @@ def _bring_home(
     sender: Sender, journal: FoundJournal, deadline: float, report: SweepReport
 ) -> bool:
     """Deliver one journal; True when it may be removed."""
-    if not deliver_all(sender, journal.source_id, journal.segments, deadline):
+    final = journal.is_free
+    if not deliver_all(sender, journal.source_id, journal.segments, deadline, final=final):
         report.failed[journal.source_id] = "the time was over"
         return False
     if not journal.is_free:
