@@ -228,24 +228,25 @@ def _resync(view: memoryview, position: int) -> int:
 def last_whole_frame(data: bytes | memoryview) -> int:
     """Length of the leading part of ``data`` that ends where a frame ends; 0 when none is whole.
 
-    Headers are read, and a checksum only where they lead nowhere: this is for cutting a batch,
-    not for checking it. Damage travels, and is counted by the service: the cut falls before it,
-    or where it begins the buffer, behind it. No whole frame is ever cut in two.
+    Headers are read, and the last frame's checksum: this is for cutting a batch, not for checking
+    it. Damage travels, and is counted by the service: the cut falls before it, or where it begins
+    the buffer, behind it. No whole frame is ever cut in two.
     """
     position = previous = 0
     size = len(data)
+    damaged = False
     while position + HEADER.size <= size:
         mark, length, _ = HEADER.unpack_from(data, position)
-        if mark != MARK or length > MAX_MESSAGE_BYTES:
-            # Either damage begins here, or the length before it is damaged and led astray.
-            view = memoryview(data)
-            cut = position if position and _frame_at(view, previous) else previous
-            return cut or cut_behind_damage(view)
+        damaged = mark != MARK or length > MAX_MESSAGE_BYTES
         end = position + HEADER.size + length
-        if end > size:
+        if damaged or end > size:
             break
         previous, position = position, end
-    return position
+    view = memoryview(data)
+    if position and _frame_at(view, previous) is None:
+        # Its length may be what is damaged, and have led into the middle of another frame.
+        position, damaged = previous, True
+    return position if position or not damaged else cut_behind_damage(view)
 
 
 def first_frame_is_whole(data: bytes | memoryview) -> bool:
