@@ -30,6 +30,9 @@ _log = logging.getLogger(__name__)
 #: Time between two tries to make a journal where none can be made, in seconds.
 JOURNAL_RETRY_S = 1.0
 
+#: Most bytes of config, definitions and the like that wait in memory for room on the disk.
+UNSAID_BYTES = MAX_MESSAGE_BYTES
+
 #: Longest that the end of a process waits for its last rows to be taken, in seconds. What is
 #: not taken in this time stays on disk, and is brought home by a sweep.
 EXIT_FLUSH_S = 2.0
@@ -50,6 +53,8 @@ class Connection:
         self._endpoint = endpoint
         self._epoch = epoch
         self._channels: list[Channel] = []
+        #: Messages that are no rows, and wait for room on the disk; rows come after them.
+        self._unsaid: list[bytes] = []
         self._counters: dict[str, int] = {}
         self._written: tuple[int, dict[str, int]] = (0, {})
         self._lock = threading.RLock()
@@ -71,6 +76,7 @@ class Connection:
             self.append = self._append_without_journal
             return
         self.append = self.journal.append
+        waiting, self._unsaid = self._unsaid, []
         self._say(
             Hello(
                 source_id=self.journal.source_id,
@@ -85,6 +91,8 @@ class Connection:
         )
         for channel in self._channels:
             self._say(channel)
+        for payload in waiting:
+            self._append_update(payload)
         self.shipper = Shipper(self.journal, self._endpoint, self._write_counters)
         try:
             self.shipper.start()
@@ -112,8 +120,45 @@ class Connection:
             self.count_loss("no_journal")
         return False
 
+    def _append_behind_unsaid(self, payload: bytes, *, counted: bool = True) -> bool:
+        """First what waits, then this: a row before its channel would get the wrong name."""
+        with self._lock:
+            journal = self.journal
+            if self._say_unsaid() or journal is None:
+                return self.append(payload, counted=counted)
+        if counted:
+            journal.count_loss(journal.last_reason)
+        return False
+
+    def _say_unsaid(self) -> bool:
+        """Append what waits for room; True when nothing waits any more."""
+        with self._lock:
+            if self.journal is None:
+                return not self._unsaid
+            while self._unsaid:
+                # Taken out first: a signal handler that logs may come here too.
+                payload = self._unsaid.pop(0)
+                if not self.journal.append(payload, counted=False):
+                    self._unsaid.insert(0, payload)
+                    return False
+            self.append = self.journal.append
+            return True
+
+    def _append_update(self, payload: bytes) -> bool:
+        """Append a message that is no row, now or as soon as there is room."""
+        with self._lock:
+            if self.append(payload, counted=False):
+                return True
+            if sum(map(len, self._unsaid)) + len(payload) > UNSAID_BYTES:
+                self.count_loss("updates")
+                return False
+            self._unsaid.append(payload)
+            if self.journal is not None:
+                self.append = self._append_behind_unsaid
+            return True
+
     def _say(self, message: Message) -> bool:
-        return self.append(encode(message), counted=False)
+        return self._append_update(encode(message))
 
     def say(self, message: Message) -> bool:
         """Append a message that is no row; one that is too large is refused and counted."""
@@ -127,7 +172,7 @@ class Connection:
                 MAX_MESSAGE_BYTES,
             )
             return False
-        return self.append(payload, counted=False)
+        return self._append_update(payload)
 
     def open_channel(
         self,
@@ -142,7 +187,8 @@ class Connection:
         with self._lock:
             channel = Channel(len(self._channels), stage, rank, world_size, label, axis)
             self._channels.append(channel)
-            self._say(channel)
+            if self.journal is not None:  # a new journal begins with all channels
+                self._say(channel)
             return channel.channel
 
     def use(self, endpoint: Endpoint | None, epoch: int) -> None:
@@ -156,7 +202,10 @@ class Connection:
     def count_loss(self, reason: str) -> None:
         """Count a row that could not even be appended."""
         with self._lock:
-            self._counters[reason] = self._counters.get(reason, 0) + 1
+            if self.journal is not None:
+                self.journal.count_loss(reason)
+            else:
+                self._counters[reason] = self._counters.get(reason, 0) + 1
 
     @property
     def lost(self) -> dict[str, int]:
@@ -169,8 +218,9 @@ class Connection:
 
     def _write_counters(self) -> None:
         """Tell the service the totals when they changed; called by the shipping thread."""
+        self._say_unsaid()
         totals = (self.rejected, self.lost)
-        if totals != self._written and self.say(Counters(*totals)):
+        if totals != self._written and self.append(encode(Counters(*totals)), counted=False):
             self._written = totals
 
     def flush(self, timeout_s: float) -> bool:
@@ -181,14 +231,17 @@ class Connection:
         return self.shipper.flush(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """End this source in good order: say so, flush, and let go of the files."""
+        """End this source in good order: say so, flush, and let go of the files.
+
+        Files that hold what the service does not have stay for a sweep.
+        """
         if self.journal is None or self.shipper is None:
             return
         self._write_counters()
         self._say(End(time.time()))
         self.shipper.flush(timeout_s)
         self.shipper.stop()
-        self.journal.close()
+        self.journal.close(keep=bool(self._unsaid) or self._written[1] != self.lost)
 
     def at_exit(self) -> None:
         """The process ends: say so, and flush for a moment.
@@ -210,6 +263,7 @@ class Connection:
         self.journal = None
         self.shipper = None
         self.rejected = 0
+        self._unsaid = []
         self._counters = {}
         self._written = (0, {})
         self._next_try = 0.0

@@ -5,6 +5,7 @@ One directory per source, that is per process::
     <base>/<source id>/lock                      held with flock for the life of the process
     <base>/<source id>/00000000000000000000.seg  frames; the name is the offset of the first byte
     <base>/<source id>/00000000000016777216.seg
+    <base>/<source id>/losses                    what could not be kept, written in place
 
 The directory is made under a dot-name, locked, and then renamed into view, so nobody ever sees
 an unlocked directory of a living process. What ``append`` has written survives a SIGKILL of the
@@ -26,7 +27,20 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from raywb.rows import HEADER, MARK, last_whole_frame
+from raywb.rows import (
+    HEADER,
+    MARK,
+    MAX_MESSAGE_BYTES,
+    Counters,
+    Frame,
+    cut_behind_damage,
+    encode,
+    first_frame_is_whole,
+    frame,
+    holds_later_frame,
+    last_whole_frame,
+    scan,
+)
 
 __all__ = ["FoundJournal", "Journal", "find_journals", "new_source_id"]
 
@@ -35,6 +49,10 @@ SEGMENT_BYTES = 16 * 1024 * 1024
 
 #: Most that one process keeps on disk without an acknowledgement.
 BACKLOG_CAP_BYTES = 4 * 1024 * 1024 * 1024
+
+#: The losses are written over this page, which has its place on the disk from the beginning: they
+#: are on disk also while it is full, and when the process is killed then.
+LOSSES_BYTES = 4096
 
 _SOURCE_ID = re.compile(r"[0-9a-f]{32}")
 _SEGMENT_NAME = re.compile(r"(\d{20})\.seg")
@@ -64,27 +82,32 @@ class Segments:
         starts = self.starts()
         return starts[-1] + self.path(starts[-1]).stat().st_size if starts else 0
 
-    def read(self, offset: int, limit_bytes: int) -> tuple[int, bytes]:
+    def read(self, offset: int, limit_bytes: int, *, final: bool = False) -> tuple[int, bytes]:
         """Read whole frames at ``offset``, at most about ``limit_bytes``.
+
+        Args:
+            offset: where to begin.
+            limit_bytes: a frame longer than that is returned whole.
+            final: nobody writes any more, so what is torn at the very end is damage too.
 
         Returns:
             The offset at which the bytes begin, later than the one asked for where that part is
-            no longer on disk, and the bytes (empty at the end). A frame longer than the limit is
-            returned whole. A torn frame at the very end, which a process killed in the middle of
-            a write leaves, is not returned.
+            no longer on disk, and the bytes (empty at the end). Damage is returned like frames,
+            for the service to count. A torn frame at the very end, which a process killed in
+            the middle of a write leaves, is not returned, unless it is final.
         """
-        for start in self.starts():
-            path = self.path(start)
+        starts = self.starts()
+        for start in starts:
             begin = max(offset, start)
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            with contextlib.suppress(FileNotFoundError), open(self.path(start), "rb") as file:
                 if begin >= start + os.fstat(file.fileno()).st_size:
                     continue
                 data = os.pread(file.fileno(), limit_bytes, begin - start)
                 whole = last_whole_frame(data)
-                if whole == 0 and len(data) >= HEADER.size:
-                    _, length, _ = HEADER.unpack_from(data)
-                    data = os.pread(file.fileno(), HEADER.size + length, begin - start)
-                    whole = last_whole_frame(data)
+                if not whole:
+                    complete = final or start != starts[-1]
+                    data = _first_piece(file.fileno(), begin - start, limit_bytes, complete)
+                    whole = len(data)
                 if whole:
                     return begin, data[:whole]
         return offset, b""
@@ -95,6 +118,22 @@ class Segments:
         for start, following in itertools.pairwise(starts):
             if following <= offset:
                 self.path(start).unlink(missing_ok=True)
+
+
+def _first_piece(fd: int, position: int, limit_bytes: int, complete: bool) -> bytes:
+    """The frame at ``position``, which is longer than the limit, or damage up to the next one.
+
+    Empty when it may be that the frame is being written: nothing whole comes behind it, and the
+    segment is not ``complete``.
+    """
+    frame_bytes = HEADER.size + MAX_MESSAGE_BYTES
+    data = os.pread(fd, max(frame_bytes, limit_bytes) + HEADER.size, position)
+    if first_frame_is_whole(data):
+        return data[: HEADER.size + HEADER.unpack_from(data)[1]]
+    at_the_end = len(data) < frame_bytes
+    if at_the_end and not complete and not holds_later_frame(data):
+        return b""
+    return data[: cut_behind_damage(data)]
 
 
 class Journal:
@@ -123,24 +162,35 @@ class Journal:
         self.directory = base / self.source_id
         #: Frames that were not written, by reason; the sum of all is what this process lost.
         self.lost: dict[str, int] = {}
+        #: Why the last frame that was not written was not.
+        self.last_reason = ""
         #: Everything before this offset is safe with the service.
         self.acknowledged = 0
         #: Everything before this offset has been forced to the service's disk.
         self.durable = 0
         self._segment_bytes = segment_bytes
         self._cap = backlog_cap_bytes
+        self._disk_full = False
         # Re-entrant, so that a signal handler that logs cannot deadlock with the code that it
         # interrupted. Nothing is done under it but file operations on this machine.
         self._lock = threading.RLock()
         base.mkdir(parents=True, exist_ok=True, mode=0o700)
         hidden = base / f".{self.source_id}"
-        hidden.mkdir(mode=0o700)
-        self._lock_fd = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         self._start = 0
         self._size = 0
-        self._fd = self._open_segment(hidden, 0)
-        hidden.rename(self.directory)
+        self._fd = self._lock_fd = self._losses_fd = -1
+        try:
+            hidden.mkdir(mode=0o700)
+            self._lock_fd = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            self._losses_fd = _make_losses(hidden / "losses")
+            self._fd = self._open_segment(hidden, 0)
+            hidden.rename(self.directory)
+        except OSError:
+            # It is tried again as long as the process lives: nothing may be left each time.
+            self._let_go()
+            shutil.rmtree(hidden, ignore_errors=True)
+            raise
         self.segments = Segments(self.directory)
 
     @staticmethod
@@ -158,6 +208,11 @@ class Journal:
     def backlog_bytes(self) -> int:
         """Bytes that the service has not acknowledged."""
         return self.end - self.acknowledged
+
+    @property
+    def wants_room(self) -> bool:
+        """Its disk was full, and what it holds there may be deleted as soon as it is durable."""
+        return self._disk_full and self._size > 0 and not self.closed
 
     @property
     def closed(self) -> bool:
@@ -188,6 +243,11 @@ class Journal:
             self._size += written
             return True
 
+    def count_loss(self, reason: str) -> None:
+        """Count a row that could not even be offered to ``append``."""
+        with self._lock:
+            self._lose(reason, counted=True)
+
     def _roll(self) -> bool:
         """Begin a new segment; False when the backlog has reached its cap."""
         start = self._start + self._size
@@ -204,8 +264,13 @@ class Journal:
         return True
 
     def _lose(self, reason: str, counted: bool) -> bool:
+        self.last_reason = reason
+        self._disk_full = self._disk_full or reason == "disk_full"
         if counted:
             self.lost[reason] = self.lost.get(reason, 0) + 1
+            if self._losses_fd >= 0:
+                with contextlib.suppress(OSError):  # they are also told by frames, later
+                    os.pwrite(self._losses_fd, frame(encode(Counters(0, self.lost))), 0)
         return False
 
     def acknowledge(self, offset: int, durable: int) -> None:
@@ -220,19 +285,31 @@ class Journal:
                 return
             self.acknowledged = max(self.acknowledged, min(offset, self.end))
             self.durable = max(self.durable, min(durable, self.end))
+            if self.wants_room and self.durable >= self.end:
+                # What fills the disk may be ours, and nobody needs it any more.
+                self._roll()
+                self._disk_full = False
             self.segments.delete_before(durable)
 
-    def close(self) -> None:
-        """Stop writing, and let go of the directory; remove it when all of it is durable."""
+    def close(self, *, keep: bool = False) -> None:
+        """Stop writing, and let go of the directory; remove it when all of it is durable.
+
+        Args:
+            keep: leave it in any case, for a sweep: it holds losses that nobody was told of.
+        """
         with self._lock:
             if self.closed:
                 return
-            done = self.durable >= self.end
-            os.close(self._fd)
-            self._fd = -1
-            if done:
+            if self.durable >= self.end and not keep:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            os.close(self._lock_fd)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the descriptors, that of the lock last."""
+        for fd in (self._fd, self._losses_fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._losses_fd = self._lock_fd = -1
 
     def abandon_in_child(self) -> None:
         """Forget the files after a fork: they belong to the parent.
@@ -240,10 +317,21 @@ class Journal:
         The descriptors are closed, never unlocked: ``LOCK_UN`` in a child would free the parent.
         """
         self._lock = threading.RLock()
-        if not self.closed:
-            os.close(self._fd)
-            os.close(self._lock_fd)
-            self._fd = -1
+        self._let_go()
+
+
+def _make_losses(path: Path) -> int:
+    """Take the place for the losses; returns the descriptor."""
+    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    written = 0
+    try:
+        written = os.write(fd, bytes(LOSSES_BYTES))
+    finally:
+        if written < LOSSES_BYTES:
+            os.close(fd)
+    if written < LOSSES_BYTES:
+        raise OSError(errno.ENOSPC, "the disk is full", str(path))
+    return fd
 
 
 def _reason(error: OSError) -> str:
@@ -266,6 +354,14 @@ class FoundJournal:
     @property
     def is_free(self) -> bool:
         return self._lock_fd is not None
+
+    def losses(self) -> bytes:
+        """The frame that says what its process could not keep; empty when nothing was lost."""
+        try:
+            found = next(scan((self.directory / "losses").read_bytes()), None)
+        except FileNotFoundError:
+            return b""
+        return frame(bytes(found.payload)) if isinstance(found, Frame) else b""
 
     def release(self, *, delete: bool = False) -> None:
         """Unlock; with ``delete`` remove the directory first, all of it being delivered."""

@@ -36,9 +36,12 @@ __all__ = [
     "Row",
     "Scalar",
     "SummaryUpdate",
+    "cut_behind_damage",
     "decode",
     "encode",
+    "first_frame_is_whole",
     "frame",
+    "holds_later_frame",
     "last_whole_frame",
     "scan",
 ]
@@ -232,19 +235,58 @@ def _resync(view: memoryview, position: int) -> int:
 
 
 def last_whole_frame(data: bytes | memoryview) -> int:
-    """Length of the leading part of ``data`` that ends where a frame ends.
+    """Length of the leading part of ``data`` that ends where a frame ends; 0 when none is whole.
 
-    Only headers are read: this is for cutting a batch, not for checking it. Damage travels, and
-    is counted by the service: the cut falls before it, or where it begins the buffer, behind it.
+    Headers are read, and the last frame's checksum: this is for cutting a batch, not for checking
+    it. Damage travels, and is counted by the service: the cut falls before it, or where it begins
+    the buffer, behind it. No whole frame is ever cut in two.
     """
-    position = 0
+    position = previous = 0
     size = len(data)
+    damaged = False
     while position + HEADER.size <= size:
         mark, length, _ = HEADER.unpack_from(data, position)
-        if mark != MARK or length > MAX_MESSAGE_BYTES:
-            return position or _resync(memoryview(data), 1)
+        damaged = mark != MARK or length > MAX_MESSAGE_BYTES
         end = position + HEADER.size + length
-        if end > size:
+        if damaged or end > size:
             break
-        position = end
-    return position
+        previous, position = position, end
+    view = memoryview(data)
+    if position and _frame_at(view, previous) is None:
+        # Its length may be what is damaged, and have led into the middle of another frame.
+        position, damaged = previous, True
+    return position if position or not damaged else cut_behind_damage(view)
+
+
+def first_frame_is_whole(data: bytes | memoryview) -> bool:
+    """Whether ``data`` begins with a frame whose checksum holds."""
+    return _frame_at(memoryview(data), 0) is not None
+
+
+def holds_later_frame(data: bytes | memoryview) -> bool:
+    """Whether a whole frame begins somewhere behind the first byte."""
+    return _resync(memoryview(data), 1) < len(data)
+
+
+def cut_behind_damage(data: bytes | memoryview) -> int:
+    """Where, behind the first byte, a frame begins: one that is whole, or goes beyond the end.
+
+    Returns the length of ``data`` when no frame begins in it any more.
+    """
+    view = memoryview(data)
+    raw = bytes(view)
+    mark = MARK.to_bytes(2, "little")
+    budget = RESYNC_BUDGET_BYTES
+    position = 1
+    while budget > 0 and (position := raw.find(mark, position)) >= 0:
+        if position + HEADER.size > len(raw):
+            return position
+        _, length, _ = HEADER.unpack_from(raw, position)
+        if length <= MAX_MESSAGE_BYTES:
+            beyond = position + HEADER.size + length > len(raw)
+            if beyond or _frame_at(view, position) is not None:
+                return position
+            budget -= length + HEADER.size
+        position += 1
+    half_a_mark = position < 0 and len(raw) > 1 and raw.endswith(mark[:1])
+    return len(raw) - 1 if half_a_mark else len(raw)

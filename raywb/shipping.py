@@ -98,9 +98,11 @@ class Sender:
         except msgspec.DecodeError as error:
             raise ConnectionError(f"an answer that makes no sense: {error}") from error
 
-    def deliver(self, source_id: str, segments: Segments, offset: int) -> Delivered:
+    def deliver(
+        self, source_id: str, segments: Segments, offset: int, *, final: bool = False
+    ) -> Delivered:
         """Offer one batch from ``offset`` on, or ask where the service is when there is none."""
-        begin, data = segments.read(offset, BATCH_BYTES)
+        begin, data = segments.read(offset, BATCH_BYTES, final=final)
         answer = self.send(source_id, begin, data, gap=begin > offset)
         return Delivered(answer, begin, len(data))
 
@@ -118,7 +120,12 @@ class Delivered(NamedTuple):
 
 
 def deliver_all(
-    sender: Sender, source_id: str, segments: Segments, deadline: float | None = None
+    sender: Sender,
+    source_id: str,
+    segments: Segments,
+    deadline: float | None = None,
+    *,
+    final: bool = False,
 ) -> bool:
     """Bring a journal home, as far as it goes now; True when the service has all of that.
 
@@ -130,6 +137,7 @@ def deliver_all(
         source_id: whose journal it is.
         segments: the journal's files.
         deadline: monotonic time at which to stop.
+        final: nobody writes it any more: what is torn at its end is sent too, and counted.
 
     Raises:
         OSError: the service does not take it.
@@ -139,7 +147,7 @@ def deliver_all(
     while deadline is None or time.monotonic() < deadline:
         if offset >= target:
             return True
-        delivered = sender.deliver(source_id, segments, offset)
+        delivered = sender.deliver(source_id, segments, offset, final=final)
         if delivered.length == 0:
             return True
         offset = delivered.answer.end
@@ -243,4 +251,8 @@ class Shipper:
                 self._journal.acknowledge(answer.end, answer.durable)
                 self._progress.notify_all()
             if delivered.length < BATCH_BYTES // 2 and answer.end >= delivered.offset:
-                return  # what came meanwhile waits for its time, so that the pace is kept
+                break  # what came meanwhile waits for its time, so that the pace is kept
+        if self._journal.wants_room:
+            # No row brings news of what may be deleted, as long as none can be written.
+            answer = self._sender.send(self._journal.source_id, 0, b"")
+            self._journal.acknowledge(answer.end, answer.durable)

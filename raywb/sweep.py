@@ -81,10 +81,16 @@ def _bring_home(
     sender: Sender, journal: FoundJournal, deadline: float, report: SweepReport
 ) -> bool:
     """Deliver one journal; True when it may be removed."""
-    if not deliver_all(sender, journal.source_id, journal.segments, deadline):
+    final = journal.is_free
+    if not deliver_all(sender, journal.source_id, journal.segments, deadline, final=final):
         report.failed[journal.source_id] = "the time was over"
         return False
-    return journal.is_free and _is_durable(sender, journal)
+    if not journal.is_free:
+        return False
+    if losses := journal.losses():
+        # Its process may have ended while its disk was full. Totals may be told twice.
+        sender.send(journal.source_id, sender.send(journal.source_id, 0, b"").end, losses)
+    return _is_durable(sender, journal)
 
 
 def _is_durable(sender: Sender, journal: FoundJournal) -> bool:

@@ -223,7 +223,11 @@ class RaywbService:
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
-        save_state(self._directory, state)
+        try:
+            save_state(self._directory, state)
+        except OSError:
+            await ingest.close()  # or the port would be taken at the next try, by ourselves
+            raise
         runs = Runs(self._directory, state, delivery, self._spawn, self._api_key)
         self._parts = _Parts(state, delivery, ingest, runs)
         runs.resume()
@@ -300,15 +304,26 @@ class RaywbService:
         while True:
             await asyncio.sleep(1.0)
             try:
-                sync = delivery.ledger.begin_sync()
-                if sync.fd is not None:
-                    await asyncio.to_thread(sync_and_close, sync.fd)
-                delivery.ledger.end_sync(sync)
-                if (fd := delivery.outbox.unsynced()) is not None:
-                    await asyncio.to_thread(sync_and_close, fd)
+                await self._sync_once(delivery)
                 self._problems.pop("sync", None)
             except OSError as error:
                 self._problems["sync"] = f"the disk refuses to sync: {error}"
+
+    async def _sync_once(self, delivery: Delivery) -> None:
+        sync = delivery.ledger.begin_sync()
+        try:
+            if sync.fd is not None:
+                await asyncio.to_thread(sync_and_close, sync.fd)
+        except OSError:
+            delivery.ledger.sync_failed(sync)
+            raise
+        delivery.ledger.end_sync(sync)
+        try:
+            if (fd := delivery.outbox.unsynced()) is not None:
+                await asyncio.to_thread(sync_and_close, fd)
+        except OSError:
+            delivery.outbox.not_synced()
+            raise
 
     # -- answers --------------------------------------------------------------------------------
 
@@ -378,6 +393,18 @@ class RaywbService:
     async def _finish(self, timeout_s: float, exit_code: int) -> FinishReport:
         deadline = self._loop.time() + timeout_s
         await self._up.wait()
+        while True:
+            try:
+                return await self._end_run(deadline, exit_code)
+            except OSError as error:
+                if self._loop.time() + RETRY_PAUSE_S > deadline:
+                    raise ServiceUnavailable(
+                        f"the run cannot be ended: {error}. What was received is safe in "
+                        f"{self._directory}; make room there, and call raywb.finish() again"
+                    ) from error
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _end_run(self, deadline: float, exit_code: int) -> FinishReport:
         runs = self._ready().runs
         run = runs.last or self._begin_run(self._boot.settings, self._boot.group, provisional=True)
         if run.report is not None:

@@ -94,7 +94,11 @@ class AppendLog:
     def _roll(self) -> None:
         following = self.end
         fd = self._open(following)
-        self.sync()
+        try:
+            self.sync()
+        except OSError:
+            os.close(fd)
+            raise
         os.close(self._fd)
         self._fd, self._start, self._size = fd, following, 0
 
@@ -102,7 +106,11 @@ class AppendLog:
         """Force what was appended to the disk itself."""
         fd = self.unsynced()
         if fd is not None:
-            sync_and_close(fd)
+            try:
+                sync_and_close(fd)
+            except OSError:
+                self.not_synced()
+                raise
 
     def unsynced(self) -> int | None:
         """A descriptor for :func:`sync_and_close` when something was appended since the last one.
@@ -115,6 +123,10 @@ class AppendLog:
         fd = os.dup(self._fd)
         self._dirty = False
         return fd
+
+    def not_synced(self) -> None:
+        """The sync that :meth:`unsynced` began has failed: the next one is to try again."""
+        self._dirty = True
 
     def close(self) -> None:
         """Sync and close; reading and appending are over."""

@@ -178,7 +178,7 @@ class Ingest:
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             self.ledger_error = f"the ledger takes nothing: {error}"
-            return self._refuse("the ledger's disk is full" if full else str(error), 507)
+            return self._refuse(f"the ledger's disk {'is full' if full else 'fails'}", 507)
         self.ledger_error = None
         if data:
             self._on_append()

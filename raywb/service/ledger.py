@@ -112,11 +112,20 @@ class Ledger:
         """The sync was carried out: what it covered may be deleted at the source."""
         self._durable.update(sync.ends)
 
+    def sync_failed(self, sync: Sync) -> None:
+        """The sync failed: the next one covers what this one was to cover."""
+        self._unsynced.update(sync.ends)
+        self._log.not_synced()
+
     def sync(self) -> None:
         """Force what was appended to the disk itself, at once."""
         sync = self.begin_sync()
-        if sync.fd is not None:
-            sync_and_close(sync.fd)
+        try:
+            if sync.fd is not None:
+                sync_and_close(sync.fd)
+        except OSError:
+            self.sync_failed(sync)
+            raise
         self.end_sync(sync)
 
     def close(self) -> None:

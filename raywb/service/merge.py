@@ -55,6 +55,15 @@ __all__ = ["Merge", "Source"]
 MAX_WORLD_SIZE = 1_000_000
 
 
+def _later(one: Counters, other: Counters) -> Counters:
+    """Running totals of one source, which may come by two ways: the higher one is the later."""
+    lost = {
+        reason: max(one.lost.get(reason, 0), other.lost.get(reason, 0))
+        for reason in one.lost | other.lost
+    }
+    return Counters(max(one.rejected, other.rejected), lost)
+
+
 @dataclasses.dataclass
 class Source:
     """What is known of one process that logs."""
@@ -327,7 +336,7 @@ class Merge:
             case Channel():
                 source.channels[message.channel] = message
             case Counters():
-                source.counters = message
+                source.counters = _later(source.counters, message)
             case End():
                 source.ended = True
 

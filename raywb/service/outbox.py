@@ -266,6 +266,10 @@ class Outbox:
         """See :meth:`AppendLog.unsynced`."""
         return self._log.unsynced()
 
+    def not_synced(self) -> None:
+        """See :meth:`AppendLog.not_synced`."""
+        self._log.not_synced()
+
     def close(self) -> None:
         """Sync and close."""
         self._log.close()
