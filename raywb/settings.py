@@ -77,6 +77,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         fsync: when the ledger is forced to the disk itself: ``off``, ``every_second``, ``each``.
         provisional_wait_s: how long a service that an ``attach()`` made waits for a ``start()``.
         sink_deadline_s: longest that W&B's client may take for one step before it is replaced.
+        silent_after_s: a process that was not heard for longer may be gone, and what it left on
+            its node is brought home.
     """
 
     project: str | None = None
@@ -96,6 +98,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     fsync: Fsync = "every_second"
     provisional_wait_s: float = 10.0
     sink_deadline_s: float = 90.0
+    silent_after_s: float = 30.0
 
     def __post_init__(self) -> None:
         for key in ("project", "entity", "run_id"):
@@ -107,7 +110,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 )
         for key in _CHOICES:
             _check_choice(key, getattr(self, key))
-        for key in ("provisional_wait_s", "sink_deadline_s"):
+        for key in ("provisional_wait_s", "sink_deadline_s", "silent_after_s"):
             if not 0 < getattr(self, key) < 86_400:
                 raise SettingsError(
                     f"{key}={getattr(self, key)!r} cannot be used: "

@@ -12,12 +12,12 @@ from raywb.client import Client
 from raywb.cluster import Cluster
 from raywb.connection import Connection
 from raywb.groups import Group
-from raywb.reports import Status
+from raywb.orphans import sweep_node
+from raywb.reports import Status, SweepReport
 from raywb.rows import PROTOCOL
 from raywb.service.actor import Boot, RaywbService
 from raywb.settings import Settings, explicit_settings
 from raywb.shipping import Endpoint
-from raywb.sweep import SweepReport, sweep_node
 
 CLUSTER = Cluster("c" * 56, "n" * 56, None)
 
