@@ -218,8 +218,7 @@ class Ingest:
         self.heard[source_id] = time.monotonic()
         if data:
             self._gave[source_id] = self.heard[source_id]
-        if (rows := request.query.get("rows", "")).isdigit() and len(rows) < 20:
-            self._liveness.hear(source_id, int(rows), quiet=not data)
+        rows = request.query.get("rows", "")
         try:
             # Check and append in one step: nothing is awaited between the two.
             end = self._ledger.append(
@@ -231,6 +230,9 @@ class Ingest:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             self.ledger_error = f"the ledger takes nothing: {error}"
             return self._refuse("the ledger's disk is full" if full else str(error), 507)
+        finally:
+            if rows.isdigit() and len(rows) < 20:
+                self._liveness.hear(source_id, int(rows), quiet=not data)
         self.ledger_error = None
         if data:
             self._on_append()
