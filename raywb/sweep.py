@@ -45,7 +45,7 @@ def sweep_cluster(
         node_ids: the other nodes to sweep; all that are alive by default.
     """
     deadline = time.monotonic() + timeout_s
-    alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+    alive = _alive()
     wanted = alive if node_ids is None else set(node_ids)
     # Through Ray Client this process is outside the cluster, and shares no node's disk.
     here = {cluster.node_id} if cluster.session_dir is not None else set()
@@ -66,7 +66,16 @@ def sweep_cluster(
             _log.warning("raywb: node %s could not be swept: %s", node_id, error)
             # Started later, it would only wake a node that has become idle.
             ray.cancel(reference)
+    if report.unreached:
+        # One that was lost a moment ago looked alive before.
+        unreached, alive = set(report.unreached), _alive()
+        report.unreached = sorted(unreached & alive)
+        report.gone = sorted({*report.gone, *(unreached - alive)})
     return report
+
+
+def _alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _sweep_here(endpoint: Endpoint, timeout_s: float) -> SweepReport:

@@ -124,7 +124,7 @@ class Liveness:
             source_ids: those that were open before the sweep.
             swept: what it found.
             since: a source that spoke after this moment of the monotonic clock is alive, though
-                its journal may lie where no sweep sees it.
+                its journal may lie where no sweep sees it; unless its node is known to be gone.
         """
         alive = set(swept.alive)
         for source_id in source_ids:
@@ -135,12 +135,12 @@ class Liveness:
                 presence.unconfirmed = None
             elif presence.node_id in swept.gone:
                 presence.unconfirmed = "its node is gone"
+            elif presence.heard_at >= since:
+                presence.unconfirmed = None
             elif source_id in swept.failed:
                 presence.unconfirmed = f"its journal is not home: {swept.failed[source_id]}"
             elif presence.node_id in swept.unreached:
                 presence.unconfirmed = "its node did not answer in time"
-            elif presence.heard_at >= since:
-                presence.unconfirmed = None
             else:
                 presence.unconfirmed = "its journal was found nowhere on its node"
 
