@@ -19,11 +19,12 @@ from pathlib import Path
 from raywb import __version__
 from raywb.cluster import Cluster
 from raywb.journal import Journal, new_source_id
+from raywb.orphans import Neighbours
 from raywb.rows import MAX_MESSAGE_BYTES, Channel, Counters, End, Hello, Message, encode
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
-__all__ = ["Connection", "connection_for", "present_connection"]
+__all__ = ["Connection", "connection_for", "present_connection", "source_id_for"]
 
 _log = logging.getLogger(__name__)
 
@@ -41,15 +42,29 @@ EXIT_FLUSH_S = 2.0
 class Connection:
     """This process as a source of one cluster's service.
 
+    Args:
+        cluster: the cluster.
+        endpoint: where its service listens; None while nobody knows.
+        epoch: number of its run.
+        source_id: what the process announced itself as, if it did.
+
     Attributes:
+        source_id: under which the process writes, or will as soon as it has a journal.
         append: takes an encoded message; False when it had to be counted as lost.
         lost: what could not be kept, by reason.
     """
 
     append: Callable[..., bool]
 
-    def __init__(self, cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        endpoint: Endpoint | None,
+        epoch: int,
+        source_id: str | None = None,
+    ) -> None:
         self.cluster = cluster
+        self.source_id = source_id or new_source_id()
         self._endpoint = endpoint
         self._epoch = epoch
         self._channels: list[Channel] = []
@@ -72,6 +87,7 @@ class Connection:
             if self._next_try == 0.0:
                 _log.warning("raywb: no journal can be made, rows are lost until it can: %s", error)
             self._next_try = time.monotonic() + JOURNAL_RETRY_S
+            self.source_id = new_source_id()  # a directory of the old name may be half made
             self.journal = None
             self.append = self._append_without_journal
             return
@@ -93,7 +109,8 @@ class Connection:
             self._say(channel)
         for payload in waiting:
             self._append_update(payload)
-        self.shipper = Shipper(self.journal, self._endpoint, self._write_counters)
+        neighbours = Neighbours(local_journals(self.cluster))
+        self.shipper = Shipper(self.journal, self._endpoint, self._write_counters, neighbours.step)
         try:
             self.shipper.start()
         except RuntimeError as error:
@@ -103,10 +120,13 @@ class Connection:
     def _make_journal(self) -> Journal:
         base = journal_base(self.cluster.session_dir, self.cluster.cluster_id)
         try:
-            return Journal(base, new_source_id())
+            return Journal(base, self.source_id)
         except OSError:
             # A session directory that is full or not ours need not be the end of it.
-            return Journal(journal_base(None, self.cluster.cluster_id), new_source_id())
+            elsewhere = journal_base(None, self.cluster.cluster_id)
+            if elsewhere == base:
+                raise
+            return Journal(elsewhere, self.source_id)
 
     def _append_without_journal(self, payload: bytes, *, counted: bool = True) -> bool:
         """Try again to make a journal, once a second; rows meanwhile are counted."""
@@ -262,6 +282,7 @@ class Connection:
             self.journal.abandon_in_child()
         self.journal = None
         self.shipper = None
+        self.source_id = new_source_id()
         self.rejected = 0
         self._unsaid = []
         self._counters = {}
@@ -271,6 +292,7 @@ class Connection:
 
 
 _present: Connection | None = None
+_announced: str | None = None
 _present_lock = threading.Lock()
 _hooks_installed = False
 
@@ -280,16 +302,31 @@ def present_connection() -> Connection | None:
     return _present
 
 
+def source_id_for(cluster: Cluster) -> str:
+    """The source that this process is, or will be once it connects to this cluster.
+
+    The service is told before there is a journal: whoever is killed before its first bytes are
+    shipped is looked for.
+    """
+    global _announced
+    with _present_lock:
+        if _present is not None and _present.cluster.cluster_id == cluster.cluster_id:
+            return _present.source_id
+        _announced = _announced or new_source_id()
+        return _announced
+
+
 def connection_for(cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> Connection:
     """The process's connection to this cluster; one to an earlier cluster is closed first."""
-    global _present
+    global _present, _announced
     with _present_lock:
         _install_hooks()
         if _present is not None and _present.cluster.cluster_id != cluster.cluster_id:
             _present.close(EXIT_FLUSH_S)
             _present = None
         if _present is None:
-            _present = Connection(cluster, endpoint, epoch)
+            _present = Connection(cluster, endpoint, epoch, _announced)
+            _announced = None
         else:
             _present.use(endpoint, epoch)
         return _present
@@ -310,8 +347,9 @@ def _at_exit() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _present_lock
+    global _present_lock, _announced
     _present_lock = threading.Lock()
+    _announced = None
     if _present is not None:
         _present.after_fork_in_child()
 

@@ -23,8 +23,9 @@ import re
 import secrets
 import shutil
 import threading
+import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from raywb.rows import (
@@ -42,7 +43,7 @@ from raywb.rows import (
     scan,
 )
 
-__all__ = ["FoundJournal", "Journal", "find_journals", "new_source_id"]
+__all__ = ["FoundJournal", "Journal", "find_journals", "new_source_id", "sole_sweeper"]
 
 #: Size at which a new segment is begun; acknowledged segments are deleted whole.
 SEGMENT_BYTES = 16 * 1024 * 1024
@@ -164,6 +165,8 @@ class Journal:
         self.lost: dict[str, int] = {}
         #: Why the last frame that was not written was not.
         self.last_reason = ""
+        #: Rows that were written; with ``lost`` it is every row that came.
+        self.rows = 0
         #: Everything before this offset is safe with the service.
         self.acknowledged = 0
         #: Everything before this offset has been forced to the service's disk.
@@ -241,6 +244,7 @@ class Journal:
                 os.ftruncate(self._fd, self._size)
                 return self._lose("disk_full", counted)
             self._size += written
+            self.rows += counted
             return True
 
     def count_loss(self, reason: str) -> None:
@@ -368,20 +372,61 @@ class FoundJournal:
         if self._lock_fd is not None:
             if delete:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            os.close(self._lock_fd)
+            _unlock(self._lock_fd)
 
 
-def find_journals(base: Path) -> Iterator[FoundJournal]:
+def _unlock(fd: int) -> None:
+    """Unlock and close; a child that was forked meanwhile has the descriptor too, not the lock."""
+    fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def sole_sweeper(base: Path, interval_s: float) -> Iterator[bool]:
+    """Say whether to sweep ``base`` now: nobody else does, and nobody did within ``interval_s``.
+
+    Of all processes of a machine that ask, one at a time is told to.
+
+    Raises:
+        OSError: the directory is there, but cannot be written to.
+    """
+    try:
+        fd = os.open(base / ".sweep", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        yield False  # nobody ever had a journal here
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        yield False
+        return
+    try:
+        found = os.fstat(fd)
+        # A file that was just made has no content; a clock that was set back must not stop us.
+        due = found.st_size == 0 or abs(time.time() - found.st_mtime) >= interval_s
+        if due:
+            os.pwrite(fd, b"%d" % os.getpid(), 0)
+        yield due
+    finally:
+        _unlock(fd)
+
+
+def find_journals(base: Path, source_ids: Container[str] | None = None) -> Iterator[FoundJournal]:
     """Yield the journals under ``base``, those of dead processes locked by us.
 
     The caller releases each one before it asks for the next.
+
+    Args:
+        base: directory of a machine's journals.
+        source_ids: look at these only.
     """
     try:
         names = sorted(os.listdir(base))
     except FileNotFoundError:
         return
     for name in names:
-        if not _SOURCE_ID.fullmatch(name):
+        if not _SOURCE_ID.fullmatch(name) or (source_ids is not None and name not in source_ids):
             continue
         try:
             lock_fd = os.open(base / name / "lock", os.O_RDWR | os.O_CLOEXEC)

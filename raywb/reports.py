@@ -8,7 +8,15 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["FinishReport", "RunInfo", "SinkStatus", "SourceStatus", "Status"]
+__all__ = [
+    "FinishReport",
+    "RunInfo",
+    "SinkStatus",
+    "SourceStatus",
+    "Status",
+    "SweepReport",
+    "UnconfirmedSource",
+]
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +51,8 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         heard_ago_s: seconds since its last request; None when it has not been heard since the
             service was started again, or has ended.
-        ended: it said that it ends.
+        ended: it is over, and all that it logged is here.
+        killed: it ended without saying so; its journal was brought home.
     """
 
     source_id: str
@@ -55,6 +64,62 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     received_rows: int
     heard_ago_s: float | None
     ended: bool
+    killed: bool = False
+
+
+class UnconfirmedSource(msgspec.Struct, frozen=True, kw_only=True):
+    """One process that fell silent, and whose journal cannot be had: its node may be lost.
+
+    Attributes:
+        hostname, pid: empty and 0 when nothing of it ever arrived.
+        acknowledged_bytes: what had been taken from its journal: the offset after the last row
+            that is safe.
+        received_rows: rows in those bytes.
+        unacknowledged_rows: rows that it had in its journal when it was last heard, and that
+            never arrived; None when nobody knows.
+        quiet: when it was last heard, all that it had was here, and it had logged nothing for a
+            while: most likely nothing is missing.
+        reason: why its journal cannot be had.
+    """
+
+    source_id: str
+    node_id: str
+    hostname: str = ""
+    pid: int = 0
+    acknowledged_bytes: int = 0
+    received_rows: int = 0
+    unacknowledged_rows: int | None = None
+    quiet: bool = False
+    reason: str = ""
+
+
+class SweepReport(msgspec.Struct):
+    """What a sweep of journals found.
+
+    Attributes:
+        journals: journals that were seen.
+        removed: those of dead processes that are home now.
+        alive: sources whose process holds its journal; what it had in there was read.
+        failed: journals that could not be brought home, with the reason.
+        unreached: nodes that did not answer in time.
+        gone: nodes that were to be swept, and are no longer part of the cluster.
+    """
+
+    journals: int = 0
+    removed: int = 0
+    alive: list[str] = []
+    failed: dict[str, str] = {}
+    unreached: list[str] = []
+    gone: list[str] = []
+
+    def add(self, other: SweepReport) -> None:
+        """Add another node's report."""
+        self.journals += other.journals
+        self.removed += other.removed
+        self.alive += other.alive
+        self.failed |= other.failed
+        self.unreached += other.unreached
+        self.gone += other.gone
 
 
 class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,6 +151,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         lost: rows that could not be kept, by reason, over all sources.
         rejected: values that ``log()`` refused, over all sources.
         after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
+        unconfirmed: sources that fell silent, and whose journal cannot be had.
         problems: what is wrong at present, each in one sentence.
     """
 
@@ -103,6 +169,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sink: SinkStatus
     sources: list[SourceStatus]
     problems: list[str]
+    unconfirmed: list[UnconfirmedSource] = []
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -114,8 +181,10 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
         undelivered_rows: rows that are safe on disk in ``run.dir``, but not with W&B.
         lost: rows that could not be kept, by reason.
         rejected: values that ``log()`` refused.
-        complete: nothing is undelivered, and W&B has closed the run.
+        complete: nothing is undelivered, W&B has closed the run, and no source is unconfirmed
+            but quiet ones.
         message: what is undelivered and where it lies, when something is.
+        unconfirmed: sources whose last rows may be missing: their journal could not be had.
     """
 
     run: RunInfo
@@ -127,3 +196,4 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int
     complete: bool
     message: str | None = None
+    unconfirmed: list[UnconfirmedSource] = []

@@ -39,6 +39,7 @@ __all__ = [
     "cut_behind_damage",
     "decode",
     "encode",
+    "end_of_source",
     "first_frame_is_whole",
     "frame",
     "holds_later_frame",
@@ -142,9 +143,13 @@ class Counters(msgspec.Struct, array_like=True, tag=6, frozen=True):
 
 
 class End(msgspec.Struct, array_like=True, tag=7, frozen=True):
-    """Last frame of a source that ended in good order."""
+    """Last frame of a source: it ended in good order, or was killed and is all here.
+
+    Whoever brings home the journal of a killed process writes the frame in its place.
+    """
 
     time_s: float
+    killed: bool = False
 
 
 Message = Hello | Channel | Row | ConfigUpdate | SummaryUpdate | Define | Counters | End
@@ -171,6 +176,24 @@ def decode(payload: bytes | memoryview) -> Message:
 def frame(payload: bytes) -> bytes:
     """Wrap an encoded message into a frame."""
     return HEADER.pack(MARK, len(payload), zlib.crc32(payload)) + payload
+
+
+_END_FRAME_BYTES = len(frame(encode(End(0.0))))
+
+
+def end_of_source(data: bytes) -> End | None:
+    """The :class:`End` with which a batch ends, or None when it ends with anything else.
+
+    It looks at the last few bytes only, so it may be asked for every batch.
+    """
+    found = _frame_at(memoryview(data), max(len(data) - _END_FRAME_BYTES, 0))
+    if found is None or found.end != len(data):
+        return None
+    try:
+        message = decode(found.payload)
+    except FrameError:
+        return None  # damage, which whoever reads the batch counts
+    return message if isinstance(message, End) else None
 
 
 class Frame(NamedTuple):

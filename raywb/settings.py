@@ -79,6 +79,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         rank_wait_s: longest that the row of a step waits for a rank that is silent; a rank that
             was silent so long is waited for again when it logs.
         sink_deadline_s: longest that W&B's client may take for one step before it is replaced.
+        silent_after_s: a process that was not heard for longer may be gone, and what it left on
+            its node is brought home.
     """
 
     project: str | None = None
@@ -99,6 +101,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     provisional_wait_s: float = 10.0
     rank_wait_s: float = 15.0
     sink_deadline_s: float = 90.0
+    silent_after_s: float = 30.0
 
     def __post_init__(self) -> None:
         for key in ("project", "entity", "run_id"):
@@ -110,7 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 )
         for key in _CHOICES:
             _check_choice(key, getattr(self, key))
-        for key in ("provisional_wait_s", "rank_wait_s", "sink_deadline_s"):
+        for key in ("provisional_wait_s", "rank_wait_s", "sink_deadline_s", "silent_after_s"):
             if not 0 < getattr(self, key) < 86_400:
                 raise SettingsError(
                     f"{key}={getattr(self, key)!r} cannot be used: "

@@ -12,12 +12,13 @@ from raywb.client import Client
 from raywb.cluster import Cluster
 from raywb.connection import Connection
 from raywb.groups import Group
-from raywb.reports import Status
+from raywb.orphans import sweep_node
+from raywb.reports import Status, SweepReport
 from raywb.rows import PROTOCOL
 from raywb.service.actor import Boot, RaywbService
+from raywb.service.sweeps import Nodes
 from raywb.settings import Settings, explicit_settings
 from raywb.shipping import Endpoint
-from raywb.sweep import SweepReport, sweep_node
 
 CLUSTER = Cluster("c" * 56, "n" * 56, None)
 
@@ -30,7 +31,9 @@ class LocalService:
         self.service: RaywbService | None = None
         self._connections: list[Connection] = []
 
-    def up(self, *, join_s: float = 20.0, **settings: Any) -> RaywbService:
+    def up(
+        self, *, join_s: float = 20.0, nodes: Nodes | None = None, **settings: Any
+    ) -> RaywbService:
         """Make the service, again after :meth:`down`, and wait until it listens."""
         boot = Boot(
             directory=str(self.directory),
@@ -40,7 +43,7 @@ class LocalService:
             settings=Settings(mode="offline", **settings),
             group=Group("group", "the test"),
         )
-        self.service = RaywbService(boot)
+        self.service = RaywbService(boot, nodes=nodes)
         assert self.service.join(PROTOCOL, join_s)["address"]
         return self.service
 

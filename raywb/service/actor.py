@@ -3,7 +3,7 @@
 The class is plain Python, so it is tested without Ray; ``raywb.cluster`` makes an actor of it.
 Everything happens on one event loop in a thread of its own. The methods below are what callers
 reach through Ray: they hand a coroutine to that loop and wait for it. Nothing here ever calls
-Ray.
+Ray, but for the sweeps of silent nodes, which have a thread to themselves.
 
 ``__init__`` cannot fail and waits for nothing: Ray would not restart an actor whose
 ``__init__`` raised once. A full disk or a taken port becomes a problem in the status, and is
@@ -29,7 +29,7 @@ import msgspec
 from raywb import __version__
 from raywb.errors import ServiceUnavailable, SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, Status
+from raywb.reports import FinishReport, RunInfo, Status, SweepReport
 from raywb.rows import PROTOCOL
 from raywb.service.append_log import sync_and_close
 from raywb.service.delivery import Delivery
@@ -43,6 +43,7 @@ from raywb.service.state import (
     save_state,
 )
 from raywb.service.status import make_status
+from raywb.service.sweeps import Nodes, Sweeps
 from raywb.settings import Settings
 
 __all__ = ["Boot", "RaywbService"]
@@ -91,10 +92,16 @@ class RaywbService:
     Args:
         boot: see :class:`Boot`.
         api_key: W&B's key, when only the driver has it; it stays in memory.
+        nodes: the way to the journals of other nodes; without it nobody looks after silent ones
+            before the run's end.
     """
 
-    def __init__(self, boot: Boot, api_key: str | None = None) -> None:
+    def __init__(self, boot: Boot, api_key: str | None = None, nodes: Nodes | None = None) -> None:
         self._boot = boot
+        self._nodes = nodes
+        self._sweeps: Sweeps | None = None
+        #: Sources that announced themselves before the ledger was open, and their nodes.
+        self._announced: dict[str, str] = {}
         self._api_key = api_key
         self._directory = Path(boot.directory)
         self._state: ServiceState | None = None
@@ -111,14 +118,29 @@ class RaywbService:
 
     # -- what callers reach ---------------------------------------------------------------------
 
-    def join(self, protocol: int, timeout_s: float = 5.0) -> dict[str, Any]:
+    def join(
+        self, protocol: int, timeout_s: float = 5.0, announced: tuple[str, str] | None = None
+    ) -> dict[str, Any]:
         """What a client needs to send: address, token, incarnation; and the run it writes to.
 
         ``address`` is None while the service does not listen yet.
+
+        Args:
+            protocol: what the client speaks.
+            timeout_s: longest that it may take, in seconds.
+            announced: the source that the client is about to write as, and its node.
         """
         if protocol != PROTOCOL:
             return {"protocol": PROTOCOL, "version": __version__}
-        return self._call(self._join(timeout_s), timeout_s + 5)
+        return self._call(self._join(announced, timeout_s), timeout_s + 5)
+
+    def outstanding(self, timeout_s: float = 10.0) -> list[str] | None:
+        """Nodes with sources that have not ended; None when there may be others.
+
+        A source that was killed before any of its bytes came is known from its announcement only,
+        and a restart of the service forgets those.
+        """
+        return self._call(self._outstanding(), timeout_s)
 
     def start(
         self,
@@ -142,9 +164,17 @@ class RaywbService:
         """The service at this moment."""
         return self._call(self._status(), timeout_s)
 
-    def finish(self, timeout_s: float, exit_code: int) -> FinishReport:
-        """End the present run with what has been received; bounded by ``timeout_s``."""
-        return self._call(self._finish(timeout_s, exit_code), timeout_s + 10)
+    def finish(
+        self, timeout_s: float, exit_code: int, swept: SweepReport | None = None
+    ) -> FinishReport:
+        """End the present run with what has been received; bounded by ``timeout_s``.
+
+        Args:
+            timeout_s: longest that it may take, in seconds.
+            exit_code: 0 for success.
+            swept: what a sweep of the outstanding nodes found just before.
+        """
+        return self._call(self._finish(timeout_s, exit_code, swept), timeout_s + 10)
 
     def close(self) -> None:
         """Stop everything and leave the run open on disk; for tests without Ray."""
@@ -219,8 +249,11 @@ class RaywbService:
             state.cluster_id,
             fsync,
             on_append=self._new_entries.set,
-            has_ended=delivery.merge.has_ended,
+            liveness=delivery.liveness,
+            silent_after_s=self._boot.settings.silent_after_s,
         )
+        for source_id, node_id in self._announced.items():
+            delivery.liveness.announce(source_id, node_id)
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
         try:
@@ -234,6 +267,14 @@ class RaywbService:
         if runs.last is None:
             self._spawn(self._open_provisional(runs))
         self._spawn(self._merge(self._parts))
+        if self._nodes is not None:
+            self._sweeps = Sweeps(
+                delivery.liveness,
+                self._nodes,
+                lambda: ingest.silence_s,
+                lambda: (self._address, state.token),
+            )
+            self._spawn(self._sweeps.serve())
         if fsync != "off":
             self._spawn(self._sync(delivery))
         self._new_entries.set()
@@ -327,8 +368,12 @@ class RaywbService:
 
     # -- answers --------------------------------------------------------------------------------
 
-    async def _join(self, timeout_s: float) -> dict[str, Any]:
+    async def _join(self, announced: tuple[str, str] | None, timeout_s: float) -> dict[str, Any]:
         answer = {"protocol": PROTOCOL, "version": __version__}
+        if announced is not None and self._parts is not None:
+            self._parts.delivery.liveness.announce(*announced)
+        elif announced is not None:
+            self._announced.update([announced])
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
@@ -387,15 +432,28 @@ class RaywbService:
             info=parts.runs.last.info if parts.runs.last else self._unopened(),
             address=self._address,
             incarnation=parts.state.incarnation,
-            problems=self._problems,
+            problems=self._problems | self._sweep_problem(),
         )
 
-    async def _finish(self, timeout_s: float, exit_code: int) -> FinishReport:
+    def _sweep_problem(self) -> dict[str, str]:
+        problem = self._sweeps.problem if self._sweeps else None
+        return {"sweeps": problem} if problem else {}
+
+    async def _outstanding(self) -> list[str] | None:
+        await self._up.wait()
+        parts = self._ready()
+        if parts.state.incarnation > 1:
+            return None
+        return sorted(parts.delivery.liveness.outstanding)
+
+    async def _finish(
+        self, timeout_s: float, exit_code: int, swept: SweepReport | None
+    ) -> FinishReport:
         deadline = self._loop.time() + timeout_s
         await self._up.wait()
         while True:
             try:
-                return await self._end_run(deadline, exit_code)
+                return await self._end_run(deadline, exit_code, swept)
             except OSError as error:
                 if self._loop.time() + RETRY_PAUSE_S > deadline:
                     raise ServiceUnavailable(
@@ -404,12 +462,16 @@ class RaywbService:
                     ) from error
             await asyncio.sleep(RETRY_PAUSE_S)
 
-    async def _end_run(self, deadline: float, exit_code: int) -> FinishReport:
+    async def _end_run(
+        self, deadline: float, exit_code: int, swept: SweepReport | None
+    ) -> FinishReport:
         runs = self._ready().runs
         run = runs.last or self._begin_run(self._boot.settings, self._boot.group, provisional=True)
         if run.report is not None:
             return run.report
-        runs.end(run, exit_code)
+        if swept is not None and run.exit_code is None:
+            self._judge(swept)
+        runs.end(run, exit_code, swept)
         sink = runs.sink_of(run)
         if sink is not None:
             sink.finish(run.exit_code or 0)
@@ -419,6 +481,14 @@ class RaywbService:
             except TimeoutError:
                 return runs.report(run, closed=False)
         return runs.report(run, closed=True)
+
+    def _judge(self, swept: SweepReport) -> None:
+        """A sweep of all that was outstanding tells of each source whether it can be had."""
+        parts = self._ready()
+        liveness = parts.delivery.liveness
+        # Rows of the last moments count here, so only who spoke in them is taken for alive.
+        since = time.monotonic() - 2 * parts.ingest.pace_s - 1.0
+        liveness.judge(list(liveness.open), swept, since)
 
     async def _close(self) -> None:
         for task in list(self._tasks):

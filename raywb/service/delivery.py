@@ -5,10 +5,12 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from raywb.reports import UnconfirmedSource
 from raywb.rows import ROW_TAG, Frame, scan
 from raywb.service.fold import Fold
 from raywb.service.ledger import Ledger
-from raywb.service.merge import Merge
+from raywb.service.liveness import Liveness
+from raywb.service.merge import Merge, Source
 from raywb.service.outbox import Batch, Item, Outbox
 from raywb.service.ranks import Waiting
 
@@ -19,6 +21,7 @@ class Delivery:
     """The durable middle of the service: what was received, and what was made of it.
 
     Attributes:
+        liveness: which sources have not ended.
         position: everything in the ledger before it was read; rows that wait for other ranks are
             in no batch yet.
         folds: what each run amounts to, by run number.
@@ -28,7 +31,8 @@ class Delivery:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.ledger = Ledger(directory / "ledger")
+        self.liveness = Liveness()
+        self.ledger = Ledger(directory / "ledger", observe=self.liveness.note)
         self.outbox = Outbox(directory / "outbox")
         self.merge = Merge()
         self.folds: dict[int, Fold] = {}
@@ -125,6 +129,31 @@ class Delivery:
             for found in scan(entry.data)
             if isinstance(found, Frame)
         )
+
+    def unconfirmed(self) -> list[UnconfirmedSource]:
+        """Sources that fell silent, and whose journal cannot be had, as far as is known."""
+        found = []
+        for source_id, presence in self.liveness.unconfirmed.items():
+            source = self.merge.sources.get(source_id, Source())
+            end = self.ledger.end_of(source_id)
+            missing = None
+            # What is still to be merged has not been counted.
+            if presence.rows is not None and source.consumed >= end:
+                missing = max(presence.rows - source.rows, 0)
+            found.append(
+                UnconfirmedSource(
+                    source_id=source_id,
+                    node_id=presence.node_id,
+                    hostname=source.hello.hostname if source.hello else "",
+                    pid=source.hello.pid if source.hello else 0,
+                    acknowledged_bytes=end,
+                    received_rows=source.rows,
+                    unacknowledged_rows=missing,
+                    quiet=presence.quiet and missing == 0,
+                    reason=presence.unconfirmed or "",
+                )
+            )
+        return found
 
     def close(self) -> None:
         """Sync and close."""

@@ -1,13 +1,16 @@
 """The listener inside the actor: takes journal bytes over HTTP, and tells the pace.
 
-    POST /v1/frames?source=<32 hex>&offset=<n>[&gap=1]      body: whole frames, may be empty
-    → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>}
+    POST /v1/frames?source=<32 hex>&offset=<n>[&gap=1][&rows=<n>]      body: whole frames or none
+    → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>, "keep_alive_s": <seconds>,
+           "ended": <bool>, "home": <bool>}
 
 with ``Authorization: Bearer <token>``, ``X-Raywb-Cluster`` and ``X-Raywb-Protocol``. ``end`` is
 where this source's journal ends here after the request, whether the body was taken or not: a
 client whose offset was another one goes there. What lies before ``durable`` has been forced to
 the disk as far as the settings ask for it, and may be deleted at the source. An empty body asks
-without giving.
+without giving. ``rows`` is how many rows the source has logged, and makes the request its own word
+that it lives; it gives one at least every ``keep_alive_s``. ``ended``: the last that is here of the
+source is its end, which was written in its place when it is also ``home``.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ from aiohttp import web
 
 from raywb.rows import PROTOCOL
 from raywb.service.ledger import Ledger
+from raywb.service.liveness import Liveness
 
 __all__ = ["MAX_BODY_BYTES", "Ingest"]
 
@@ -46,10 +50,31 @@ PACE_RANGE_S = (0.25, 60.0)
 #: How often the pace is worked out, in seconds.
 PACE_EVERY_S = 1.0
 
-#: A source that was silent for longer no longer counts for the pace.
+#: A source that sent nothing for longer counts as one that only says that it lives.
 LIVE_S = 60.0
 
+#: The part of the requests that may be used for saying so.
+KEEP_ALIVE_SHARE = 0.25
+
 _SOURCE_ID = re.compile(r"[0-9a-f]{32}")
+
+
+def paces(live: int, quiet: int, silent_after_s: float) -> tuple[float, float]:
+    """How often sources are asked to come, so that all together stay within the bound.
+
+    Args:
+        live: sources that have something to give.
+        quiet: sources that only say that they live.
+        silent_after_s: how soon their silence would be noticed, in seconds.
+
+    Returns:
+        Seconds between two requests of a live source, and of a quiet one.
+    """
+    shortest, longest = PACE_RANGE_S
+    keep_alive_s = max(silent_after_s / 3, quiet / (KEEP_ALIVE_SHARE * REQUESTS_PER_S))
+    left_per_s = REQUESTS_PER_S - quiet / keep_alive_s
+    pace_s = min(max(live / left_per_s, shortest), longest)
+    return pace_s, max(keep_alive_s, pace_s)
 
 
 class Ingest:
@@ -61,7 +86,8 @@ class Ingest:
         cluster_id: requests from any other cluster are refused.
         fsync: see :class:`raywb.Settings`.
         on_append: called after each append.
-        has_ended: says of a source whether it ended in good order.
+        liveness: which sources have not ended.
+        silent_after_s: see :class:`raywb.Settings`.
     """
 
     def __init__(
@@ -72,21 +98,25 @@ class Ingest:
         fsync: str,
         *,
         on_append: Callable[[], None],
-        has_ended: Callable[[str], bool],
+        liveness: Liveness,
+        silent_after_s: float,
     ) -> None:
         self._ledger = ledger
         self._fsync = fsync
         self._token = token
         self._cluster_id = cluster_id
         self._on_append = on_append
-        self._has_ended = has_ended
-        #: Seconds between two requests of one source, as it was last worked out.
-        self.pace_s = PACE_RANGE_S[0]
+        self._liveness = liveness
+        self._silent_after_s = silent_after_s
+        self._pace_s = PACE_RANGE_S[0]
+        self._keep_alive_s = silent_after_s / 3
         self._paced_at = -math.inf
         self._runner: web.AppRunner | None = None
         self._reading = asyncio.Semaphore(BODIES_AT_ONCE)
         #: When each source was last heard, on the monotonic clock.
         self.heard: dict[str, float] = {}
+        #: When each source last had something to give.
+        self._gave: dict[str, float] = {}
         #: Requests that were refused, by reason.
         self.refused: dict[str, int] = {}
         #: Why the ledger takes nothing at present, if it does not.
@@ -126,7 +156,8 @@ class Ingest:
         """Seconds between two requests of one source, so that all stay within the bound.
 
         Sources come and go slowly, and there may be very many: they are counted once a second,
-        and those that ended are forgotten then.
+        and those that ended are forgotten then. Those that have nothing to give say every now and
+        then that they live; the others share what that leaves.
         """
         now = time.monotonic()
         if now - self._paced_at > PACE_EVERY_S:
@@ -134,12 +165,29 @@ class Ingest:
             self.heard = {
                 source_id: heard
                 for source_id, heard in self.heard.items()
-                if not self._has_ended(source_id)
+                if not self._liveness.has_ended(source_id)
             }
-            live = sum(now - heard < LIVE_S for heard in self.heard.values())
-            shortest, longest = PACE_RANGE_S
-            self.pace_s = min(max(live / REQUESTS_PER_S, shortest), longest)
-        return self.pace_s
+            self._gave = {
+                source_id: gave for source_id, gave in self._gave.items() if source_id in self.heard
+            }
+            # Whoever keeps to the pace is not to be taken for one that has nothing to give.
+            live_s = max(LIVE_S, 3 * self._pace_s)
+            live = sum(now - gave < live_s for gave in self._gave.values())
+            heard = sum(now - heard < self.silence_s for heard in self.heard.values())
+            self._pace_s, self._keep_alive_s = paces(
+                live, max(heard - live, 0), self._silent_after_s
+            )
+        return self._pace_s
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds between two requests of a source that has something to give."""
+        return self._pace_s
+
+    @property
+    def silence_s(self) -> float:
+        """A source that was not heard for longer is silent."""
+        return 3 * self._keep_alive_s
 
     def _refuse(self, reason: str, status: int) -> web.Response:
         self.refused[reason] = self.refused.get(reason, 0) + 1
@@ -168,6 +216,9 @@ class Ingest:
         async with self._reading:
             data = await request.read()
         self.heard[source_id] = time.monotonic()
+        if data:
+            self._gave[source_id] = self.heard[source_id]
+        rows = request.query.get("rows", "")
         try:
             # Check and append in one step: nothing is awaited between the two.
             end = self._ledger.append(
@@ -179,8 +230,20 @@ class Ingest:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             self.ledger_error = f"the ledger takes nothing: {error}"
             return self._refuse(f"the ledger's disk {'is full' if full else 'fails'}", 507)
+        finally:
+            if rows.isdigit() and len(rows) < 20:
+                self._liveness.hear(source_id, int(rows), quiet=not data)
         self.ledger_error = None
         if data:
             self._on_append()
         durable = end if self._fsync == "off" else self._ledger.durable_end_of(source_id)
-        return web.json_response({"end": end, "durable": durable, "pace_s": self._pace()})
+        return web.json_response(
+            {
+                "end": end,
+                "durable": durable,
+                "pace_s": self._pace(),
+                "keep_alive_s": self._keep_alive_s,
+                "ended": self._liveness.has_ended(source_id),
+                "home": source_id in self._liveness.killed,
+            }
+        )

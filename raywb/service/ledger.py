@@ -8,7 +8,7 @@ late or out of order changes nothing.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,29 +35,47 @@ class Sync(NamedTuple):
     ends: dict[str, int]
 
 
+def _ignore(source_id: str, offset: int, data: bytes) -> None:
+    pass
+
+
 class Ledger:
     """Append-only entries, and where each source ends.
+
+    Args:
+        directory: where the entries lie.
+        segment_bytes: size at which a new file begins.
+        observe: called with each entry's source, offset and bytes, also with those that were
+            there before.
 
     Raises:
         OSError: the directory cannot be made or read, or a write fails.
     """
 
-    def __init__(self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        observe: Callable[[str, int, bytes], None] = _ignore,
+    ) -> None:
+        self._observe = observe
         self._log = AppendLog(directory, segment_bytes=segment_bytes)
         self._ends: dict[str, int] = {}
         self._durable: dict[str, int] = {}
         #: Bytes that a source no longer had when they were asked for, by source.
         self.missing_bytes: dict[str, int] = {}
         for entry in self.read(0):
-            self._note(entry.source_id, entry.offset, len(entry.data))
+            self._note(entry.source_id, entry.offset, entry.data)
         self._durable = dict(self._ends)
         self._unsynced: set[str] = set()
 
-    def _note(self, source_id: str, offset: int, length: int) -> None:
+    def _note(self, source_id: str, offset: int, data: bytes) -> None:
         gap = offset - self._ends.get(source_id, 0)
         if gap > 0:
             self.missing_bytes[source_id] = self.missing_bytes.get(source_id, 0) + gap
-        self._ends[source_id] = offset + length
+        self._ends[source_id] = offset + len(data)
+        self._observe(source_id, offset, data)
 
     @property
     def end(self) -> int:
@@ -87,7 +105,7 @@ class Ledger:
         if offset < end or (offset > end and not after_gap) or not data:
             return end
         self._log.append(_ENTRY.pack(bytes.fromhex(source_id), offset), data)
-        self._note(source_id, offset, len(data))
+        self._note(source_id, offset, data)
         self._unsynced.add(source_id)
         return self._ends[source_id]
 

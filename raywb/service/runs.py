@@ -14,7 +14,13 @@ import msgspec
 
 from raywb.errors import SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, SinkStatus
+from raywb.reports import (
+    FinishReport,
+    RunInfo,
+    SinkStatus,
+    SweepReport,
+    UnconfirmedSource,
+)
 from raywb.rows import Scalar
 from raywb.service.delivery import Delivery
 from raywb.service.fold import Fold
@@ -97,6 +103,27 @@ def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
             f"the raywb run {run.info.name!r} is open with other settings: {pairs}. "
             "Leave them out to join it, or end it first with `raywb finish`"
         )
+
+
+def _missing_rows(unconfirmed: list[UnconfirmedSource]) -> int:
+    """Rows that are known to be missing; there may be others that nobody heard of."""
+    return sum(source.unacknowledged_rows or 0 for source in unconfirmed)
+
+
+#: Unconfirmed sources that a finish report's message names one by one.
+_NAMED_SOURCES = 3
+
+
+def _describe(unconfirmed: list[UnconfirmedSource]) -> str:
+    named = [
+        f"{source.source_id[:8]} on {source.hostname or 'an unknown host'} ({source.reason})"
+        for source in unconfirmed[:_NAMED_SOURCES]
+    ]
+    more = len(unconfirmed) - len(named)
+    return (
+        f"{len(unconfirmed)} sources are unconfirmed, with at least {_missing_rows(unconfirmed)} "
+        f"rows that never arrived: {', '.join(named)}{f' and {more} more' if more > 0 else ''}"
+    )
 
 
 class Runs:
@@ -286,6 +313,9 @@ class Runs:
             losses["raywb/rejected"] = rejected
         if late := self._delivery.merge.late:
             losses["raywb/late_rows"] = late
+        if unconfirmed := [one for one in self._delivery.unconfirmed() if not one.quiet]:
+            losses["raywb/unconfirmed_sources"] = len(unconfirmed)
+            losses["raywb/unconfirmed_rows"] = _missing_rows(unconfirmed)
         return losses
 
     def log_losses(self, losses: dict[str, int]) -> None:
@@ -295,10 +325,15 @@ class Runs:
             row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
             self._delivery.add([OutRow(run.number, time.time(), row, logged=0)])
 
-    def end(self, run: RunState, exit_code: int) -> None:
+    def end(self, run: RunState, exit_code: int, swept: SweepReport | None = None) -> None:
         """Take the cut: what the ledger has now belongs to the run, what comes later does not.
 
         The last thing in the run is what was lost in it, if only that nothing was.
+
+        Args:
+            run: the last run.
+            exit_code: how it ends.
+            swept: what the sweep of the nodes found that came before, where there was one.
 
         Raises:
             OSError: the outbox takes nothing.
@@ -308,11 +343,16 @@ class Runs:
             self._delivery.release(None)
             losses = self.losses()
             self.log_losses(losses)
-            values = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **losses}
+            names = ("rejected", "backlog_rows", "unconfirmed_sources")
+            values = {**{f"raywb/{name}": 0 for name in names}, **losses}
             self._delivery.add([OutSummary(run.number, values)])
             merge = self._delivery.merge
             run.received_rows, run.rejected = merge.rows, merge.rejected
             run.lost = self.lost()
+            run.unconfirmed = self._delivery.unconfirmed()
+            if swept is not None:
+                run.unreached = swept.unreached
+                run.unconfirmed += self._never_heard_of(swept)
             run.cut = self._delivery.ledger.end
             run.exit_code = exit_code
             try:
@@ -321,6 +361,15 @@ class Runs:
                 run.cut = run.exit_code = None
                 raise
         self.advance()
+
+    def _never_heard_of(self, swept: SweepReport) -> list[UnconfirmedSource]:
+        """Journals that a sweep found and could not bring home, of sources unknown until then."""
+        known = self._delivery.liveness
+        return [
+            UnconfirmedSource(source_id=source_id, node_id="", reason=reason)
+            for source_id, reason in swept.failed.items()
+            if source_id not in known.open and not known.has_ended(source_id)
+        ]
 
     def report(self, run: RunState, *, closed: bool) -> FinishReport:
         """How a run ended, in numbers.
@@ -338,10 +387,13 @@ class Runs:
         outbox = self._delivery.outbox
         delivered_rows = outbox.logged_rows(run.number, delivered) if sink else 0
         undelivered = outbox.logged_rows(run.number) - delivered_rows if sink else 0
-        message = None
+        doubtful = [source for source in run.unconfirmed if not source.quiet]
+        messages = [f"node {node_id[:8]} did not answer" for node_id in run.unreached]
+        if doubtful:
+            messages.append(_describe(doubtful))
         if outstanding or not closed:
             why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
-            message = (
+            messages.append(
                 f"{undelivered} rows are not with W&B yet{why}. They are safe in "
                 f"{self._directory}, and delivery goes on as long as the service runs"
             )
@@ -353,8 +405,9 @@ class Runs:
             undelivered_rows=undelivered,
             lost=run.lost,
             rejected=run.rejected,
-            complete=closed and not outstanding,
-            message=message,
+            complete=closed and not outstanding and not doubtful and not run.unreached,
+            message="; ".join(messages) or None,
+            unconfirmed=run.unconfirmed,
         )
         if closed:
             run.report = report

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from raywb.reports import FinishReport, RunInfo
+from raywb.reports import FinishReport, RunInfo, UnconfirmedSource
 
 __all__ = ["RunState", "ServiceState", "load_state", "lock_directory", "save_state"]
 
@@ -32,6 +32,8 @@ class RunState(msgspec.Struct, kw_only=True):
         exit_code: set when ``finish()`` was asked for.
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
         received_rows, lost, rejected: what had come by the cut.
+        unconfirmed: sources whose journal could not be had for it.
+        unreached: nodes that did not answer then.
         report: how it ended.
     """
 
@@ -44,6 +46,8 @@ class RunState(msgspec.Struct, kw_only=True):
     received_rows: int = 0
     lost: dict[str, int] = {}
     rejected: int = 0
+    unconfirmed: list[UnconfirmedSource] = []
+    unreached: list[str] = []
     report: FinishReport | None = None
 
 

@@ -55,6 +55,7 @@ def make_status(
         sink=runs.sink_status(run),
         sources=_sources(delivery, ingest),
         problems=found,
+        unconfirmed=delivery.unconfirmed(),
     )
 
 
@@ -71,10 +72,11 @@ def _sources(delivery: Delivery, ingest: Ingest) -> list[SourceStatus]:
             received_rows=source.rows,
             heard_ago_s=(
                 None
-                if source.ended or source_id not in ingest.heard
+                if source_id not in delivery.liveness.open or source_id not in ingest.heard
                 else round(now - ingest.heard[source_id], 3)
             ),
-            ended=source.ended,
+            ended=delivery.liveness.has_ended(source_id),
+            killed=source_id in delivery.liveness.killed,
         )
         for source_id, source in delivery.merge.sources.items()
         if source.hello is not None

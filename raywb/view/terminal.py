@@ -6,7 +6,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raywb.reports import FinishReport, RunInfo, Status
+from raywb.reports import FinishReport, RunInfo, Status, UnconfirmedSource
 
 __all__ = ["render_report", "render_status"]
 
@@ -38,6 +38,21 @@ def _losses(lost: dict[str, int], rejected: int) -> str:
     return ", ".join(parts) or "none"
 
 
+def _unconfirmed(sources: list[UnconfirmedSource]) -> str:
+    """Which processes may have left rows behind: one line for each, and for the others a sum."""
+    lines = []
+    for source in sources[:LISTED_SOURCES]:
+        rows = source.unacknowledged_rows
+        known = "an unknown number of" if rows is None else f"at least {rows}"
+        missing = "quiet when last heard" if source.quiet else f"{known} rows missing"
+        where = f"{source.hostname or source.node_id[:8] or 'unknown host'} pid {source.pid}"
+        at = f"{source.received_rows} rows received, to byte {source.acknowledged_bytes}"
+        lines.append(f"{where}: {missing} ({at}; {source.reason})")
+    if len(sources) > LISTED_SOURCES:
+        lines.append(f"and {len(sources) - LISTED_SOURCES} more")
+    return "\n".join(lines)
+
+
 def render_status(status: Status) -> RenderableType:
     """The run, its delivery, its sources, and what is wrong."""
     state = "finished" if status.finished else "open"
@@ -58,6 +73,8 @@ def render_status(status: Status) -> RenderableType:
     ]
     if status.after_finish_rows:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
+    if status.unconfirmed:
+        facts.append(("unconfirmed", _unconfirmed(status.unconfirmed)))
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
     parts += [Text(f"! {problem}", style="bold red") for problem in status.problems]
     return Group(*parts)
@@ -74,7 +91,9 @@ def _sources(status: Status) -> RenderableType:
     latest = sorted(status.sources, key=lambda source: (source.ended, source.heard_ago_s or 0.0))
     for source in latest[:LISTED_SOURCES]:
         if source.heard_ago_s is None:
-            heard = "ended" if source.ended else "not since the service's start"
+            heard = "not since the service's start"
+            if source.ended:
+                heard = "killed" if source.killed else "ended"
         else:
             heard = f"{source.heard_ago_s:.0f} s ago"
         stages = ", ".join(source.stages) or "-"
@@ -90,6 +109,8 @@ def render_report(report: FinishReport) -> RenderableType:
         ("rows", f"{report.received_rows} received, {report.delivered_rows} with W&B"),
         ("lost", _losses(report.lost, report.rejected)),
     ]
+    if report.unconfirmed:
+        facts.append(("unconfirmed", _unconfirmed(report.unconfirmed)))
     if report.run.mode == "offline":
         facts.append(("upload", f"wandb sync {report.run.dir}/wandb/offline-run-*"))
     parts: list[RenderableType] = [_facts(facts)]
