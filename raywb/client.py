@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -19,6 +20,7 @@ from raywb.reports import RunInfo
 from raywb.rows import (
     ACROSS_RANKS,
     MAX_MESSAGE_BYTES,
+    ROW_TAG,
     ConfigUpdate,
     Define,
     Row,
@@ -26,6 +28,7 @@ from raywb.rows import (
     encode,
 )
 from raywb.settings import as_mapping
+from raywb.shapes import NO_SHAPE, Shape, shape_of
 from raywb.values import Refusal, flatten, plain
 
 __all__ = ["Client", "ClientStats", "Series"]
@@ -36,6 +39,12 @@ _log = logging.getLogger("raywb")
 _PLAIN = frozenset((float, int, bool, str))
 _TEXT = frozenset((str,))
 _STEPS = frozenset((int, float, type(None)))
+
+#: Shapes of rows that a client remembers; a training loop has a handful.
+MOST_SHAPES = 64
+
+_now = time.time
+_as_int = int.from_bytes
 
 _SUMMARIES = ("min", "max", "mean", "first", "last", "copy", "none")
 
@@ -83,8 +92,11 @@ class Client:
         self._strict = strict
         self._closed = False
         self._warned: set[str] = set()
-        self._logged = itertools.count(1)
-        self._logged_rows = 0
+        self._shapes: dict[int, Shape] = {}
+        # A row is counted without a lock: no thread can come between. To look counts as well.
+        self._count = itertools.count().__next__
+        self._looks = 0
+        self._look_lock = threading.RLock()
         #: Prefix of this client's keys, without the slash.
         self.stage = stage
         #: The run as it was known at ``attach()``.
@@ -107,23 +119,34 @@ class Client:
             MetricTypeError: a value cannot be charted, and the client is strict. Otherwise the
                 value is left out, counted, and warned about once per key.
         """
-        if (
-            type(metrics) is not dict
-            or not _PLAIN.issuperset(map(type, metrics.values()))
-            or not _TEXT.issuperset(map(type, metrics))
-            or type(step) not in _STEPS
-            or self._closed
-        ):
-            return self._log_with_care(metrics, step)
-        try:
-            payload = encode(Row(self._channel, time.time(), step, metrics))
-        except (OverflowError, UnicodeEncodeError):
-            return self._log_with_care(metrics, step)
-        if metrics and len(payload) <= MAX_MESSAGE_BYTES:
-            self._connection.append(payload)
-            self._logged_rows = next(self._logged)
-            return None
+        if type(metrics) is dict and not self._closed:
+            try:
+                # What a Row is encoded to, without making one.
+                payload = encode((ROW_TAG, self._channel, _now(), step, metrics))
+            except Exception:  # noqa: BLE001 - whatever it is, the look at each value tells
+                return self._log_with_care(metrics, step)
+            mask, fixed = self._shapes.get(len(payload), NO_SHAPE)
+            if _as_int(payload, "little") & mask == fixed or self._is_plain(payload, step, metrics):
+                self._connection.append(payload)
+                self._count()
+                return None
         return self._log_with_care(metrics, step)
+
+    def _is_plain(self, payload: bytes, step: Any, metrics: dict[Any, Any]) -> bool:
+        """Whether a row is good as it is; if so, rows of its shape are known from now on."""
+        good = (
+            bool(metrics)
+            and _PLAIN.issuperset(map(type, metrics.values()))
+            and _TEXT.issuperset(map(type, metrics))
+            and type(step) in _STEPS
+            and len(payload) <= MAX_MESSAGE_BYTES
+        )
+        # The first of two shapes of one length stays, so that rows in turn cause no work.
+        if good and len(self._shapes) < MOST_SHAPES and len(payload) not in self._shapes:
+            shape = shape_of(payload, self._channel, step, metrics)
+            if shape is not None:
+                self._shapes[len(payload)] = shape
+        return good
 
     def _log_with_care(self, metrics: Any, step: Any) -> None:
         if self._closed:
@@ -149,7 +172,7 @@ class Client:
             size = f"a row of {len(payload)} bytes"
             return self._refuse([Refusal(next(iter(row)), size, f"{MAX_MESSAGE_BYTES} are most")])
         self._connection.append(payload)
-        self._logged_rows = next(self._logged)
+        self._count()
         return None
 
     def _refuse(self, refused: list[Refusal]) -> None:
@@ -256,7 +279,7 @@ class Client:
         connection = self._connection
         journal, shipper = connection.journal, connection.shipper
         return ClientStats(
-            logged=self._logged_rows,
+            logged=self._logged_rows(),
             acked_bytes=journal.acknowledged if journal else 0,
             backlog_bytes=journal.backlog_bytes if journal else 0,
             rejected=connection.rejected,
@@ -264,6 +287,11 @@ class Client:
             failed_requests=shipper.failures if shipper else 0,
             last_error=shipper.last_error if shipper else None,
         )
+
+    def _logged_rows(self) -> int:
+        with self._look_lock:
+            self._looks += 1
+            return self._count() - self._looks + 1
 
     def open_series(self, namespace: str, *, label: str, axis: str) -> Series:
         """Open one of several series that share a namespace in the run.

