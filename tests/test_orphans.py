@@ -270,6 +270,8 @@ def test_an_end_is_seen_only_where_it_is_the_last_frame() -> None:
     assert liveness.killed == {source_id}
     assert end_of_source(b"") is None
     assert end_of_source(END[1:]) is None
+    shorter = frame(encode(End(1.0))[:-1].replace(b"\x93", b"\x92", 1))
+    assert end_of_source(shorter + b"x") is None
     assert end_of_source(END[:-1] + b"\x00\x00") is None
 
 
