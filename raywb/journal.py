@@ -368,6 +368,7 @@ class FoundJournal:
         self.directory = directory
         self.segments = Segments(directory)
         self._lock_fd = lock_fd
+        self._pid = os.getpid()
 
     @property
     def is_free(self) -> bool:
@@ -386,12 +387,17 @@ class FoundJournal:
         if self._lock_fd is not None:
             if delete:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            _unlock(self._lock_fd)
+            _unlock(self._lock_fd, self._pid)
 
 
-def _unlock(fd: int) -> None:
-    """Unlock and close; a child that was forked meanwhile has the descriptor too, not the lock."""
-    fcntl.flock(fd, fcntl.LOCK_UN)
+def _unlock(fd: int, pid: int) -> None:
+    """Unlock and close, in the process ``pid``.
+
+    A child that was forked meanwhile has the descriptor too: that neither keeps the lock, nor does
+    the child free it, which only closes what it inherited.
+    """
+    if os.getpid() == pid:
+        fcntl.flock(fd, fcntl.LOCK_UN)
     os.close(fd)
 
 
@@ -415,6 +421,7 @@ def sole_sweeper(base: Path, interval_s: float) -> Iterator[bool]:
         os.close(fd)
         yield False
         return
+    pid = os.getpid()
     try:
         found = os.fstat(fd)
         # A file that was just made has no content; a clock that was set back must not stop us.
@@ -423,7 +430,7 @@ def sole_sweeper(base: Path, interval_s: float) -> Iterator[bool]:
             os.pwrite(fd, b"%d" % os.getpid(), 0)
         yield due
     finally:
-        _unlock(fd)
+        _unlock(fd, pid)
 
 
 def find_journals(base: Path, source_ids: Container[str] | None = None) -> Iterator[FoundJournal]:

@@ -110,19 +110,25 @@ until("the sweeps", lambda: killed() == ["last", "survivor", "victim"])
 until("the rows", lambda: raywb.status().received_rows == 10 + 300 + 400 + 500)
 # One process is left there, which Ray keeps for the next task.
 ray.get(ray.remote(lambda: raywb.attach("task").log({"i": 0})).options(**there(3)).remote())
-client, began, seen = raywb.attach("driver"), time.monotonic(), []
+client, seen = raywb.attach("driver"), []
+REPORT_LAG_S = 2.0  # what Ray says of idle times may be that old
+time.sleep(REPORT_LAG_S)
+began = time.monotonic()
 while time.monotonic() - began < 12:
     client.log({"i": len(seen)})
     idle = idle_s()
     seen.append([idle[node(2)], idle[node(3)]])
     time.sleep(0.25)
-report([by_neighbour_s, seen, len(seen), to_builtins(raywb.finish())])
+finished = raywb.finish()
+time.sleep(REPORT_LAG_S)
+report([by_neighbour_s, seen, len(seen), to_builtins(finished), idle_s()[node(2)]])
 """)
-    by_neighbour_s, idle_s, own_rows, finished = driver.succeed()
+    by_neighbour_s, idle_s, own_rows, finished, idle_after_finish_s = driver.succeed()
     print(f"by the neighbour after {by_neighbour_s:.1f} s, idle at the end {idle_s[-1]} s")
     for node in zip(*idle_s, strict=True):
         assert list(node) == sorted(node), "something on the node reset its idle time"
         assert node[-1] > 10.0
+    assert idle_after_finish_s >= idle_s[-1][0], "finish touched a node where all had ended"
     assert (finished["complete"], finished["lost"], finished["unconfirmed"]) == (True, {}, [])
     run = read_runs(finished["run"]["dir"])[finished["run"]["id"]]
     assert run.values("victim/i") == list(range(300))

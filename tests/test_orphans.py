@@ -18,7 +18,7 @@ from rich.console import Console
 from wandb_file import read_runs
 
 from raywb import orphans
-from raywb.journal import Journal, new_source_id, sole_sweeper
+from raywb.journal import Journal, find_journals, new_source_id, sole_sweeper
 from raywb.orphans import sweep_node
 from raywb.reports import SweepReport
 from raywb.rows import Channel, End, Hello, Row, encode, end_of_source, frame
@@ -184,6 +184,28 @@ def test_requests_for_others_leave_room_for_ours(service: LocalService, tmp_path
     shipper.stop()
 
 
+def test_a_forked_child_neither_keeps_nor_frees_a_lock(service: LocalService) -> None:
+    """While a dead journal is looked after, a child of who does so changes nothing about it."""
+    service.up()
+    killed_process("dead", 1)
+    (ours,) = find_journals(base())
+    assert ours.is_free
+    if (pid := os.fork()) == 0:
+        ours.release()
+        time.sleep(30)
+        os._exit(0)
+    time.sleep(0.2)
+    try:
+        assert [journal.is_free for journal in find_journals(base())] == [False]
+        ours.release()
+        (again,) = find_journals(base())
+        assert again.is_free
+        again.release()
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
 def test_one_process_of_a_machine_looks_around(tmp_path: Path) -> None:
     """Of all that ask, one sweeps; another one not before the interval is over."""
     with sole_sweeper(tmp_path / "nobody", 0.0) as ours:
@@ -272,6 +294,8 @@ def test_an_end_is_seen_only_where_it_is_the_last_frame() -> None:
     assert liveness.killed == {source_id}
     assert end_of_source(b"") is None
     assert end_of_source(END[1:]) is None
+    shorter = frame(encode(End(1.0))[:-1].replace(b"\x93", b"\x92", 1))
+    assert end_of_source(shorter + b"x") is None
     assert end_of_source(END[:-1] + b"\x00\x00") is None
 
 
@@ -391,6 +415,13 @@ def test_a_lost_node_leaves_its_sources_unconfirmed(service: LocalService) -> No
     (run,) = read_runs(service.directory).values()
     assert run.summary["raywb/unconfirmed_sources"] == 1
     assert run.summary["raywb/unconfirmed_rows"] == 7
+
+    # What one run has reported is no news for the next one, nor for the next incarnation.
+    service.down()
+    service.up(silent_after_s=0.9, nodes=nodes)
+    service.start()
+    again = service.service.finish(60.0, 0, SweepReport(gone=["lost"]))
+    assert (again.unconfirmed, again.complete, again.message) == ([], True, None)
 
 
 def test_a_finish_tells_what_its_sweep_could_not_have(service: LocalService) -> None:

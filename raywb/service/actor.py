@@ -252,8 +252,6 @@ class RaywbService:
             liveness=delivery.liveness,
             silent_after_s=self._boot.settings.silent_after_s,
         )
-        for source_id, node_id in self._announced.items():
-            delivery.liveness.announce(source_id, node_id)
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
         try:
@@ -263,6 +261,8 @@ class RaywbService:
             raise
         runs = Runs(self._directory, state, delivery, self._spawn, self._api_key)
         self._parts = _Parts(state, delivery, ingest, runs)
+        for source_id, node_id in self._announced.items():
+            delivery.liveness.announce(source_id, node_id)
         runs.resume()
         if runs.last is None:
             self._spawn(self._open_provisional(runs))

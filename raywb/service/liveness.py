@@ -54,6 +54,7 @@ class Liveness:
         self.open: dict[str, Presence] = {}
         #: Sources whose end was written in their place.
         self.killed: set[str] = set()
+        self._settled: set[str] = set()
 
     def announce(self, source_id: str, node_id: str) -> None:
         """A process is about to write as this source; nothing of it need ever arrive."""
@@ -82,6 +83,11 @@ class Liveness:
             presence.rows = rows
             presence.quiet = quiet
             presence.unconfirmed = None
+            self._settled.discard(source_id)
+
+    def settle(self, source_ids: Iterable[str]) -> None:
+        """A run's report has named these as unconfirmed: no later one does, unless they speak."""
+        self._settled.update(source_ids)
 
     def has_ended(self, source_id: str) -> bool:
         """Whether the last that is known of a source is its end."""
@@ -114,7 +120,7 @@ class Liveness:
         return {
             source_id: presence
             for source_id, presence in self.open.items()
-            if presence.unconfirmed is not None
+            if presence.unconfirmed is not None and source_id not in self._settled
         }
 
     def judge(self, source_ids: Iterable[str], swept: SweepReport, since: float) -> None:

@@ -168,6 +168,7 @@ class Runs:
         if self.last is not None:
             self._delivery.open_run(self.last.number)
         for run in self._state.runs:
+            self._settle(run)
             if run.report is None:
                 self._begin_sink(run)
 
@@ -360,7 +361,11 @@ class Runs:
             except OSError:
                 run.cut = run.exit_code = None
                 raise
+            self._settle(run)
         self.advance()
+
+    def _settle(self, run: RunState) -> None:
+        self._delivery.liveness.settle(source.source_id for source in run.unconfirmed)
 
     def _never_heard_of(self, swept: SweepReport) -> list[UnconfirmedSource]:
         """Journals that a sweep found and could not bring home, of sources unknown until then."""

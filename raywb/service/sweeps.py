@@ -26,7 +26,7 @@ _log = logging.getLogger(__name__)
 #: Pauses between sweeps of one node for the same silent sources, in seconds.
 PAUSE_RANGE_S = (30.0, 3600.0)
 
-#: How often the sources are looked through, in seconds.
+#: Shortest time between two looks through the sources, in seconds.
 LOOK_INTERVAL_S = 1.0
 
 #: Longest that one sweep may take, in seconds.
@@ -123,7 +123,8 @@ class Sweeps:
     async def serve(self) -> None:
         """Sweep when something is due, for as long as the service lives."""
         while True:
-            await asyncio.sleep(LOOK_INTERVAL_S)
+            # There may be very many sources, and a moment more makes silence no worse.
+            await asyncio.sleep(max(self._silence_s() / 10, LOOK_INTERVAL_S))
             if due := self._plan.due(self._silence_s()):
                 await self._sweep(due)
 
