@@ -16,7 +16,9 @@ from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 
 from raywb.journal import Journal, Segments
-from raywb.rows import HEADER, Frame, scan
+from raywb.rows import HEADER, Frame, Row, encode, frame, scan
+from raywb.service.ledger import Ledger
+from raywb.service.merge import Merge
 
 # Read here, since each test runs without such variables.
 LONG = bool(os.environ.get("RAYWB_LONG"))
@@ -180,3 +182,135 @@ def test_a_torn_journal_keeps_what_is_whole(
         seen = final or start != segments.starts()[-1]
         assert bool(damaged) == (torn and seen)
     shutil.rmtree(directory)
+
+
+SOURCES = [digit * 32 for digit in "abc"]
+
+
+def batch_of(first: int, count: int) -> list[bytes]:
+    """Frames of numbered rows."""
+    rows = [Row(0, 1.0, None, {"x": number}) for number in range(first, first + count)]
+    return [frame(encode(row)) for row in rows]
+
+
+def rows_of(ledger: Ledger) -> tuple[dict[str, list[int]], Merge]:
+    """What the service makes of a ledger: the rows of each source, and its merge."""
+    merge = Merge()
+    merge.open_run(1)
+    found: dict[str, list[int]] = {source: [] for source in SOURCES}
+    for entry in ledger.read(0):
+        batch = merge.consume(entry.source_id, entry.offset, entry.data, entry.next_position)
+        for item in batch.items if batch else []:
+            found[entry.source_id] += item.metrics.values()
+    return found, merge
+
+
+#: Batches in the order of their arrival: which source, and how many rows.
+arrivals = st.lists(st.tuples(st.sampled_from(SOURCES), st.integers(1, 5)), min_size=1, max_size=12)
+
+
+@many
+@given(arrivals, st.integers(100, 2000), st.data())
+def test_a_damaged_ledger_costs_only_what_was_hit(
+    tmp_path_factory: pytest.TempPathFactory,
+    batches: list[tuple[str, int]],
+    segment_bytes: int,
+    data: st.DataObject,
+) -> None:
+    """A flipped byte costs the row that it is in, though its whole batch fails the checksum.
+
+    That holds for the last batch too, which was acknowledged like any other. Only a batch that
+    has lost both of its edges is unreadable.
+    """
+    directory = tmp_path_factory.mktemp("ledger")
+    ledger = Ledger(directory, segment_bytes=segment_bytes)
+    lengths, owners, counts = [], [], dict.fromkeys(SOURCES, 0)
+    for number, (source, count) in enumerate(batches):
+        frames = batch_of(counts[source], count)
+        ledger.append(source, ledger.end_of(source), b"".join(frames))
+        lengths += [12, 36, *map(len, frames), 36]
+        rows = [(number, source, counts[source] + row) for row in range(count)]
+        owners += [(number, "record"), (number, "head"), *rows, (number, "tail")]
+        counts[source] += count
+    ends = {source: ledger.end_of(source) for source in SOURCES}
+    ledger.close()
+    changes = data.draw(flips(lengths))
+    flip(sorted(directory.iterdir()), changes)
+    touched = {owners[number] for number in hit(lengths, changes)}
+    gone = {
+        number for number in range(len(batches)) if {(number, "head"), (number, "tail")} <= touched
+    }
+    kept: dict[str, list[int]] = {source: [] for source in SOURCES}
+    for owner in owners:
+        if len(owner) == 3 and owner not in touched and owner[0] not in gone:
+            kept[owner[1]].append(owner[2])
+    ledger = Ledger(directory, segment_bytes=segment_bytes)
+    found, merge = rows_of(ledger)
+    assert found == kept
+    # Without its edges, the last batch cannot be told from one that was never acknowledged.
+    assert ledger.damaged > 0 or gone == {len(batches) - 1}
+    assert ledger.unreadable <= len(gone)
+    hurt = {owner for owner in touched if len(owner) == 3 and owner[0] not in gone}
+    assert bool(merge.lost.get("damaged_frames")) == bool(hurt)
+    if not gone:
+        assert {source: ledger.end_of(source) for source in SOURCES} == ends
+        assert ledger.missing_bytes == {}
+    for source in SOURCES:
+        end = ledger.end_of(source)
+        more = b"".join(batch_of(counts[source], 2))
+        assert ledger.append(source, end, more) == end + len(more)
+        kept[source] += [counts[source], counts[source] + 1]
+    assert rows_of(ledger)[0] == kept
+    ledger.close()
+    shutil.rmtree(directory)
+
+
+@many
+@given(arrivals, st.data())
+def test_a_torn_ledger_keeps_what_is_whole(
+    tmp_path_factory: pytest.TempPathFactory, batches: list[tuple[str, int]], data: st.DataObject
+) -> None:
+    """Cut off anywhere, every batch before the cut is there, and the rest is asked for again."""
+    directory = tmp_path_factory.mktemp("ledger")
+    ledger = Ledger(directory)
+    sent: dict[str, list[bytes]] = {source: [] for source in SOURCES}
+    positions = []
+    for source, count in batches:
+        frames = batch_of(len(sent[source]), count)
+        ledger.append(source, ledger.end_of(source), b"".join(frames))
+        sent[source] += frames
+        positions.append(ledger.end)
+    ledger.close()
+    cut = data.draw(st.integers(0, positions[-1]))
+    os.truncate(directory / f"{0:020d}.log", cut)
+    ledger = Ledger(directory)
+    whole = dict.fromkeys(SOURCES, 0)
+    for (source, count), position in zip(batches, positions, strict=True):
+        whole[source] += count * (position <= cut)
+    found, merge = rows_of(ledger)
+    assert found == {source: list(range(count)) for source, count in whole.items()}
+    assert (ledger.damaged, merge.lost) == (0, {})
+    for source in SOURCES:
+        stream = b"".join(sent[source])
+        ledger.append(source, ledger.end_of(source), stream[ledger.end_of(source) :])
+    assert rows_of(ledger)[0] == {s: list(range(len(frames))) for s, frames in sent.items()}
+    ledger.close()
+    shutil.rmtree(directory)
+
+
+def test_what_is_unreadable_is_counted(tmp_path: Path) -> None:
+    """A batch without edges is counted as unreadable, and as bytes that its source lacks."""
+    ledger = Ledger(tmp_path)
+    batch = b"".join(batch_of(0, 3))
+    for number in range(3):
+        ledger.append(SOURCES[0], number * len(batch), batch)
+    ledger.close()
+    record = 12 + 36 + len(batch) + 36
+    flip([tmp_path / f"{0:020d}.log"], [(record + 20, 1), (2 * record - 5, 1)])
+    for _ in range(2):
+        ledger = Ledger(tmp_path)
+        assert (ledger.damaged, ledger.unreadable) == (1, 1)
+        assert ledger.missing_bytes == {SOURCES[0]: len(batch)}
+        assert rows_of(ledger)[0][SOURCES[0]] == [0, 1, 2] * 2
+        assert (ledger.damaged, ledger.unreadable) == (1, 1), "counted again when read again"
+        ledger.close()

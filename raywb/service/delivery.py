@@ -80,15 +80,19 @@ class Delivery:
         end = self.ledger.end if limit is None else limit
         if before >= end:
             return False
+        begin = before
         for entry in self.ledger.read(before):
             if entry.next_position > end:
                 break
+            # Several entries of one damaged stretch have the same position behind them.
+            if entry.next_position > self.position:
+                begin = self.position
             self._unwritten = self.merge.consume(
                 entry.source_id,
                 entry.offset,
                 entry.data,
                 entry.next_position,
-                position=self.position,
+                position=begin,
                 now_s=time.monotonic(),
             )
             self._write_unwritten()

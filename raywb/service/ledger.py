@@ -3,20 +3,72 @@
 An entry is a source's id, the offset of its first byte in that source's journal, and the bytes.
 The ledger accepts only what begins where it ends for that source, so a request that is repeated,
 late or out of order changes nothing.
+
+Whose bytes they are stands before them and once more behind them, each with a checksum of its
+own. So a damaged byte costs the frame that it hit, not the whole entry: the frames in it have
+their own checksums, and what is left of them is used.
 """
 
 from __future__ import annotations
 
+import re
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from raywb.service.append_log import SEGMENT_BYTES, AppendLog, sync_and_close
+from raywb.service.append_log import SEGMENT_BYTES, AppendLog, Record, sync_and_close
 
 __all__ = ["Entry", "Ledger", "Sync"]
 
-_ENTRY = struct.Struct("<16sQ")
+#: A mark, the source, the offset, how many bytes, and the checksum of these four.
+_ENTRY = struct.Struct("<4s16sQII")
+_HEAD, _TAIL = b"RWEH", b"RWET"
+_MARKS = re.compile(_HEAD + b"|" + _TAIL)
+
+
+def _edge(mark: bytes, source: bytes, offset: int, length: int) -> bytes:
+    crc = zlib.crc32(_ENTRY.pack(mark, source, offset, length, 0))
+    return _ENTRY.pack(mark, source, offset, length, crc)
+
+
+class _Edge(NamedTuple):
+    """What stands before or behind an entry's bytes: whose they are, and where they lie."""
+
+    source_id: str
+    offset: int
+    begin: int
+    end: int
+
+
+def _edge_at(data: bytes, position: int) -> _Edge | None:
+    """The edge at a position of a buffer, if its checksum holds and its bytes are there."""
+    if not 0 <= position <= len(data) - _ENTRY.size:
+        return None
+    mark, source, offset, length, crc = _ENTRY.unpack_from(data, position)
+    if crc != zlib.crc32(_ENTRY.pack(mark, source, offset, length, 0)):
+        return None
+    if mark == _HEAD:
+        begin = position + _ENTRY.size
+        # A torn entry lacks its end, and nobody was told that it had been taken.
+        is_there = begin + length + _ENTRY.size <= len(data)
+    else:
+        begin = position - length
+        is_there = begin >= 0
+    return _Edge(source.hex(), offset, begin, begin + length) if is_there else None
+
+
+def _salvage(data: bytes) -> list[_Edge]:
+    """The entries in a damaged stretch, in order: each has one of its two edges left."""
+    found: list[_Edge] = []
+    position = 0
+    for mark in _MARKS.finditer(data):
+        edge = _edge_at(data, mark.start()) if mark.start() >= position else None
+        if edge is not None and edge.begin >= position:
+            found.append(edge)
+            position = edge.end + _ENTRY.size
+    return found
 
 
 class Entry(NamedTuple):
@@ -60,7 +112,10 @@ class Ledger:
         observe: Callable[[str, int, bytes], None] = _ignore,
     ) -> None:
         self._observe = observe
-        self._log = AppendLog(directory, segment_bytes=segment_bytes)
+        self._log = AppendLog(
+            directory, segment_bytes=segment_bytes, is_complete=lambda tail: bool(_salvage(tail))
+        )
+        self._unreadable: set[int] = set()
         self._ends: dict[str, int] = {}
         self._durable: dict[str, int] = {}
         #: Bytes that a source no longer had when they were asked for, by source.
@@ -84,8 +139,13 @@ class Ledger:
 
     @property
     def damaged(self) -> int:
-        """Stretches of the ledger that could not be read."""
+        """Stretches of the ledger that are damaged, whether something was left in them or not."""
         return self._log.damaged
+
+    @property
+    def unreadable(self) -> int:
+        """Damaged stretches in which nothing was left."""
+        return len(self._unreadable)
 
     def end_of(self, source_id: str) -> int:
         """Offset up to which this source's journal is here."""
@@ -104,16 +164,23 @@ class Ledger:
         end = self.end_of(source_id)
         if offset < end or (offset > end and not after_gap) or not data:
             return end
-        self._log.append(_ENTRY.pack(bytes.fromhex(source_id), offset), data)
+        source = bytes.fromhex(source_id)
+        edges = [_edge(mark, source, offset, len(data)) for mark in (_HEAD, _TAIL)]
+        self._log.append(edges[0], data, edges[1])
         self._note(source_id, offset, data)
         self._unsynced.add(source_id)
         return self._ends[source_id]
 
     def read(self, position: int) -> Iterator[Entry]:
-        """Yield the entries from ``position`` on."""
-        for next_position, record in self._log.read(position):
-            source, offset = _ENTRY.unpack_from(record)
-            yield Entry(next_position, source.hex(), offset, record[_ENTRY.size :])
+        """Yield the entries from ``position`` on, also what damage has left of one."""
+        for piece in self._log.read_all(position):
+            edge = _edge_at(piece.data, 0) if isinstance(piece, Record) else None
+            edges = [edge] if edge is not None else _salvage(piece.data)
+            if not edges:
+                self._unreadable.add(piece.next_position)
+            for edge in edges:
+                data = piece.data[edge.begin : edge.end]
+                yield Entry(piece.next_position, edge.source_id, edge.offset, data)
 
     def durable_end_of(self, source_id: str) -> int:
         """Offset up to which this source's journal has been forced to the disk itself."""
