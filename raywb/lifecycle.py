@@ -7,7 +7,6 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import msgspec
 import ray
 
 from raywb import cluster as ray_side
@@ -214,8 +213,9 @@ def status(*, timeout_s: float = 15.0) -> Status:
 def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     """End the cluster's run: take in what is still in journals, deliver it, close the run.
 
-    It never hangs: at the limit the report says what is not with W&B, and where it lies. A
-    second call returns the same report.
+    It never hangs: at the limit the report says what is not with W&B, where it lies, and that
+    ``raywb sync DIR`` delivers it. A second call after a complete one returns the same report;
+    after one that was not, it takes in what it can reach now, and tries again.
 
     Args:
         timeout_s: longest that all of it may take.
@@ -232,19 +232,16 @@ def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     if (connection := present_connection()) is not None:
         connection.flush(min(timeout_s / 4, 10.0))
     missing: list[str] = []
-    if joined.endpoint is not None and not joined.finished:
+    if joined.endpoint is not None and not joined.complete:
         swept = sweep_cluster(cluster, joined.endpoint, min(timeout_s / 4, 60.0))
         for source_id, reason in swept.failed.items():
             missing.append(f"the journal of source {source_id[:8]} is not home ({reason})")
         missing += [f"node {node_id[:8]} did not answer" for node_id in swept.unreached]
     remaining = max(deadline - time.monotonic(), 1.0)
     report: FinishReport = ray_side.call(
-        service, "finish", remaining, exit_code, timeout_s=remaining + 10.0
+        service, "finish", remaining, exit_code, tuple(missing), timeout_s=remaining + 10.0
     )
-    if not missing:
-        return report
-    texts = [*missing, *filter(None, [report.message])]
-    return msgspec.structs.replace(report, complete=False, message="; ".join(texts))
+    return report
 
 
 def stop_service() -> None:

@@ -61,8 +61,8 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How W&B's side keeps up.
 
     Attributes:
-        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``finished``,
-            ``disabled``.
+        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``resting``
+            (left, since nobody has the run any more), ``finished``, ``disabled``.
         applied_rows: rows that W&B's client has taken.
         restarts: how often the child process had to be started again.
         last_error: what went wrong last, in one sentence.
@@ -106,15 +106,19 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run ended, in numbers; a second ``finish()`` returns the same one.
+    """How a run ended, in numbers; once complete, a second ``finish()`` returns the same one.
 
     Attributes:
+        state: what W&B shows: ``finished``, ``failed``, ``crashed``, or ``running`` while the
+            run is not ended there.
         received_rows: rows logged by all sources up to the cut.
         delivered_rows: rows that are in W&B's files (offline) or with its server (online).
         undelivered_rows: rows that are safe on disk in ``run.dir``, but not with W&B.
         lost: rows that could not be kept, by reason.
         rejected: values that ``log()`` refused.
-        complete: nothing is undelivered, and W&B has closed the run.
+        unconfirmed: sources that may have logged more than was received, by id, with the journal
+            offset up to which they were acknowledged; None where nothing ever came.
+        complete: nothing is undelivered or left behind, and W&B has closed the run.
         message: what is undelivered and where it lies, when something is.
     """
 
@@ -127,3 +131,5 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int
     complete: bool
     message: str | None = None
+    state: str = "finished"
+    unconfirmed: dict[str, int | None] = {}

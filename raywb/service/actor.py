@@ -35,6 +35,7 @@ from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
 from raywb.service.runs import Runs, check_settings, describe_run, resolve_mode
 from raywb.service.state import (
+    Origin,
     RunState,
     ServiceState,
     load_state,
@@ -71,6 +72,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         run_id: id of the first run, unless the settings name one.
         settings: settings of whoever made the service.
         group: the group of the first run, and where its name came from.
+        session_dir: Ray's session directory, when whoever made the service knew it.
     """
 
     directory: str
@@ -79,6 +81,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     settings: Settings
     group: Group
+    session_dir: str | None = None
 
 
 class RaywbService:
@@ -138,9 +141,20 @@ class RaywbService:
         """The service at this moment."""
         return self._call(self._status(), timeout_s)
 
-    def finish(self, timeout_s: float, exit_code: int) -> FinishReport:
-        """End the present run with what has been received; bounded by ``timeout_s``."""
-        return self._call(self._finish(timeout_s, exit_code), timeout_s + 10)
+    def finish(
+        self, timeout_s: float, exit_code: int, outstanding: tuple[str, ...] = ()
+    ) -> FinishReport:
+        """End the present run with what has been received; bounded by ``timeout_s``.
+
+        Again after a report that was not complete, it takes in what has come since and tries
+        again; the exit code is that of the first call.
+
+        Args:
+            timeout_s: longest that it may take.
+            exit_code: 0 for success; anything else marks the run as failed.
+            outstanding: what the caller could not bring home, each in one sentence.
+        """
+        return self._call(self._finish(timeout_s, exit_code, outstanding), timeout_s + 10)
 
     def close(self) -> None:
         """Stop everything and leave the run open on disk; for tests without Ray."""
@@ -203,6 +217,12 @@ class RaywbService:
             state.incarnation += 1
             # A directory that is used again on another cluster takes that one's rows from now on.
             state.cluster_id = self._boot.cluster_id
+            state.origin = Origin(
+                settings=self._boot.settings.explicit(),
+                group=self._boot.group,
+                run_id=self._boot.run_id,
+                session_dir=self._boot.session_dir,
+            )
             self._state = state
         state = self._state
         if self._delivery is None:
@@ -317,6 +337,7 @@ class RaywbService:
             "token": parts.state.token,
             "epoch": len(parts.state.runs),
             "finished": last is not None and last.exit_code is not None,
+            "complete": last is not None and last.report is not None and last.report.complete,
             "run": last.info if last else self._unopened(),
         }
 
@@ -364,17 +385,18 @@ class RaywbService:
             problems=self._problems,
         )
 
-    async def _finish(self, timeout_s: float, exit_code: int) -> FinishReport:
+    async def _finish(
+        self, timeout_s: float, exit_code: int, outstanding: tuple[str, ...]
+    ) -> FinishReport:
         deadline = self._loop.time() + timeout_s
         await self._up.wait()
         runs = self._ready().runs
         run = runs.last or self._begin_run(self._boot.settings, self._boot.group, provisional=True)
-        if run.report is not None:
+        if run.report is not None and run.report.complete:
             return run.report
-        runs.end(run, exit_code)
+        runs.end(run, exit_code, outstanding=outstanding)
         sink = runs.sink_of(run)
         if sink is not None:
-            sink.finish(run.exit_code or 0)
             try:
                 async with asyncio.timeout_at(deadline):
                     await sink.done.wait()

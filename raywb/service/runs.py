@@ -6,7 +6,7 @@ import datetime
 import secrets
 import string
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from raywb.rows import Scalar
 from raywb.service.delivery import Delivery
 from raywb.service.fold import Fold
 from raywb.service.outbox import OutRow, OutSummary
+from raywb.service.report import make_report
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
@@ -200,8 +201,14 @@ class Runs:
         )
         self._sinks[run.number] = sink
         if run.exit_code is not None:
-            sink.finish(run.exit_code)
-        self._spawn(sink.serve())
+            sink.finish(None if run.crashed else run.exit_code)
+        self._spawn(self._serve(run, sink))
+
+    async def _serve(self, run: RunState, sink: SinkProcess) -> None:
+        """Deliver to the end, and write down how the run ended, whoever waits for it or not."""
+        await sink.serve()
+        if sink.done.is_set():
+            self.report(run, closed=True)
 
     def _note_opened(self, run: RunState, opened: Opened) -> None:
         """Remember what only W&B could tell: the page's address, and its step of our first row."""
@@ -265,34 +272,70 @@ class Runs:
         """Write losses into the open run, as a row of its own."""
         run = self.open
         if run is not None and losses:
-            row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
-            self._delivery.add([OutRow(run.number, time.time(), row)])
+            self._log_losses(run, losses)
 
-    def end(self, run: RunState, exit_code: int) -> None:
+    def _log_losses(self, run: RunState, losses: dict[str, int]) -> None:
+        row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
+        self._delivery.add([OutRow(run.number, time.time(), row)])
+
+    def end(
+        self,
+        run: RunState,
+        exit_code: int,
+        *,
+        crashed: bool = False,
+        outstanding: Sequence[str] = (),
+    ) -> None:
         """Take the cut: what the ledger has now belongs to the run, what comes later does not.
 
-        The last thing in the run is what was lost in it, if only that nothing was.
+        A second call takes a later cut: what has come since, for instance from a node that did
+        not answer before, belongs to the run too. The state is that of the first call.
+
+        Args:
+            run: the last run.
+            exit_code: 0 for success; anything else is a failure.
+            crashed: leave the run without W&B's own finish.
+            outstanding: what could not be taken in, each in one sentence.
 
         Raises:
-            OSError: the outbox takes nothing.
+            OSError: the outbox takes nothing, or the state cannot be written down.
         """
-        if run.exit_code is None:
-            self.advance()
-            losses = self.losses()
-            self.log_losses(losses)
-            values = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **losses}
-            self._delivery.add([OutSummary(run.number, values)])
-            merge = self._delivery.merge
-            run.received_rows, run.rejected = merge.rows, merge.rejected
-            run.lost = self.lost()
-            run.cut = self._delivery.ledger.end
-            run.exit_code = exit_code
-            try:
-                save_state(self._directory, self._state)
-            except OSError:
-                run.cut = run.exit_code = None
-                raise
-        self.advance()
+        before = msgspec.structs.asdict(run)
+        run.outstanding = list(outstanding)
+        try:
+            if run.cut is None or self._delivery.ledger.end > run.cut:
+                run.cut = None
+                self.advance()
+                self._write_end(run)
+                run.cut = self._delivery.ledger.end
+            if run.exit_code is None:
+                run.exit_code, run.crashed = exit_code, crashed
+            save_state(self._directory, self._state)
+        except OSError:
+            for name, value in before.items():
+                setattr(run, name, value)
+            raise
+        self._end_in_wandb(run)
+
+    def _write_end(self, run: RunState) -> None:
+        """The last thing in the run is what was lost in it, if only that nothing was."""
+        losses = self.losses()
+        merge = self._delivery.merge
+        if losses and (self.lost(), merge.rejected) != (run.lost, run.rejected):
+            self._log_losses(run, losses)
+        values = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **losses}
+        self._delivery.add([OutSummary(run.number, values)])
+        run.received_rows, run.rejected, run.lost = merge.rows, merge.rejected, self.lost()
+
+    def _end_in_wandb(self, run: RunState) -> None:
+        """Have the run's sink end it, or a new one when more came after the end."""
+        sink = self.sink_of(run)
+        closed = run.closed_rows is not None and (sink is None or sink.done.is_set())
+        if closed and self.rows_of(run) > (run.closed_rows or 0):
+            run.report = None
+            self._begin_sink(run)
+        elif sink is not None:
+            sink.finish(None if run.crashed else run.exit_code)
 
     def report(self, run: RunState, *, closed: bool) -> FinishReport:
         """How a run ended, in numbers.
@@ -303,28 +346,21 @@ class Runs:
         """
         sink = self.sink_of(run)
         # While W&B has not closed the run, only what it once showed to have counts.
-        delivered = (sink.delivered_rows if closed else sink.confirmed_rows) if sink else 0
-        undelivered = max(self.rows_of(run) - delivered, 0) if sink else 0
-        message = None
-        if undelivered or not closed:
-            why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
-            message = (
-                f"{undelivered} rows are not with W&B yet{why}. They are safe in "
-                f"{self._directory}, and delivery goes on as long as the service runs"
-            )
-        report = FinishReport(
-            run=run.info,
-            exit_code=run.exit_code or 0,
-            received_rows=run.received_rows,
-            # What raywb itself wrote into the run is no row that anybody logged.
-            delivered_rows=max(delivered - self._delivery.own_rows[run.number], 0),
-            undelivered_rows=undelivered,
-            lost=run.lost,
-            rejected=run.rejected,
-            complete=closed and not undelivered,
-            message=message,
+        delivered = run.closed_rows or 0
+        if sink is not None:
+            delivered = sink.delivered_rows if closed else sink.confirmed_rows
+        if run.info.mode == "disabled":
+            delivered = 0
+        report = make_report(
+            run,
+            rows=0 if run.info.mode == "disabled" else self.rows_of(run),
+            delivered=delivered,
+            own_rows=self._delivery.own_rows[run.number],
+            closed=closed,
+            error=sink.status.last_error if sink else None,
         )
         if closed:
             run.report = report
+            run.closed_rows = delivered
             save_state(self._directory, self._state)
         return report

@@ -14,9 +14,10 @@ from typing import Any
 
 import msgspec
 
+from raywb.groups import Group
 from raywb.reports import FinishReport, RunInfo
 
-__all__ = ["RunState", "ServiceState", "load_state", "lock_directory", "save_state"]
+__all__ = ["Origin", "RunState", "ServiceState", "load_state", "lock_directory", "save_state"]
 
 FILE_NAME = "service.json"
 
@@ -30,7 +31,10 @@ class RunState(msgspec.Struct, kw_only=True):
         settings: the settings it was started with.
         base: W&B's step of its first row, once it was opened online.
         exit_code: set when ``finish()`` was asked for.
+        crashed: it is left as crashed, whatever ``exit_code`` says.
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
+        outstanding: what ``finish()`` could not take in, each in one sentence.
+        closed_rows: rows that W&B had when it closed the run.
         received_rows, lost, rejected: what had come by the cut.
         report: how it ended.
     """
@@ -40,11 +44,29 @@ class RunState(msgspec.Struct, kw_only=True):
     settings: dict[str, Any]
     base: int | None = None
     exit_code: int | None = None
+    crashed: bool = False
     cut: int | None = None
+    outstanding: list[str] = []
+    closed_rows: int | None = None
     received_rows: int = 0
     lost: dict[str, int] = {}
     rejected: int = 0
     report: FinishReport | None = None
+
+
+class Origin(msgspec.Struct, kw_only=True):
+    """What the service was made with, for whoever works in the directory without its cluster.
+
+    Attributes:
+        settings: settings that differ from their defaults, for a run that nobody starts.
+        run_id: id of the first run.
+        session_dir: the cluster's session directory, below which journals lie.
+    """
+
+    settings: dict[str, Any]
+    group: Group
+    run_id: str
+    session_dir: str | None = None
 
 
 class ServiceState(msgspec.Struct, kw_only=True):
@@ -54,6 +76,7 @@ class ServiceState(msgspec.Struct, kw_only=True):
     token: str
     incarnation: int = 0
     port: int | None = None
+    origin: Origin | None = None
     runs: list[RunState] = []
 
 
