@@ -8,7 +8,16 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["FinishReport", "RunInfo", "SinkStatus", "SourceStatus", "Status"]
+__all__ = [
+    "FinishReport",
+    "RecoveryReport",
+    "RunInfo",
+    "SinkStatus",
+    "SourceStatus",
+    "Status",
+    "SyncReport",
+    "SyncedRun",
+]
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -133,3 +142,71 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     message: str | None = None
     state: str = "finished"
     unconfirmed: dict[str, int | None] = {}
+
+
+class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``raywb recover`` found in a directory, and what it did.
+
+    Attributes:
+        runs: the runs that it brought to W&B, each with how it ended.
+        ledger_rows: rows in the ledger, over all runs of the directory.
+        new_rows: those among them that journals on this machine brought.
+        after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
+        journals: journals of this cluster that were found.
+        foreign_journals: journals of other clusters that were passed over.
+        failed: journals that could not be brought home, by source, with the reason.
+        damage: what could not be read, by kind.
+        unconfirmed: see :class:`FinishReport`.
+    """
+
+    directory: str
+    runs: list[FinishReport]
+    ledger_rows: int
+    new_rows: int
+    after_finish_rows: int
+    journals: int
+    foreign_journals: int
+    failed: dict[str, str]
+    damage: dict[str, int]
+    unconfirmed: dict[str, int | None]
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Every run was with W&B before, and no journal had anything new."""
+        return not self.runs and not self.new_rows and not self.failed
+
+    @property
+    def complete(self) -> bool:
+        """Everything that was found is with W&B."""
+        return not self.failed and all(not run.undelivered_rows for run in self.runs)
+
+
+class SyncedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a directory at W&B's server.
+
+    Attributes:
+        rows: rows that the server is to have.
+        rows_before: those that it had.
+        rows_sent: those that were sent now.
+        state: what W&B shows; ``running`` while the run is not ended there.
+        error: why it is not there.
+    """
+
+    run: RunInfo
+    rows: int
+    rows_before: int
+    rows_sent: int
+    state: str
+    error: str | None = None
+
+
+class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``raywb sync`` did for each run of a directory."""
+
+    directory: str
+    runs: list[SyncedRun]
+
+    @property
+    def complete(self) -> bool:
+        """The server has all rows of all runs."""
+        return all(run.error is None for run in self.runs)

@@ -39,16 +39,33 @@ class Record(NamedTuple):
 class AppendLog:
     """Append records, and read them from any position that an earlier read returned.
 
+    Args:
+        directory: where the segments lie.
+        segment_bytes: size at which a new segment begins.
+        read_only: change nothing, since somebody else may be writing; the log ends where it
+            ended at this moment.
+
     Raises:
         OSError: the directory cannot be made or read, or a write fails. A write that fails
             leaves the log as it was.
     """
 
-    def __init__(self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES, read_only: bool = False
+    ) -> None:
         self.directory = directory
         #: Stretches of the log that hold no whole record.
         self.damaged = 0
+        #: Bytes of an unfinished record that were cut off its end when it was opened.
+        self.torn_bytes = 0
         self._segment_bytes = segment_bytes
+        self._dirty = False
+        if read_only:
+            self._fd = -1
+            self._start = self._starts()[-1]
+            with open(self._path(self._start), "rb") as file:
+                self._size = _end_of_last_record(file.fileno())
+            return
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         starts = self._starts()
         self._start = starts[-1] if starts else 0
@@ -56,7 +73,6 @@ class AppendLog:
         self._size = self._cut_torn_tail()
         # What an earlier process wrote and did not sync counts as durable from here on.
         os.fdatasync(self._fd)
-        self._dirty = False
 
     def _path(self, start: int) -> Path:
         return self.directory / f"{start:020d}.log"
@@ -149,21 +165,28 @@ class AppendLog:
     def _cut_torn_tail(self) -> int:
         """Size of the last segment without what a killed writer left unfinished at its end."""
         size = os.fstat(self._fd).st_size
-        if size == 0:
-            return 0
-        with mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) as view:
-            offset = 0
-            whole_end = 0
-            while offset < size:
-                length = _whole_record(view, offset)
-                if length is None:
-                    offset = _next_record(view, offset + 1)
-                else:
-                    offset += _HEADER.size + length
-                    whole_end = offset
+        whole_end = _end_of_last_record(self._fd)
         if whole_end < size:
+            self.torn_bytes = size - whole_end
             os.ftruncate(self._fd, whole_end)
         return whole_end
+
+
+def _end_of_last_record(fd: int) -> int:
+    size = os.fstat(fd).st_size
+    if size == 0:
+        return 0
+    with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as view:
+        offset = 0
+        whole_end = 0
+        while offset < size:
+            length = _whole_record(view, offset)
+            if length is None:
+                offset = _next_record(view, offset + 1)
+            else:
+                offset += _HEADER.size + length
+                whole_end = offset
+    return whole_end
 
 
 def sync_and_close(fd: int) -> None:

@@ -69,6 +69,11 @@ class Ledger:
         """Stretches of the ledger that could not be read."""
         return self._log.damaged
 
+    @property
+    def torn_bytes(self) -> int:
+        """See :class:`AppendLog`."""
+        return self._log.torn_bytes
+
     def end_of(self, source_id: str) -> int:
         """Offset up to which this source's journal is here."""
         return self._ends.get(source_id, 0)

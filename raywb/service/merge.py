@@ -51,6 +51,8 @@ class Source:
     counters: Counters = dataclasses.field(default_factory=lambda: Counters(0, {}))
     rows: int = 0
     consumed: int = 0
+    #: The last run for which something of it was consumed.
+    run: int = 0
     ended: bool = False
 
 
@@ -148,6 +150,7 @@ class Merge:
         rows = source.rows - rows_before
         batch.consumed.append(Range(source_id, start, end, rows))
         source.consumed = end
+        source.run = self.run
         self.rows += rows
         self.damaged += batch.damaged
         return batch
@@ -166,6 +169,7 @@ class Merge:
         for consumed in batch.consumed:
             source = self.sources.setdefault(consumed.source_id, Source())
             source.consumed = max(source.consumed, consumed.end)
+            source.run = batch.run
             source.rows += consumed.rows
             self.rows += consumed.rows
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from raywb.reports import FinishReport
 from raywb.service.state import RunState
 
-__all__ = ["make_report"]
+__all__ = ["make_report", "state_of"]
 
 
 def make_report(
@@ -38,14 +38,15 @@ def make_report(
         delivered_rows=max(delivered - own_rows, 0),
         undelivered_rows=undelivered,
         lost=run.lost,
+        unconfirmed=run.unconfirmed or {},
         rejected=run.rejected,
         complete=closed and not undelivered and not run.outstanding,
         message="; ".join(texts) or None,
-        state=_state_of(run) if closed else "running",
+        state=state_of(run) if closed else "running",
     )
 
 
-def _state_of(run: RunState) -> str:
+def state_of(run: RunState) -> str:
     """What W&B shows for a run that was ended, or left as crashed."""
     if run.crashed:
         return "crashed"

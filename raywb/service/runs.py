@@ -25,7 +25,14 @@ from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
 from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
 
-__all__ = ["Runs", "check_settings", "describe_run", "new_run_id", "resolve_mode"]
+__all__ = [
+    "Runs",
+    "check_settings",
+    "describe_run",
+    "make_open_request",
+    "new_run_id",
+    "resolve_mode",
+]
 
 _ALPHABET = string.ascii_lowercase + string.digits
 
@@ -93,6 +100,30 @@ def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
         )
 
 
+def make_open_request(
+    run: RunState, settings: Settings, fold: Fold, directory: str, api_key: str | None
+) -> Open:
+    """The first message to a sink that is to write this run."""
+    return Open(
+        project=run.info.project,
+        run_id=run.info.id,
+        name=run.info.name,
+        mode=run.info.mode,
+        dir=directory,
+        entity=run.info.entity,
+        group=run.info.group,
+        job_type=run.info.job_type,
+        tags=settings.tags,
+        notes=settings.notes,
+        base_url=settings.base_url,
+        api_key=api_key,
+        base=run.base,
+        config=fold.config,
+        defines=definitions(fold),
+        deadline_s=settings.sink_deadline_s,
+    )
+
+
 class Runs:
     """Every run of one service directory, the last of which may be open.
 
@@ -130,12 +161,16 @@ class Runs:
         run = self.last
         return run if run is not None and run.exit_code is None else None
 
-    def resume(self) -> None:
-        """Go on with the runs that an earlier incarnation left: rows first, then the sinks."""
+    def resume(self, *, ended_only: bool = False) -> None:
+        """Go on with the runs that an earlier incarnation left: rows first, then the sinks.
+
+        Args:
+            ended_only: only with those that ``finish()`` was called for.
+        """
         if self.last is not None:
             self._delivery.open_run(self.last.number)
         for run in self._state.runs:
-            if run.report is None:
+            if run.report is None and (run.exit_code is not None or not ended_only):
                 self._begin_sink(run)
 
     def begin(
@@ -170,23 +205,8 @@ class Runs:
         fold = self._delivery.folds.setdefault(run.number, Fold())
 
         def open_request() -> Open:
-            return Open(
-                project=run.info.project,
-                run_id=run.info.id,
-                name=run.info.name,
-                mode=run.info.mode,
-                dir=str(self._directory),
-                entity=run.info.entity,
-                group=run.info.group,
-                job_type=run.info.job_type,
-                tags=settings.tags,
-                notes=settings.notes,
-                base_url=settings.base_url,
-                api_key=self.api_key or find_api_key(settings),
-                base=run.base,
-                config=fold.config,
-                defines=definitions(fold),
-                deadline_s=settings.sink_deadline_s,
+            return make_open_request(
+                run, settings, fold, str(self._directory), self.api_key or find_api_key(settings)
             )
 
         sink = SinkProcess(
@@ -329,6 +349,8 @@ class Runs:
 
     def _end_in_wandb(self, run: RunState) -> None:
         """Have the run's sink end it, or a new one when more came after the end."""
+        if run.info.mode == "disabled":
+            return
         sink = self.sink_of(run)
         closed = run.closed_rows is not None and (sink is None or sink.done.is_set())
         if closed and self.rows_of(run) > (run.closed_rows or 0):
