@@ -85,6 +85,8 @@ class SinkProcess:
         #: Rows that W&B's client has taken, and rows that W&B has shown to have.
         self.delivered_rows = 0
         self.confirmed_rows = 0
+        #: Rows that W&B had when it was first asked; None before.
+        self.found_rows: int | None = None
         self._number = number
         self._outbox = outbox
         self._fold = fold
@@ -183,6 +185,8 @@ class SinkProcess:
             )
         self._on_opened(opened)
         self.delivered_rows = self.confirmed_rows = opened.next_row
+        if self.found_rows is None:
+            self.found_rows = opened.next_row
         self._state = "running"
         cursor = self._outbox.cursor(self._number, opened.next_row)
         while True:

@@ -78,10 +78,10 @@ async def _sync(directory: Path, wanted: Settings, deadline: float, tell: Tell) 
     except OSError as error:
         raise DirectoryError(f"{directory} cannot be worked in: {error}") from error
     try:
-        at_work = await _deliver_cut_short(directory, deadline, tell)
+        cut_short = await _deliver_cut_short(directory, deadline, tell)
         synced = _Sync(directory, wanted, deadline, tell)
         runs = [run for run in load_left_state(directory).runs if run.info.mode != "disabled"]
-        reports = [await synced.bring(run, at_work=at_work) for run in runs]
+        reports = [await synced.bring(run, cut_short) for run in runs]
     except OSError as error:
         raise DirectoryError(f"{directory} cannot be worked in: {error}") from error
     finally:
@@ -96,12 +96,18 @@ def _settings_of(run: RunState, wanted: Settings) -> Settings:
     return msgspec.structs.replace(settings, base_url=base_url)
 
 
-async def _deliver_cut_short(directory: Path, deadline: float, tell: Tell) -> bool:
-    """Go on with runs whose ``finish()`` came to its limit; True when a service does so itself."""
+async def _deliver_cut_short(
+    directory: Path, deadline: float, tell: Tell
+) -> dict[int, int | None] | None:
+    """Go on with runs whose ``finish()`` came to its limit.
+
+    Returns:
+        The rows that W&B had of each before, by run number; None when a service is at work there.
+    """
     try:
         left = LeftDirectory(directory)
     except DirectoryInUse:
-        return True
+        return None
     try:
         left.runs.resume(ended_only=True)
         left.runs.advance()
@@ -109,9 +115,10 @@ async def _deliver_cut_short(directory: Path, deadline: float, tell: Tell) -> bo
             run for run in left.state.runs if run.report is None and run.exit_code is not None
         ]
         await left.deliver(cut_short, deadline, tell)
+        sinks = {run.number: left.runs.sink_of(run) for run in cut_short}
     finally:
         await left.close()
-    return False
+    return {number: sink.found_rows for number, sink in sinks.items() if sink is not None}
 
 
 @dataclasses.dataclass
@@ -138,12 +145,13 @@ class _Sync:
             for item in batch.items:
                 self._folds.setdefault(item.run, Fold()).apply(item)
 
-    async def bring(self, run: RunState, *, at_work: bool) -> SyncedRun:
+    async def bring(self, run: RunState, cut_short: dict[int, int | None] | None) -> SyncedRun:
         """Bring one run to the server.
 
         Args:
             run: the run.
-            at_work: a service is at work in the directory.
+            cut_short: rows that W&B had of runs before they were gone on with just now; None when
+                a service is at work in the directory.
         """
         target = Target(
             _settings_of(run, self._wanted).base_url or DEFAULT_BASE_URL,
@@ -156,8 +164,11 @@ class _Sync:
         try:
             if run.report is not None:
                 await self._bring(run, target, upload, numbers)
+                if cut_short and self._is_own(run) and run.number in cut_short:
+                    numbers.before = cut_short[run.number] or 0
+                    numbers.sent = numbers.rows - numbers.before
             else:
-                error = _why_not(run, self._directory, at_work=at_work)
+                error = _why_not(run, self._directory, at_work=cut_short is None)
         except SinkError as failure:
             error = str(failure)
         return SyncedRun(
@@ -197,7 +208,7 @@ class _Sync:
             )
         if there < numbers.rows or not upload.closed:
             await self._send(run, target, upload)
-            numbers.sent = numbers.rows - numbers.before
+        numbers.sent = numbers.rows - numbers.before
 
     async def _ask(self, run: RunState, target: Target, upload: Upload) -> RunAtServer | None:
         self._tell(Step(f"Asking {target.base_url} for {run.info.name}"))
@@ -216,8 +227,7 @@ class _Sync:
         Raises:
             SinkError: the server's run of this id is not this one.
         """
-        own = run.info.mode == "online" and self._wanted == Settings()
-        if upload.base is None and own and run.base is not None:
+        if upload.base is None and self._is_own(run) and run.base is not None:
             # It was delivered there by its own sink.
             upload.base, upload.closed, upload.url = run.base, True, run.info.url
         if upload.base is not None or found is None or found.last_row is None:
@@ -236,6 +246,10 @@ class _Sync:
                 "none of them ours: send this one to another --project, or delete that one"
             )
         upload.base = base
+
+    def _is_own(self, run: RunState) -> bool:
+        """It goes where its own sink brought it."""
+        return run.info.mode == "online" and self._wanted == Settings()
 
     def _row(self, run: int, number: int) -> OutRow | None:
         cursor = self._outbox.cursor(run, number)
