@@ -17,6 +17,7 @@ __all__ = [
     "Status",
     "SyncReport",
     "SyncedRun",
+    "UnconfirmedSource",
 ]
 
 
@@ -64,6 +65,32 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     received_rows: int
     heard_ago_s: float | None
     ended: bool
+
+
+class UnconfirmedSource(msgspec.Struct, frozen=True, kw_only=True):
+    """One process that fell silent, and whose journal cannot be had: its node may be lost.
+
+    Attributes:
+        hostname, pid: empty and 0 when nothing of it ever arrived.
+        acknowledged_bytes: what had been taken from its journal: the offset after the last row
+            that is safe.
+        received_rows: rows in those bytes.
+        unacknowledged_rows: rows that it had in its journal when it was last heard, and that
+            never arrived; None when nobody knows.
+        quiet: when it was last heard, all that it had was here, and it had logged nothing for a
+            while: most likely nothing is missing.
+        reason: why its journal cannot be had.
+    """
+
+    source_id: str
+    node_id: str
+    hostname: str = ""
+    pid: int = 0
+    acknowledged_bytes: int = 0
+    received_rows: int = 0
+    unacknowledged_rows: int | None = None
+    quiet: bool = False
+    reason: str = ""
 
 
 class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -125,8 +152,7 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
         undelivered_rows: rows that are safe on disk in ``run.dir``, but not with W&B.
         lost: rows that could not be kept, by reason.
         rejected: values that ``log()`` refused.
-        unconfirmed: sources that may have logged more than was received, by id, with the journal
-            offset up to which they were acknowledged; None where nothing ever came.
+        unconfirmed: sources whose last rows may be missing: their journal could not be had.
         complete: nothing is undelivered or left behind, and W&B has closed the run.
         message: what is undelivered and where it lies, when something is.
     """
@@ -141,7 +167,7 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     message: str | None = None
     state: str = "finished"
-    unconfirmed: dict[str, int | None] = {}
+    unconfirmed: list[UnconfirmedSource] = []
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -168,7 +194,7 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     foreign_journals: int
     failed: dict[str, str]
     damage: dict[str, int]
-    unconfirmed: dict[str, int | None]
+    unconfirmed: list[UnconfirmedSource]
 
     @property
     def nothing_to_do(self) -> bool:

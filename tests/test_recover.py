@@ -42,7 +42,7 @@ def test_what_was_killed_is_brought_to_wandb(left: LeftBehind) -> None:
     (recovered,) = report["runs"]
     assert (recovered["state"], recovered["complete"], recovered["lost"]) == ("crashed", True, {})
     assert recovered["received_rows"] == recovered["delivered_rows"] == rows
-    assert (report["ledger_rows"], report["journals"], report["unconfirmed"]) == (rows, 1, {})
+    assert (report["ledger_rows"], report["journals"], report["unconfirmed"]) == (rows, 1, [])
     assert list(left.journals.rglob("*.seg")) == [], "what is home was not cleared away"
 
     again = left.raywb("recover")
@@ -136,8 +136,10 @@ def test_copies_of_journals_from_other_nodes(left: LeftBehind, tmp_path: Path) -
     first = left.raywb("recover")
     (run,) = read_runs(left.directory).values()
     assert run.values("s/x") == list(range(len(run.history)))
-    (source, offset), *_ = first["unconfirmed"].items()
-    assert offset > 0
+    (source,) = first["unconfirmed"]
+    assert source["acknowledged_bytes"] > 0
+    assert source["received_rows"] == len(run.history)
+    assert first["runs"][0]["unconfirmed"] == first["unconfirmed"]
     assert (node / next(node.iterdir()).name).exists()
 
     second = left.raywb("recover", "--journals", str(tmp_path / "copies"))
@@ -146,8 +148,10 @@ def test_copies_of_journals_from_other_nodes(left: LeftBehind, tmp_path: Path) -
     assert run.steps == list(range(len(run.history)))
     assert second["new_rows"] == len(run.history) - first["ledger_rows"]
     assert (second["journals"], second["foreign_journals"]) == (1, 1)
-    assert second["unconfirmed"] == {}
-    assert list(node.rglob(source)), "a copy was removed"
+    assert second["unconfirmed"] == []
+    assert list(node.rglob(source["source_id"])), "a copy was removed"
+    third = left.raywb("recover", "--journals", str(tmp_path / "copies"))
+    assert (third["runs"], third["new_rows"], third["unconfirmed"]) == ([], 0, [])
 
 
 def test_a_service_that_nobody_started(left: LeftBehind, tmp_path: Path) -> None:

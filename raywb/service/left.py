@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from raywb.errors import DirectoryError, DirectoryInUse, FrameError
-from raywb.journal import FoundJournal, find_journals
+from raywb.journal import SEGMENT_BYTES, FoundJournal, find_journals
 from raywb.reports import FinishReport
-from raywb.rows import Frame, Hello, decode, scan
+from raywb.rows import End, Frame, Hello, decode, encode, frame, scan
 from raywb.service.delivery import Delivery
 from raywb.service.ledger import Ledger
 from raywb.service.runs import Runs
@@ -145,7 +145,6 @@ class Homecoming:
     Attributes:
         journals: how many of this cluster were found.
         foreign: how many of other clusters were passed over.
-        home: sources of dead processes that are in the ledger with all they wrote.
         failed: those that could not be taken in, with the reason.
     """
 
@@ -154,7 +153,6 @@ class Homecoming:
         self._cluster_id = cluster_id
         self.journals = 0
         self.foreign = 0
-        self.home: set[str] = set()
         self.failed: dict[str, str] = {}
 
     def sweep(self, base: Path, *, remove: bool) -> None:
@@ -182,8 +180,6 @@ class Homecoming:
             take_in(self._ledger, journal)
             self._ledger.sync()
             home = journal.is_free
-            if home:
-                self.home.add(journal.source_id)
         except FileNotFoundError:
             pass  # its process ended in good order meanwhile, and left nothing behind
         except OSError as error:
@@ -206,14 +202,36 @@ class Homecoming:
 
 
 def take_in(ledger: Ledger, journal: FoundJournal) -> None:
-    """Append to the ledger what it does not have of a journal.
+    """Append to the ledger what it does not have of a journal, and the end of a killed process.
 
     Raises:
         OSError: the journal cannot be read, or the ledger takes nothing.
     """
+    source_id = journal.source_id
+    target = journal.segments.end()
+    if ledger.end_of(source_id) > target:
+        return  # its end was written in its place before
+    last = b""
     while True:
-        offset = ledger.end_of(journal.source_id)
+        offset = ledger.end_of(source_id)
         begin, data = journal.segments.read(offset, BATCH_BYTES)
         if not data:
-            return
-        ledger.append(journal.source_id, begin, data, after_gap=begin > offset)
+            break
+        ledger.append(source_id, begin, data, after_gap=begin > offset)
+        last = data
+    if not last:  # nothing new: its last segment tells how it ended
+        last = journal.segments.read(journal.segments.starts()[-1], SEGMENT_BYTES * 2)[1]
+    if journal.is_free and not _ends_with_end(last):
+        end = frame(encode(End(time.time(), killed=True)))
+        ledger.append(source_id, ledger.end_of(source_id), end)
+
+
+def _ends_with_end(data: bytes) -> bool:
+    ended = False
+    for found in scan(data):
+        try:
+            message = decode(found.payload) if isinstance(found, Frame) else None
+        except FrameError:
+            message = None
+        ended = isinstance(message, End)
+    return ended

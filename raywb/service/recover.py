@@ -11,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 from raywb.errors import DirectoryError, SettingsError
-from raywb.reports import RecoveryReport
+from raywb.reports import RecoveryReport, UnconfirmedSource
 from raywb.service.left import Homecoming, LeftDirectory, Step, Tell
 from raywb.service.state import RunState, save_state
 from raywb.settings import DEFAULT_BASE_URL, Settings, find_api_key, left_journals
@@ -67,7 +67,7 @@ async def _recover(
         rows_before = _ledger_rows(left)
         homecoming = _bring_home(left, journals, tell)
         tell(Step("Merging what is outstanding"))
-        runs = _end_runs(left, exit_code, homecoming)
+        runs = _end_runs(left, exit_code)
         report = RecoveryReport(
             directory=str(directory),
             runs=await left.deliver(runs, time.monotonic() + timeout_s, tell),
@@ -78,7 +78,7 @@ async def _recover(
             foreign_journals=homecoming.foreign,
             failed=homecoming.failed,
             damage=_damage(left),
-            unconfirmed=(left.runs.last.unconfirmed or {}) if left.runs.last else {},
+            unconfirmed=left.runs.last.unconfirmed if left.runs.last else [],
         )
     except OSError as error:
         raise DirectoryError(f"{directory} cannot be worked in: {error}") from error
@@ -122,7 +122,7 @@ def _bring_home(left: LeftDirectory, further: Sequence[Path], tell: Tell) -> Hom
     return homecoming
 
 
-def _end_runs(left: LeftDirectory, exit_code: int | None, homecoming: Homecoming) -> list[RunState]:
+def _end_runs(left: LeftDirectory, exit_code: int | None) -> list[RunState]:
     """Have every run ended that W&B has not all of; returns these runs.
 
     The last run is gone on with when something of it was missing before: what journals brought
@@ -139,7 +139,7 @@ def _end_runs(left: LeftDirectory, exit_code: int | None, homecoming: Homecoming
     last = runs.last
     if last is not None and (last.report is None or not last.report.complete or last.unconfirmed):
         runs.end(last, CRASHED if exit_code is None else exit_code, crashed=exit_code is None)
-        last.unconfirmed = _unconfirmed(left, last, homecoming)
+        last.unconfirmed = _unconfirmed(left, last)
         save_state(left.directory, left.state)
     return [run for run in left.state.runs if run.report is None]
 
@@ -157,21 +157,18 @@ def _damage(left: LeftDirectory) -> dict[str, int]:
     return {kind: count for kind, count in found.items() if count}
 
 
-def _unconfirmed(
-    left: LeftDirectory, run: RunState, homecoming: Homecoming
-) -> dict[str, int | None]:
-    """Sources of the run that neither said that they end nor left their journal here.
-
-    Journals are cleared away once they are home, so only the first look decides who is doubtful.
-    """
-    sources = left.delivery.merge.sources
-    doubtful = run.unconfirmed
-    if doubtful is None:
-        doubtful = dict.fromkeys(
-            source_id for source_id, source in sources.items() if source.run == run.number
+def _unconfirmed(left: LeftDirectory, run: RunState) -> list[UnconfirmedSource]:
+    """Sources of the run whose end is not in the ledger: nobody knows what else they logged."""
+    return [
+        UnconfirmedSource(
+            source_id=source_id,
+            node_id=source.hello.node_id if source.hello else "",
+            hostname=source.hello.hostname if source.hello else "",
+            pid=source.hello.pid if source.hello else 0,
+            acknowledged_bytes=left.delivery.ledger.end_of(source_id),
+            received_rows=source.rows,
+            reason="its journal is not on this machine, or its process still lives",
         )
-    return {
-        source_id: left.delivery.ledger.end_of(source_id)
-        for source_id in doubtful
-        if source_id not in homecoming.home and not sources[source_id].ended
-    }
+        for source_id, source in left.delivery.merge.sources.items()
+        if source.run == run.number and not source.ended
+    ]

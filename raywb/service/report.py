@@ -38,7 +38,7 @@ def make_report(
         delivered_rows=max(delivered - own_rows, 0),
         undelivered_rows=undelivered,
         lost=run.lost,
-        unconfirmed=run.unconfirmed or {},
+        unconfirmed=run.unconfirmed,
         rejected=run.rejected,
         complete=closed and not undelivered and not run.outstanding,
         message="; ".join(texts) or None,

@@ -15,7 +15,7 @@ from typing import Any
 import msgspec
 
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo
+from raywb.reports import FinishReport, RunInfo, UnconfirmedSource
 
 __all__ = [
     "Origin",
@@ -42,7 +42,7 @@ class RunState(msgspec.Struct, kw_only=True):
         crashed: it is left as crashed, whatever ``exit_code`` says.
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
         outstanding: what ``finish()`` could not take in, each in one sentence.
-        unconfirmed: sources that may have logged more than came; None while nobody looked.
+        unconfirmed: sources whose journal could not be had for it.
         closed_rows: rows that W&B had when it closed the run.
         received_rows, lost, rejected: what had come by the cut.
         report: how it ended.
@@ -56,7 +56,7 @@ class RunState(msgspec.Struct, kw_only=True):
     crashed: bool = False
     cut: int | None = None
     outstanding: list[str] = []
-    unconfirmed: dict[str, int | None] | None = None
+    unconfirmed: list[UnconfirmedSource] = []
     closed_rows: int | None = None
     received_rows: int = 0
     lost: dict[str, int] = {}

@@ -6,7 +6,14 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raywb.reports import FinishReport, RecoveryReport, RunInfo, Status, SyncReport
+from raywb.reports import (
+    FinishReport,
+    RecoveryReport,
+    RunInfo,
+    Status,
+    SyncReport,
+    UnconfirmedSource,
+)
 
 __all__ = ["render_recovery", "render_report", "render_status", "render_sync"]
 
@@ -87,19 +94,16 @@ def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
-def _unconfirmed(unconfirmed: dict[str, int | None]) -> list[tuple[str, str]]:
-    """Sources that may have logged more than came, with the last offset that was acknowledged."""
-    if not unconfirmed:
-        return []
-    listed = [
-        f"{source_id[:8]} (acknowledged up to byte {offset})"
-        if offset is not None
-        else f"{source_id[:8]} (nothing came)"
-        for source_id, offset in list(unconfirmed.items())[:LISTED_SOURCES]
-    ]
-    if more := len(unconfirmed) - LISTED_SOURCES:
-        listed += [f"and {more} more"] if more > 0 else []
-    return [("unconfirmed", f"{_counted(len(unconfirmed), 'source')}: {', '.join(listed)}")]
+def _unconfirmed(sources: list[UnconfirmedSource]) -> list[tuple[str, str]]:
+    """Which processes may have left rows behind: one line for each, and for the others a sum."""
+    lines = []
+    for source in sources[:LISTED_SOURCES]:
+        where = f"{source.hostname or source.node_id[:8] or 'unknown host'} pid {source.pid}"
+        at = f"{source.received_rows} rows received, to byte {source.acknowledged_bytes}"
+        lines.append(f"{where}: {at} ({source.reason})")
+    if len(sources) > LISTED_SOURCES:
+        lines.append(f"and {len(sources) - LISTED_SOURCES} more")
+    return [("unconfirmed", "\n".join(lines))] if lines else []
 
 
 def render_report(report: FinishReport) -> RenderableType:
