@@ -55,6 +55,7 @@ class Joined(NamedTuple):
     run: RunInfo
     epoch: int
     finished: bool
+    complete: bool = False
 
 
 def connect(*, local_cluster: bool = False) -> Cluster:
@@ -131,6 +132,7 @@ def make_service(
         host=settings.listen_host or _head_address(),
         settings=settings,
         group=group,
+        session_dir=cluster.session_dir,
     )
     return (
         ray.remote(RaywbService)
@@ -233,4 +235,10 @@ def join(
         endpoint = Endpoint(
             address=answer["address"], token=answer["token"], cluster_id=cluster.cluster_id
         )
-    return Joined(endpoint, answer["run"], answer["epoch"], answer["finished"])
+    return Joined(
+        endpoint,
+        answer["run"],
+        answer["epoch"],
+        answer["finished"],
+        answer.get("complete", False),
+    )

@@ -6,6 +6,8 @@
     ├── NoClusterError         there is no Ray cluster to attach to, and none may be started
     ├── ServiceUnavailable     the service cannot be reached in time
     │   └── VersionMismatch    client and service do not speak the same protocol
+    ├── DirectoryError         a directory is no service's, or cannot be worked in
+    │   └── DirectoryInUse     a service, or another command, is at work in it
     ├── MetricTypeError        log(strict=True) was given what W&B cannot chart (also a TypeError)
     ├── FrameError             bytes that are no whole, undamaged frame
     └── SinkError              W&B's side could not take what it was given
@@ -18,6 +20,8 @@ in :attr:`raywb.Client.stats` and in :func:`raywb.status`.
 from __future__ import annotations
 
 __all__ = [
+    "DirectoryError",
+    "DirectoryInUse",
     "FrameError",
     "MetricTypeError",
     "NoClusterError",
@@ -52,6 +56,14 @@ class ServiceUnavailable(RaywbError):
 
 class VersionMismatch(ServiceUnavailable):
     """Raised when client and service speak different versions of the protocol."""
+
+
+class DirectoryError(RaywbError):
+    """Raised when a directory is no raywb service's, or cannot be worked in."""
+
+
+class DirectoryInUse(DirectoryError):
+    """Raised when a service, or another command, is at work in a directory."""
 
 
 class MetricTypeError(RaywbError, TypeError):

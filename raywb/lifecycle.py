@@ -217,8 +217,9 @@ def status(*, timeout_s: float = 15.0) -> Status:
 def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     """End the cluster's run: take in what is still in journals, deliver it, close the run.
 
-    It never hangs: at the limit the report says what is not with W&B, and where it lies. A
-    second call returns the same report.
+    It never hangs: at the limit the report says what is not with W&B, where it lies, and that
+    ``raywb sync DIR`` delivers it. A second call after a complete one returns the same report;
+    after one that was not, it takes in what it can reach now, and tries again.
 
     Args:
         timeout_s: longest that all of it may take.
@@ -235,7 +236,7 @@ def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     if (connection := present_connection()) is not None:
         connection.flush(min(timeout_s / 4, 10.0))
     swept = None
-    if joined.endpoint is not None and not joined.finished:
+    if joined.endpoint is not None and not joined.complete:
         outstanding = ray_side.call(service, "outstanding", timeout_s=timeout_s / 4)
         limit_s = min(timeout_s / 4, 60.0)
         swept = sweep_cluster(cluster, joined.endpoint, limit_s, outstanding)

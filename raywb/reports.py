@@ -10,11 +10,14 @@ import msgspec
 
 __all__ = [
     "FinishReport",
+    "RecoveryReport",
     "RunInfo",
     "SinkStatus",
     "SourceStatus",
     "Status",
     "SweepReport",
+    "SyncReport",
+    "SyncedRun",
     "UnconfirmedSource",
 ]
 
@@ -126,8 +129,8 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How W&B's side keeps up.
 
     Attributes:
-        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``finished``,
-            ``disabled``.
+        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``resting``
+            (left, since nobody has the run any more), ``finished``, ``disabled``.
         applied_rows: rows that W&B's client has taken.
         restarts: how often the child process had to be started again.
         last_error: what went wrong last, in one sentence.
@@ -173,9 +176,11 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run ended, in numbers; a second ``finish()`` returns the same one.
+    """How a run ended, in numbers; once complete, a second ``finish()`` returns the same one.
 
     Attributes:
+        state: what W&B shows: ``finished``, ``failed``, ``crashed``, or ``running`` while the
+            run is not ended there.
         received_rows: rows logged by all sources up to the cut.
         delivered_rows: rows that are in W&B's files (offline) or with its server (online).
         undelivered_rows: rows that are safe on disk in ``run.dir``, but not with W&B.
@@ -197,3 +202,72 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     complete: bool
     message: str | None = None
     unconfirmed: list[UnconfirmedSource] = []
+    state: str = "finished"
+
+
+class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``raywb recover`` found in a directory, and what it did.
+
+    Attributes:
+        runs: the runs that it brought to W&B, each with how it ended.
+        ledger_rows: rows in the ledger, over all runs of the directory.
+        new_rows: those among them that journals on this machine brought.
+        after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
+        journals: journals of this cluster that were found.
+        foreign_journals: journals of other clusters that were passed over.
+        failed: journals that could not be brought home, by source, with the reason.
+        damage: what could not be read, by kind.
+        unconfirmed: see :class:`FinishReport`.
+    """
+
+    directory: str
+    runs: list[FinishReport]
+    ledger_rows: int
+    new_rows: int
+    after_finish_rows: int
+    journals: int
+    foreign_journals: int
+    failed: dict[str, str]
+    damage: dict[str, int]
+    unconfirmed: list[UnconfirmedSource]
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Every run was with W&B before, and no journal had anything new."""
+        return not self.runs and not self.new_rows and not self.failed
+
+    @property
+    def complete(self) -> bool:
+        """Everything that was found is with W&B."""
+        return not self.failed and all(not run.undelivered_rows for run in self.runs)
+
+
+class SyncedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a directory at W&B's server.
+
+    Attributes:
+        rows: rows that the server is to have.
+        rows_before: those that it had.
+        rows_sent: those that were sent now.
+        state: what W&B shows; ``running`` while the run is not ended there.
+        error: why it is not there.
+    """
+
+    run: RunInfo
+    rows: int
+    rows_before: int
+    rows_sent: int
+    state: str
+    error: str | None = None
+
+
+class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``raywb sync`` did for each run of a directory."""
+
+    directory: str
+    runs: list[SyncedRun]
+
+    @property
+    def complete(self) -> bool:
+        """The server has all rows of all runs."""
+        return all(run.error is None for run in self.runs)

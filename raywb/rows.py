@@ -151,10 +151,15 @@ class End(msgspec.Struct, array_like=True, tag=7, frozen=True):
     """Last frame of a source: it ended in good order, or was killed and is all here.
 
     Whoever brings home the journal of a killed process writes the frame in its place.
+
+    Attributes:
+        failed: of the driver that owns the run: whether an exception that nobody caught ended it.
+            None of all others, and where ``finish()`` was called before.
     """
 
     time_s: float
     killed: bool = False
+    failed: bool | None = None
 
 
 Message = Hello | Channel | Row | ConfigUpdate | SummaryUpdate | Define | Counters | End

@@ -271,6 +271,12 @@ def journal_base(
     return Path(environment.get("TMPDIR") or "/tmp") / f"raywb-{os.getuid()}" / cluster_id
 
 
+def left_journals(session_dir: str | None, cluster_id: str) -> list[Path]:
+    """Directories on this machine where journals of a cluster lie that may be gone by now."""
+    bases = [journal_base(session_dir, cluster_id), journal_base(None, cluster_id)]
+    return list(dict.fromkeys(bases))
+
+
 def process_environment() -> Mapping[str, str]:
     """The environment of this process, for those who take one as an argument."""
     return os.environ

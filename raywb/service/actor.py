@@ -36,6 +36,7 @@ from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
 from raywb.service.runs import Runs, check_settings, describe_run, resolve_mode
 from raywb.service.state import (
+    Origin,
     RunState,
     ServiceState,
     load_state,
@@ -76,6 +77,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         run_id: id of the first run, unless the settings name one.
         settings: settings of whoever made the service.
         group: the group of the first run, and where its name came from.
+        session_dir: Ray's session directory, when whoever made the service knew it.
     """
 
     directory: str
@@ -84,6 +86,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     settings: Settings
     group: Group
+    session_dir: str | None = None
 
 
 class RaywbService:
@@ -169,9 +172,12 @@ class RaywbService:
     ) -> FinishReport:
         """End the present run with what has been received; bounded by ``timeout_s``.
 
+        Again after a report that was not complete, it takes in what has come since and tries
+        again; the exit code is that of the first call.
+
         Args:
             timeout_s: longest that it may take, in seconds.
-            exit_code: 0 for success.
+            exit_code: 0 for success; anything else marks the run as failed.
             swept: what a sweep of the outstanding nodes found just before.
         """
         return self._call(self._finish(timeout_s, exit_code, swept), timeout_s + 10)
@@ -237,6 +243,12 @@ class RaywbService:
             state.incarnation += 1
             # A directory that is used again on another cluster takes that one's rows from now on.
             state.cluster_id = self._boot.cluster_id
+            state.origin = Origin(
+                settings=self._boot.settings.explicit(),
+                group=self._boot.group,
+                run_id=self._boot.run_id,
+                session_dir=self._boot.session_dir,
+            )
             self._state = state
         state = self._state
         if self._delivery is None:
@@ -388,6 +400,7 @@ class RaywbService:
             "token": parts.state.token,
             "epoch": len(parts.state.runs),
             "finished": last is not None and last.exit_code is not None,
+            "complete": last is not None and last.report is not None and last.report.complete,
             "run": last.info if last else self._unopened(),
         }
 
@@ -467,14 +480,13 @@ class RaywbService:
     ) -> FinishReport:
         runs = self._ready().runs
         run = runs.last or self._begin_run(self._boot.settings, self._boot.group, provisional=True)
-        if run.report is not None:
+        if run.report is not None and run.report.complete:
             return run.report
-        if swept is not None and run.exit_code is None:
+        if swept is not None:
             self._judge(swept)
         runs.end(run, exit_code, swept)
         sink = runs.sink_of(run)
         if sink is not None:
-            sink.finish(run.exit_code or 0)
             try:
                 async with asyncio.timeout_at(deadline):
                     await sink.done.wait()

@@ -55,6 +55,8 @@ class AppendLog:
         segment_bytes: size at which a new one begins.
         is_complete: says of the bytes behind the last whole record whether they are a damaged
             record, which is kept, or a torn one, which is cut off.
+        read_only: change nothing, since somebody else may be writing; the log ends where it
+            ended at this moment.
 
     Raises:
         OSError: the directory cannot be made or read, or a write fails. A write that fails
@@ -67,10 +69,20 @@ class AppendLog:
         *,
         segment_bytes: int = SEGMENT_BYTES,
         is_complete: Callable[[bytes], bool] = lambda _: False,
+        read_only: bool = False,
     ) -> None:
         self.directory = directory
         self._damage: set[int] = set()
+        #: Bytes of an unfinished record that were cut off its end when it was opened.
+        self.torn_bytes = 0
         self._segment_bytes = segment_bytes
+        self._dirty = False
+        if read_only:
+            self._fd = -1
+            self._start = self._starts()[-1]
+            with open(self._path(self._start), "rb") as file:
+                self._size = _end_of_last_record(file.fileno())
+            return
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         starts = self._starts()
         self._start = starts[-1] if starts else 0
@@ -78,12 +90,13 @@ class AppendLog:
         try:
             self._size = os.fstat(self._fd).st_size
             self._dirty = True
-            whole_end = self._whole_end()
+            whole_end = _end_of_last_record(self._fd)
             if whole_end < self._size:
                 tail = os.pread(self._fd, self._size - whole_end, whole_end)
                 if is_complete(tail):
                     self._roll()  # behind damage, so that what comes now is found
                 else:
+                    self.torn_bytes = len(tail)
                     os.ftruncate(self._fd, whole_end)
                     self._size = whole_end
             # What an earlier process wrote and did not sync counts as durable from here on.
@@ -202,20 +215,22 @@ class AppendLog:
                     offset = begin + length
                     yield Record(start + offset, view[begin:offset])
 
-    def _whole_end(self) -> int:
-        """Where, in the last segment, the last whole record ends."""
-        if self._size == 0:
-            return 0
-        offset = whole_end = 0
-        with mmap.mmap(self._fd, self._size, access=mmap.ACCESS_READ) as view:
-            while offset < self._size:
-                length = _whole_record(view, offset)
-                if length is None:
-                    offset = _next_record(view, offset + 1)
-                else:
-                    offset += _HEADER.size + length
-                    whole_end = offset
-        return whole_end
+
+def _end_of_last_record(fd: int) -> int:
+    size = os.fstat(fd).st_size
+    if size == 0:
+        return 0
+    with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as view:
+        offset = 0
+        whole_end = 0
+        while offset < size:
+            length = _whole_record(view, offset)
+            if length is None:
+                offset = _next_record(view, offset + 1)
+            else:
+                offset += _HEADER.size + length
+                whole_end = offset
+    return whole_end
 
 
 def sync_and_close(fd: int) -> None:

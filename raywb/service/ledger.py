@@ -147,6 +147,11 @@ class Ledger:
         """Damaged stretches in which nothing was left."""
         return len(self._unreadable)
 
+    @property
+    def torn_bytes(self) -> int:
+        """See :class:`AppendLog`."""
+        return self._log.torn_bytes
+
     def end_of(self, source_id: str) -> int:
         """Offset up to which this source's journal is here."""
         return self._ends.get(source_id, 0)

@@ -75,6 +75,8 @@ class Source:
     #: Everything before it was seen since the service's start, and what before that was used.
     consumed: int = 0
     used: Ranges = dataclasses.field(default_factory=Ranges)
+    #: The last run for which something of it was consumed.
+    run: int = 0
     ended: bool = False
 
 
@@ -237,6 +239,7 @@ class Merge:
             batch.consumed.append(Range(source_id, begin, end, rows))
         source.consumed = end
         source.used.forget_before(end)
+        source.run = self.run
         self.damaged += batch.damaged
         return self._closed(batch)
 
@@ -284,6 +287,7 @@ class Merge:
         for consumed in batch.consumed:
             source = self.sources.setdefault(consumed.source_id, Source())
             source.used.add(consumed.start, consumed.end)
+            source.run = batch.run
             source.rows += consumed.rows
             self.rows += consumed.rows
 

@@ -160,6 +160,10 @@ class _Mark(NamedTuple):
 class Outbox:
     """Append batches; read a run's items from any row number.
 
+    Args:
+        directory: where its log lies.
+        read_only: see :class:`AppendLog`.
+
     Raises:
         OSError: the directory cannot be made or read, or a write fails.
     """
@@ -167,8 +171,8 @@ class Outbox:
     #: A row number and its position are remembered about this often, per run.
     INDEX_EVERY_ROWS = 1000
 
-    def __init__(self, directory: Path) -> None:
-        self._log = AppendLog(directory)
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        self._log = AppendLog(directory, read_only=read_only)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Batch)
         self._rows: dict[int, int] = {}
@@ -184,6 +188,11 @@ class Outbox:
     def damaged(self) -> int:
         """Stretches of the outbox that could not be read."""
         return self._log.damaged
+
+    @property
+    def torn_bytes(self) -> int:
+        """See :class:`AppendLog`."""
+        return self._log.torn_bytes
 
     def recover(self) -> Iterator[Batch]:
         """Yield every batch on disk, oldest first, and rebuild the index on the way."""

@@ -26,12 +26,20 @@ from raywb.service.delivery import Delivery
 from raywb.service.fold import Fold
 from raywb.service.outbox import OutRow, OutSummary
 from raywb.service.ranks import Waiting
+from raywb.service.report import make_report, missing_rows
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
 from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
 
-__all__ = ["Runs", "check_settings", "describe_run", "new_run_id", "resolve_mode"]
+__all__ = [
+    "Runs",
+    "check_settings",
+    "describe_run",
+    "make_open_request",
+    "new_run_id",
+    "resolve_mode",
+]
 
 #: A step waits this long, and this many paces, for ranks that have gone on to later ones; for
 #: silent ones it is a setting, and at least this many paces.
@@ -105,24 +113,27 @@ def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
         )
 
 
-def _missing_rows(unconfirmed: list[UnconfirmedSource]) -> int:
-    """Rows that are known to be missing; there may be others that nobody heard of."""
-    return sum(source.unacknowledged_rows or 0 for source in unconfirmed)
-
-
-#: Unconfirmed sources that a finish report's message names one by one.
-_NAMED_SOURCES = 3
-
-
-def _describe(unconfirmed: list[UnconfirmedSource]) -> str:
-    named = [
-        f"{source.source_id[:8]} on {source.hostname or 'an unknown host'} ({source.reason})"
-        for source in unconfirmed[:_NAMED_SOURCES]
-    ]
-    more = len(unconfirmed) - len(named)
-    return (
-        f"{len(unconfirmed)} sources are unconfirmed, with at least {_missing_rows(unconfirmed)} "
-        f"rows that never arrived: {', '.join(named)}{f' and {more} more' if more > 0 else ''}"
+def make_open_request(
+    run: RunState, settings: Settings, fold: Fold, directory: str, api_key: str | None
+) -> Open:
+    """The first message to a sink that is to write this run."""
+    return Open(
+        project=run.info.project,
+        run_id=run.info.id,
+        name=run.info.name,
+        mode=run.info.mode,
+        dir=directory,
+        entity=run.info.entity,
+        group=run.info.group,
+        job_type=run.info.job_type,
+        tags=settings.tags,
+        notes=settings.notes,
+        base_url=settings.base_url,
+        api_key=api_key,
+        base=run.base,
+        config=fold.config,
+        defines=definitions(fold),
+        deadline_s=settings.sink_deadline_s,
     )
 
 
@@ -163,13 +174,17 @@ class Runs:
         run = self.last
         return run if run is not None and run.exit_code is None else None
 
-    def resume(self) -> None:
-        """Go on with the runs that an earlier incarnation left: rows first, then the sinks."""
+    def resume(self, *, ended_only: bool = False) -> None:
+        """Go on with the runs that an earlier incarnation left: rows first, then the sinks.
+
+        Args:
+            ended_only: only with those that ``finish()`` was called for.
+        """
         if self.last is not None:
             self._delivery.open_run(self.last.number)
         for run in self._state.runs:
             self._settle(run)
-            if run.report is None:
+            if run.report is None and (run.exit_code is not None or not ended_only):
                 self._begin_sink(run)
 
     def begin(
@@ -204,23 +219,8 @@ class Runs:
         fold = self._delivery.folds.setdefault(run.number, Fold())
 
         def open_request() -> Open:
-            return Open(
-                project=run.info.project,
-                run_id=run.info.id,
-                name=run.info.name,
-                mode=run.info.mode,
-                dir=str(self._directory),
-                entity=run.info.entity,
-                group=run.info.group,
-                job_type=run.info.job_type,
-                tags=settings.tags,
-                notes=settings.notes,
-                base_url=settings.base_url,
-                api_key=self.api_key or find_api_key(settings),
-                base=run.base,
-                config=fold.config,
-                defines=definitions(fold),
-                deadline_s=settings.sink_deadline_s,
+            return make_open_request(
+                run, settings, fold, str(self._directory), self.api_key or find_api_key(settings)
             )
 
         sink = SinkProcess(
@@ -235,8 +235,14 @@ class Runs:
         )
         self._sinks[run.number] = sink
         if run.exit_code is not None:
-            sink.finish(run.exit_code)
-        self._spawn(sink.serve())
+            sink.finish(None if run.crashed else run.exit_code)
+        self._spawn(self._serve(run, sink))
+
+    async def _serve(self, run: RunState, sink: SinkProcess) -> None:
+        """Deliver to the end, and write down how the run ended, whoever waits for it or not."""
+        await sink.serve()
+        if sink.done.is_set():
+            self.report(run, closed=True)
 
     def _note_opened(self, run: RunState, opened: Opened) -> None:
         """Remember what only W&B could tell: the page's address, and its step of our first row."""
@@ -316,20 +322,37 @@ class Runs:
             losses["raywb/late_rows"] = late
         if unconfirmed := [one for one in self._delivery.unconfirmed() if not one.quiet]:
             losses["raywb/unconfirmed_sources"] = len(unconfirmed)
-            losses["raywb/unconfirmed_rows"] = _missing_rows(unconfirmed)
+            losses["raywb/unconfirmed_rows"] = missing_rows(unconfirmed)
         return losses
 
     def log_losses(self, losses: dict[str, int]) -> None:
         """Write losses into the open run, as a row of its own."""
         run = self.open
         if run is not None and losses:
-            row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
-            self._delivery.add([OutRow(run.number, time.time(), row, logged=0)])
+            self._log_losses(run, losses)
 
-    def end(self, run: RunState, exit_code: int, swept: SweepReport | None = None) -> None:
+    def _log_losses(self, run: RunState, losses: dict[str, int]) -> None:
+        row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
+        self._delivery.add([OutRow(run.number, time.time(), row, logged=0)])
+
+    def end(
+        self,
+        run: RunState,
+        exit_code: int,
+        swept: SweepReport | None = None,
+        *,
+        crashed: bool = False,
+    ) -> None:
         """Take the cut: what the ledger has now belongs to the run, what comes later does not.
 
-        The last thing in the run is what was lost in it, if only that nothing was.
+        A second call takes a later cut: what has come since, for instance from a node that did
+        not answer before, belongs to the run too. The state is that of the first call.
+
+        Args:
+            run: the last run.
+            exit_code: 0 for success; anything else is a failure.
+            crashed: leave the run without W&B's own finish.
+            swept: what the sweep of the nodes found that came before, where there was one.
 
         Args:
             run: the last run.
@@ -337,32 +360,61 @@ class Runs:
             swept: what the sweep of the nodes found that came before, where there was one.
 
         Raises:
-            OSError: the outbox takes nothing.
+            OSError: the outbox takes nothing, or the state cannot be written down.
         """
-        if run.exit_code is None:
-            self.advance()
-            self._delivery.release(None)
-            losses = self.losses()
-            self.log_losses(losses)
-            names = ("rejected", "backlog_rows", "unconfirmed_sources")
-            values = {**{f"raywb/{name}": 0 for name in names}, **losses}
-            self._delivery.add([OutSummary(run.number, values)])
-            merge = self._delivery.merge
-            run.received_rows, run.rejected = merge.rows, merge.rejected
-            run.lost = self.lost()
-            run.unconfirmed = self._delivery.unconfirmed()
-            if swept is not None:
-                run.unreached = swept.unreached
-                run.unconfirmed += self._never_heard_of(swept)
-            run.cut = self._delivery.ledger.end
-            run.exit_code = exit_code
-            try:
-                save_state(self._directory, self._state)
-            except OSError:
-                run.cut = run.exit_code = None
-                raise
-            self._settle(run)
-        self.advance()
+        before = msgspec.structs.asdict(run)
+        try:
+            self._note_unconfirmed(run, swept)
+            if run.cut is None or self._delivery.ledger.end > run.cut:
+                run.cut = None
+                self.advance()
+                self._delivery.release(None)
+                self._write_end(run)
+                run.cut = self._delivery.ledger.end
+            if run.exit_code is None:
+                run.exit_code, run.crashed = exit_code, crashed
+            save_state(self._directory, self._state)
+        except OSError:
+            for name, value in before.items():
+                setattr(run, name, value)
+            raise
+        self._settle(run)
+        self._end_in_wandb(run)
+
+    def _note_unconfirmed(self, run: RunState, swept: SweepReport | None) -> None:
+        """Which sources' last rows may be missing: still those of an earlier call, and new ones."""
+        liveness = self._delivery.liveness
+        known = {source.source_id: source for source in run.unconfirmed}
+        known |= {source.source_id: source for source in self._delivery.unconfirmed()}
+        if swept is not None:
+            run.unreached = swept.unreached
+            known |= {source.source_id: source for source in self._never_heard_of(swept)}
+        run.unconfirmed = [
+            source for source_id, source in known.items() if not liveness.has_ended(source_id)
+        ]
+
+    def _write_end(self, run: RunState) -> None:
+        """The last thing in the run is what was lost in it, if only that nothing was."""
+        losses = self.losses()
+        merge = self._delivery.merge
+        if losses and (self.lost(), merge.rejected) != (run.lost, run.rejected):
+            self._log_losses(run, losses)
+        names = ("rejected", "backlog_rows", "unconfirmed_sources")
+        values = {**{f"raywb/{name}": 0 for name in names}, **losses}
+        self._delivery.add([OutSummary(run.number, values)])
+        run.received_rows, run.rejected, run.lost = merge.rows, merge.rejected, self.lost()
+
+    def _end_in_wandb(self, run: RunState) -> None:
+        """Have the run's sink end it, or a new one when more came after the end."""
+        if run.info.mode == "disabled":
+            return
+        sink = self.sink_of(run)
+        closed = run.closed_rows is not None and (sink is None or sink.done.is_set())
+        if closed and self.rows_of(run) > (run.closed_rows or 0):
+            run.report = None
+            self._begin_sink(run)
+        elif sink is not None:
+            sink.finish(None if run.crashed else run.exit_code)
 
     def _settle(self, run: RunState) -> None:
         self._delivery.liveness.settle(source.source_id for source in run.unconfirmed)
@@ -385,36 +437,23 @@ class Runs:
         """
         sink = self.sink_of(run)
         # While W&B has not closed the run, only what it once showed to have counts.
-        delivered = (sink.delivered_rows if closed else sink.confirmed_rows) if sink else 0
-        outstanding = max(self.rows_of(run) - delivered, 0) if sink else 0
-        # What raywb itself wrote into the run is no row that anybody logged, and one row of the
-        # run may stand for a row of each rank.
+        delivered = run.closed_rows or 0
+        if sink is not None:
+            delivered = sink.delivered_rows if closed else sink.confirmed_rows
+        rows = self.rows_of(run)
+        if run.info.mode == "disabled":
+            delivered = rows = 0
         outbox = self._delivery.outbox
-        delivered_rows = outbox.logged_rows(run.number, delivered) if sink else 0
-        undelivered = outbox.logged_rows(run.number) - delivered_rows if sink else 0
-        doubtful = [source for source in run.unconfirmed if not source.quiet]
-        messages = [f"node {node_id[:8]} did not answer" for node_id in run.unreached]
-        if doubtful:
-            messages.append(_describe(doubtful))
-        if outstanding or not closed:
-            why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
-            messages.append(
-                f"{undelivered} rows are not with W&B yet{why}. They are safe in "
-                f"{self._directory}, and delivery goes on as long as the service runs"
-            )
-        report = FinishReport(
-            run=run.info,
-            exit_code=run.exit_code or 0,
-            received_rows=run.received_rows,
-            delivered_rows=delivered_rows,
-            undelivered_rows=undelivered,
-            lost=run.lost,
-            rejected=run.rejected,
-            complete=closed and not outstanding and not doubtful and not run.unreached,
-            message="; ".join(messages) or None,
-            unconfirmed=run.unconfirmed,
+        report = make_report(
+            run,
+            outstanding=max(rows - delivered, 0),
+            logged=outbox.logged_rows(run.number, rows),
+            delivered=outbox.logged_rows(run.number, delivered),
+            closed=closed,
+            error=sink.status.last_error if sink else None,
         )
         if closed:
             run.report = report
+            run.closed_rows = delivered
             save_state(self._directory, self._state)
         return report

@@ -14,6 +14,7 @@ import msgspec
 from raywb.rows import Scalar
 
 __all__ = [
+    "LEAVE_S",
     "LENGTH",
     "Applied",
     "Apply",
@@ -29,6 +30,10 @@ __all__ = [
 ]
 
 LENGTH = struct.Struct("<I")
+
+#: How long W&B is given to show all of a run that is left without its own finish, in seconds: its
+#: client sends every 15 seconds.
+LEAVE_S = 60.0
 
 
 #: A metric definition: name, step metric, summary, and whether W&B fills the step metric in.
@@ -73,9 +78,14 @@ class Apply(msgspec.Struct, tag=True, frozen=True):
 
 
 class Finish(msgspec.Struct, tag=True, frozen=True):
-    """End the run with this exit code, its summary set to the fold."""
+    """End the run, its summary set to the fold.
 
-    exit_code: int
+    Attributes:
+        exit_code: what W&B is told; None leaves the run without W&B's own finish as soon as W&B
+            has all of it, so that it shows *crashed*.
+    """
+
+    exit_code: int | None
     summary: dict[str, Any]
 
 
@@ -101,7 +111,7 @@ class Applied(msgspec.Struct, tag=True, frozen=True):
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
-    """W&B's client has ended the run.
+    """The run is ended, or left with all of it at W&B.
 
     Attributes:
         rows: rows found in the run's files (offline), or which the server has (online).

@@ -20,8 +20,9 @@ import msgspec
 from raywb.errors import SinkError
 from raywb.reports import RunInfo, SinkStatus
 from raywb.service.fold import Fold
-from raywb.service.outbox import Item, Outbox, OutConfig, OutDefine, OutRow, OutSummary
+from raywb.service.outbox import Cursor, Item, Outbox, OutConfig, OutDefine, OutRow, OutSummary
 from raywb.service.sink_messages import (
+    LEAVE_S,
     LENGTH,
     Applied,
     Apply,
@@ -84,6 +85,8 @@ class SinkProcess:
         #: Rows that W&B's client has taken, and rows that W&B has shown to have.
         self.delivered_rows = 0
         self.confirmed_rows = 0
+        #: Rows that W&B had when it was first asked; None before.
+        self.found_rows: int | None = None
         self._number = number
         self._outbox = outbox
         self._fold = fold
@@ -97,6 +100,9 @@ class SinkProcess:
         self._child: asyncio.subprocess.Process | None = None
         self._wake = asyncio.Event()
         self._finish: Finish | None = None
+        self._resting = False
+        #: Where a session that left had read to.
+        self._cursor: Cursor | None = None
         self.done = asyncio.Event()
 
     @property
@@ -113,10 +119,24 @@ class SinkProcess:
         """There is something new in the outbox."""
         self._wake.set()
 
-    def finish(self, exit_code: int) -> None:
-        """End the run as soon as everything in the outbox is with W&B; ``done`` tells when."""
+    def finish(self, exit_code: int | None) -> None:
+        """End the run as soon as everything in the outbox is with W&B; ``done`` tells when.
+
+        Args:
+            exit_code: what W&B is told; None leaves the run without W&B's own finish, so that
+                it shows *crashed*.
+        """
         self._finish = Finish(exit_code, {})
         self._wake.set()
+
+    def rest(self, resting: bool) -> None:
+        """Leave W&B alone while there is nothing to send, so that it shows the run as crashed.
+
+        Whatever comes into the outbox later is sent, in a session that leaves again behind it.
+        """
+        if resting != self._resting:
+            self._resting = resting
+            self._wake.set()
 
     async def serve(self) -> None:
         """Deliver until the run is finished or the task is cancelled."""
@@ -135,6 +155,8 @@ class SinkProcess:
                     await self._end_child()
                 if self.done.is_set():
                     return
+                if self._state == "resting":
+                    await self._something_to_do()
                 if self.delivered_rows > before:
                     pause_s = FIRST_PAUSE_S
                 await asyncio.sleep(pause_s)
@@ -163,6 +185,8 @@ class SinkProcess:
             )
         self._on_opened(opened)
         self.delivered_rows = self.confirmed_rows = opened.next_row
+        if self.found_rows is None:
+            self.found_rows = opened.next_row
         self._state = "running"
         cursor = self._outbox.cursor(self._number, opened.next_row)
         while True:
@@ -176,6 +200,21 @@ class SinkProcess:
                 continue
             if self._finish is not None:
                 await self._end_run(self._finish.exit_code)
+                self._state = "finished"
+                self.done.set()
+                return
+            if self._resting:
+                await self._end_run(None)
+                self._state = "resting"
+                self._cursor = cursor
+                return
+            await self._wake.wait()
+
+    async def _something_to_do(self) -> None:
+        """Wait until a run that was left has something for W&B again, or is to be ended."""
+        while self._resting and self._finish is None:
+            self._wake.clear()
+            if self._cursor is None or self._outbox.read(self._cursor, 1):
                 return
             await self._wake.wait()
 
@@ -183,27 +222,30 @@ class SinkProcess:
         self._stderr.parent.mkdir(parents=True, exist_ok=True)
         return open(self._stderr, "ab")
 
-    async def _end_run(self, exit_code: int) -> None:
-        finished = await self._ask(Finish(exit_code, self._fold.summary()), Finished)
+    async def _end_run(self, exit_code: int | None) -> None:
+        deadline_s = self._deadline_s if exit_code is not None else self._deadline_s + LEAVE_S
+        request = Finish(exit_code, self._fold.summary())
+        finished = await self._ask(request, Finished, deadline_s)
         self.delivered_rows = self.confirmed_rows = finished.rows
-        self._state = "finished"
-        self.done.set()
 
-    async def _ask(self, request: Request, expected: type[_ReplyT]) -> _ReplyT:
+    async def _ask(
+        self, request: Request, expected: type[_ReplyT], deadline_s: float | None = None
+    ) -> _ReplyT:
         """Send one request and read its answer, within the deadline."""
+        deadline_s = deadline_s or self._deadline_s
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             raise SinkError("the sink's process is not running")
         what = type(request).__name__.lower()
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 child.stdin.write(pack(request))
                 await child.stdin.drain()
                 header = await child.stdout.readexactly(LENGTH.size)
                 body = await child.stdout.readexactly(LENGTH.unpack(header)[0])
         except TimeoutError:
             raise SinkError(
-                f"W&B's client did not answer {what!r} within {self._deadline_s:g} s"
+                f"W&B's client did not answer {what!r} within {deadline_s:g} s"
             ) from None
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise SinkError(f"the sink's process ended during {what!r}") from error

@@ -14,9 +14,18 @@ from typing import Any
 
 import msgspec
 
+from raywb.groups import Group
 from raywb.reports import FinishReport, RunInfo, UnconfirmedSource
 
-__all__ = ["RunState", "ServiceState", "load_state", "lock_directory", "save_state"]
+__all__ = [
+    "Origin",
+    "RunState",
+    "ServiceState",
+    "load_state",
+    "lock_directory",
+    "replace_file",
+    "save_state",
+]
 
 FILE_NAME = "service.json"
 
@@ -30,7 +39,9 @@ class RunState(msgspec.Struct, kw_only=True):
         settings: the settings it was started with.
         base: W&B's step of its first row, once it was opened online.
         exit_code: set when ``finish()`` was asked for.
+        crashed: it is left as crashed, whatever ``exit_code`` says.
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
+        closed_rows: rows that W&B had when it closed the run.
         received_rows, lost, rejected: what had come by the cut.
         unconfirmed: sources whose journal could not be had for it.
         unreached: nodes that did not answer then.
@@ -42,13 +53,30 @@ class RunState(msgspec.Struct, kw_only=True):
     settings: dict[str, Any]
     base: int | None = None
     exit_code: int | None = None
+    crashed: bool = False
     cut: int | None = None
+    closed_rows: int | None = None
     received_rows: int = 0
     lost: dict[str, int] = {}
     rejected: int = 0
     unconfirmed: list[UnconfirmedSource] = []
     unreached: list[str] = []
     report: FinishReport | None = None
+
+
+class Origin(msgspec.Struct, kw_only=True):
+    """What the service was made with, for whoever works in the directory without its cluster.
+
+    Attributes:
+        settings: settings that differ from their defaults, for a run that nobody starts.
+        run_id: id of the first run.
+        session_dir: the cluster's session directory, below which journals lie.
+    """
+
+    settings: dict[str, Any]
+    group: Group
+    run_id: str
+    session_dir: str | None = None
 
 
 class ServiceState(msgspec.Struct, kw_only=True):
@@ -58,6 +86,7 @@ class ServiceState(msgspec.Struct, kw_only=True):
     token: str
     incarnation: int = 0
     port: int | None = None
+    origin: Origin | None = None
     runs: list[RunState] = []
 
 
@@ -76,11 +105,14 @@ def load_state(directory: Path) -> ServiceState | None:
 
 def save_state(directory: Path, state: ServiceState) -> None:
     """Replace the file, durably."""
-    path = directory / FILE_NAME
-    temporary = directory / f".{FILE_NAME}"
+    replace_file(directory / FILE_NAME, msgspec.json.format(msgspec.json.encode(state)))
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Replace a file of ours, durably: it is always the old one or the new one."""
+    temporary = path.with_name(f".{path.name}")
     fd = os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC | os.O_CLOEXEC, 0o600)
     try:
-        data = msgspec.json.format(msgspec.json.encode(state))
         if os.write(fd, data) != len(data):
             raise OSError(errno.ENOSPC, "the disk is full", str(temporary))
         os.fsync(fd)
@@ -89,16 +121,21 @@ def save_state(directory: Path, state: ServiceState) -> None:
     temporary.replace(path)
 
 
-def lock_directory(directory: Path) -> int:
+def lock_directory(directory: Path, name: str = "lock") -> int:
     """Make sure that no other service works in this directory, as long as this process lives.
 
+    Args:
+        directory: the service's directory.
+        name: the lock's file; there is another one for those who only read.
+
     Raises:
-        OSError: another one does.
+        BlockingIOError: another one does.
+        OSError: the lock cannot be had.
     """
-    fd = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    fd = os.open(directory / name, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         os.close(fd)
-        raise OSError(f"another raywb service works in {directory}") from error
+        raise BlockingIOError(f"another raywb service works in {directory}") from error
     return fd

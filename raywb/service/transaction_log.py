@@ -24,11 +24,19 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 class Segment(NamedTuple):
-    """What one file holds: its rows, the number after its last one, and whether it was ended."""
+    """What one file holds.
+
+    Attributes:
+        rows: how many rows.
+        next_row: the number after the last one.
+        ended: the run was ended in it.
+        summary_keys: keys that the client itself set in the summary behind the last row.
+    """
 
     rows: int
     next_row: int
     ended: bool
+    summary_keys: frozenset[str] = frozenset()
 
 
 def find_segments(wandb_dir: Path, run_id: str) -> list[Path]:
@@ -73,6 +81,7 @@ def read_segment(path: Path) -> Segment:
     rows = 0
     next_row = 0
     ended = False
+    summary_keys: set[str] = set()
     record = wandb_internal_pb2.Record()
     for message in _messages(path):
         try:
@@ -83,6 +92,10 @@ def read_segment(path: Path) -> Segment:
         if kind == "history":
             rows += 1
             next_row = record.history.step.num + 1
+            summary_keys.clear()
+        elif kind == "summary":
+            # What wandb-core makes of a row by itself it writes as nested keys.
+            summary_keys |= {item.key for item in record.summary.update if item.key}
         elif kind == "exit":
             ended = True
-    return Segment(rows, next_row, ended)
+    return Segment(rows, next_row, ended, frozenset(summary_keys))

@@ -15,14 +15,16 @@ import os
 import signal
 import sys
 import time
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
 from raywb.errors import RaywbError, SinkError
-from raywb.service.confirm import ask_next_step
+from raywb.service.confirm import ask_next_step, ask_run
 from raywb.service.sink_messages import (
+    LEAVE_S,
     LENGTH,
     Applied,
     Apply,
@@ -42,6 +44,7 @@ __all__ = ["WandbSink", "main"]
 
 #: How long W&B is given to show all rows of a finished run, in seconds.
 CONFIRM_S = 20.0
+
 
 #: W&B's client keeps rows in memory until a block is full or this time has passed.
 FLUSH_INTERVAL_S = 1.0
@@ -166,16 +169,33 @@ class WandbSink:
         return Applied(self._next_row)
 
     def finish(self, request: Finish) -> Finished:
-        """End the run, then look what is really there."""
+        """End the run, or leave it as it is; then look what is really there."""
         opened = self._request
         if opened is None:
             raise SinkError("finish came before open")
         self._take({}, request.summary, [])
+        if request.exit_code is None:
+            deadline = time.monotonic() + LEAVE_S
+            rows = self._confirmed(opened, deadline)
+            self._await_summary(opened, request.summary, deadline)
+            return Finished(rows)
         self._run.finish(exit_code=request.exit_code)
-        return Finished(self._confirmed(opened))
+        return Finished(self._confirmed(opened, time.monotonic() + CONFIRM_S))
 
-    def _confirmed(self, opened: Open) -> int:
-        """How many rows W&B really has, asked until it has all of them, or time is up.
+    def _await_summary(self, opened: Open, summary: dict[str, Any], deadline: float) -> None:
+        """Wait until W&B has the summary of a run that is left, since its client goes with us.
+
+        Raises:
+            SinkError: it has not in time; the next sink tries again.
+        """
+        there = self._summary_on_disk if opened.mode == "offline" else self._summary_at_server
+        while summary and not there(opened, summary):
+            if time.monotonic() > deadline:
+                raise SinkError("W&B has all rows, but not the summary; it is sent again")
+            time.sleep(0.2)
+
+    def _confirmed(self, opened: Open, deadline: float) -> int:
+        """How many rows W&B really has, asked until it has all of them, or it is ``deadline``.
 
         Only its own word counts: online the server's (a file stream that was refused once never
         recovers, and ``finish`` returns as if all were well), offline the files' (they are
@@ -185,7 +205,6 @@ class WandbSink:
             SinkError: W&B does not have all rows; the next sink sends the rest.
         """
         count = self._rows_on_disk if opened.mode == "offline" else self._rows_at_server
-        deadline = time.monotonic() + CONFIRM_S
         pause_s = 0.05
         while (rows := count(opened)) < self._next_row:
             if time.monotonic() > deadline:
@@ -213,6 +232,26 @@ class WandbSink:
         return step - self._base
 
     @staticmethod
+    def _summary_on_disk(opened: Open, summary: dict[str, Any]) -> bool:
+        from raywb.service.transaction_log import find_segments, read_segment
+
+        last = find_segments(Path(opened.dir) / "wandb", opened.run_id)[-1]
+        return summary.keys() <= read_segment(last).summary_keys
+
+    def _summary_at_server(self, opened: Open, summary: dict[str, Any]) -> bool:
+        found = ask_run(
+            opened.base_url or DEFAULT_BASE_URL,
+            opened.api_key,
+            entity=opened.entity or self._entity,
+            project=opened.project,
+            run_id=opened.run_id,
+        )
+        return found is not None and all(
+            key in found.summary and _is_shown(value, found.summary[key])
+            for key, value in summary.items()
+        )
+
+    @staticmethod
     def _core_record(request: Open) -> Path:
         return Path(request.dir) / "logs" / f"wandb-core-{request.run_id}.json"
 
@@ -230,6 +269,12 @@ class WandbSink:
         path = self._core_record(self._request)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(cores))
+
+
+def _is_shown(value: Any, shown: Any) -> bool:
+    """Whether W&B shows a summary value; what is no plain value it may write in its own way."""
+    plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value))
+    return not plain or bool(value == shown)
 
 
 def end_leftover_core(record: Path) -> None:

@@ -6,9 +6,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raywb.reports import FinishReport, RunInfo, Status, UnconfirmedSource
+from raywb.reports import (
+    FinishReport,
+    RecoveryReport,
+    RunInfo,
+    Status,
+    SyncReport,
+    UnconfirmedSource,
+)
 
-__all__ = ["render_report", "render_status"]
+__all__ = ["render_recovery", "render_report", "render_status", "render_sync"]
 
 #: Sources that are listed one by one; with more of them, those heard last.
 LISTED_SOURCES = 20
@@ -38,7 +45,7 @@ def _losses(lost: dict[str, int], rejected: int) -> str:
     return ", ".join(parts) or "none"
 
 
-def _unconfirmed(sources: list[UnconfirmedSource]) -> str:
+def _unconfirmed(sources: list[UnconfirmedSource]) -> list[tuple[str, str]]:
     """Which processes may have left rows behind: one line for each, and for the others a sum."""
     lines = []
     for source in sources[:LISTED_SOURCES]:
@@ -50,7 +57,7 @@ def _unconfirmed(sources: list[UnconfirmedSource]) -> str:
         lines.append(f"{where}: {missing} ({at}; {source.reason})")
     if len(sources) > LISTED_SOURCES:
         lines.append(f"and {len(sources) - LISTED_SOURCES} more")
-    return "\n".join(lines)
+    return [("unconfirmed", "\n".join(lines))] if lines else []
 
 
 def render_status(status: Status) -> RenderableType:
@@ -73,8 +80,7 @@ def render_status(status: Status) -> RenderableType:
     ]
     if status.after_finish_rows:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
-    if status.unconfirmed:
-        facts.append(("unconfirmed", _unconfirmed(status.unconfirmed)))
+    facts += _unconfirmed(status.unconfirmed)
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
     parts += [Text(f"! {problem}", style="bold red") for problem in status.problems]
     return Group(*parts)
@@ -102,18 +108,67 @@ def _sources(status: Status) -> RenderableType:
     return Group(table, Text(f"and {more} more")) if more > 0 else table
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def render_report(report: FinishReport) -> RenderableType:
     """How a run ended."""
     facts = [
         *_run_facts(report.run),
+        ("state", report.state),
         ("rows", f"{report.received_rows} received, {report.delivered_rows} with W&B"),
         ("lost", _losses(report.lost, report.rejected)),
+        *_unconfirmed(report.unconfirmed),
     ]
-    if report.unconfirmed:
-        facts.append(("unconfirmed", _unconfirmed(report.unconfirmed)))
     if report.run.mode == "offline":
         facts.append(("upload", f"wandb sync {report.run.dir}/wandb/offline-run-*"))
     parts: list[RenderableType] = [_facts(facts)]
     if report.message:
         parts.append(Text(f"! {report.message}", style="bold red"))
+    return Group(*parts)
+
+
+def render_recovery(report: RecoveryReport) -> RenderableType:
+    """What ``raywb recover`` found and did."""
+    journals = _counted(report.journals, "journal")
+    found = f"{report.ledger_rows} in the ledger"
+    if report.journals:
+        found += f", {report.new_rows} of them from {journals} on this machine"
+    facts = [("directory", report.directory), ("rows", found)]
+    if report.after_finish_rows:
+        text = f"{report.after_finish_rows} rows came after finish() and belong to no run yet"
+        facts.append(("waiting", text))
+    if report.foreign_journals:
+        facts.append(("passed over", f"{_counted(report.foreign_journals, 'journal')} of others"))
+    damage = ", ".join(f"{count} {kind}" for kind, count in report.damage.items())
+    facts += [("damage", damage or "none"), *_unconfirmed(report.unconfirmed)]
+    parts: list[RenderableType] = [_facts(facts)]
+    for run in report.runs:
+        parts += [Text(), render_report(run)]
+    for source_id, reason in report.failed.items():
+        text = f"! the journal of source {source_id[:8]} is not home: {reason}"
+        parts.append(Text(text, style="bold red"))
+    if report.nothing_to_do:
+        parts.append(Text("There is nothing to do: every run is with W&B."))
+    return Group(*parts)
+
+
+def render_sync(report: SyncReport) -> RenderableType:
+    """What ``raywb sync`` sent."""
+    if not report.runs:
+        return Text(f"There is no run in {report.directory} that could be sent.")
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for name in ("rows", "there before", "sent"):
+        table.add_column(name, justify="right")
+    table.add_column("page", overflow="fold")
+    for run in report.runs:
+        numbers = map(str, (run.rows, run.rows_before, run.rows_sent))
+        table.add_row(f"{run.run.name} ({run.run.id})", run.state, *numbers, run.run.url or "-")
+    parts: list[RenderableType] = [table]
+    parts += [
+        Text(f"! {run.run.name}: {run.error}", style="bold red") for run in report.runs if run.error
+    ]
     return Group(*parts)
