@@ -30,6 +30,8 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    # Online, W&B's client sends every 15 s unless it is told otherwise.
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
     with local_service(tmp_path) as local:
         yield local
 

@@ -18,7 +18,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -33,7 +33,8 @@ from raywb.rows import PROTOCOL
 from raywb.service.append_log import sync_and_close
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
-from raywb.service.runs import Runs, check_settings, describe_run, resolve_mode
+from raywb.service.run_settings import describe_run, resolve_mode, settings_of
+from raywb.service.runs import Runs
 from raywb.service.state import (
     RunState,
     ServiceState,
@@ -55,6 +56,9 @@ RETRY_PAUSE_S = 1.0
 
 #: The same port is asked for this often before another one is taken, once a second.
 PORT_ATTEMPTS = 30
+
+#: How often a run that is offline for want of a key looks for one, in seconds.
+KEY_INTERVAL_S = 10.0
 
 #: Pause between two steps of the merge, in seconds.
 MERGE_PAUSE_S = 0.02
@@ -153,7 +157,7 @@ class RaywbService:
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._spawn(self._bring_up())
+        self._keep_running("the start", self._bring_up)
         self._loop.run_forever()
 
     def _call(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
@@ -177,6 +181,26 @@ class RaywbService:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._problems["a part that failed"] = f"a part of the service failed: {error!r}"
             _log.error("raywb: a part of the service failed", exc_info=error)
+
+    def _keep_running(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a part, and start it again when it fails: without it the service would only seem
+        to work. How often it failed stays in the status."""
+        self._spawn(self._run_again(name, part))
+
+    async def _run_again(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        failures = 0
+        while True:
+            try:
+                await part()
+                return
+            except Exception as error:  # noqa: BLE001 - whatever it is, the part has to go on
+                failures += 1
+                times = "once" if failures == 1 else f"{failures} times"
+                self._problems[name] = (
+                    f"{name} failed {times} and was started again; the last reason: {error!r}"
+                )
+                _log.error("raywb: %s", self._problems[name], exc_info=error)
+            await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _bring_up(self) -> None:
         """Open the directory and the port, then serve; try again until it works."""
@@ -208,28 +232,34 @@ class RaywbService:
         if self._delivery is None:
             self._delivery = Delivery(self._directory)
         delivery = self._delivery
-        fsync = self._boot.settings.fsync
         ingest = Ingest(
             delivery.ledger,
             state.token,
             state.cluster_id,
-            fsync,
+            self._fsync(state),
             on_append=self._new_entries.set,
             has_ended=delivery.merge.has_ended,
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
-        save_state(self._directory, state)
-        runs = Runs(self._directory, state, delivery, self._spawn, self._api_key)
-        self._parts = _Parts(state, delivery, ingest, runs)
+        try:
+            save_state(self._directory, state)
+        except OSError:
+            await ingest.close()  # the next attempt wants the port
+            raise
+        runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
+        parts = self._parts = _Parts(state, delivery, ingest, runs)
         runs.resume()
         if runs.last is None:
-            self._spawn(self._open_provisional(runs))
-        self._spawn(self._merge(self._parts))
-        if fsync != "off":
-            self._spawn(self._sync(delivery))
-        self._new_entries.set()
+            self._keep_running("the first run's opening", lambda: self._open_provisional(runs))
+        self._keep_running("the merge", lambda: self._merge(parts))
+        self._keep_running("the sync", lambda: self._sync(parts))
+        self._keep_running("the look for a key", lambda: self._look_for_key(runs))
         self._up.set()
+
+    def _fsync(self, state: ServiceState) -> str:
+        """The last run's setting; before the first one, that of whoever made the service."""
+        return (settings_of(state.runs[-1]) if state.runs else self._boot.settings).fsync
 
     def _ready(self) -> _Parts:
         if self._parts is None or not self._up.is_set():
@@ -257,7 +287,9 @@ class RaywbService:
             )
 
     def _begin_run(self, settings: Settings, group: Group, *, provisional: bool) -> RunState:
-        run = self._ready().runs.begin(settings, group, self._boot.run_id, provisional=provisional)
+        parts = self._ready()
+        run = parts.runs.begin(settings, group, self._boot.run_id, provisional=provisional)
+        parts.ingest.fsync = self._fsync(parts.state)
         self._new_entries.set()
         return run
 
@@ -265,6 +297,7 @@ class RaywbService:
         """Turn what arrives into finished rows, and write losses into the run when they grow."""
         written: dict[str, int] = {}
         looked_at = time.monotonic()
+        self._new_entries.set()
         while True:
             await self._new_entries.wait()
             self._new_entries.clear()
@@ -284,10 +317,13 @@ class RaywbService:
             # A breath, so that many small arrivals become one step.
             await asyncio.sleep(MERGE_PAUSE_S)
 
-    async def _sync(self, delivery: Delivery) -> None:
+    async def _sync(self, parts: _Parts) -> None:
         """Force ledger and outbox to the disk every second, off the loop."""
+        delivery = parts.delivery
         while True:
             await asyncio.sleep(1.0)
+            if parts.ingest.fsync == "off":
+                continue
             try:
                 sync = delivery.ledger.begin_sync()
                 if sync.fd is not None:
@@ -298,6 +334,16 @@ class RaywbService:
                 self._problems.pop("sync", None)
             except OSError as error:
                 self._problems["sync"] = f"the disk refuses to sync: {error}"
+
+    async def _look_for_key(self, runs: Runs) -> None:
+        """A run that is offline only for want of a key goes online when one lies there."""
+        while True:
+            await asyncio.sleep(KEY_INTERVAL_S)
+            try:
+                runs.go_online()
+                self._problems.pop("key", None)
+            except OSError as error:
+                self._problems["key"] = f"the run cannot go online: {error}"
 
     # -- answers --------------------------------------------------------------------------------
 
@@ -341,7 +387,8 @@ class RaywbService:
     ) -> tuple[RunInfo, bool]:
         await self._up.wait()
         runs = self._ready().runs
-        runs.api_key = api_key or runs.api_key
+        if api_key:
+            runs.take_key(api_key)
         if settings.dir and settings.dir != str(self._directory):
             raise SettingsConflict(
                 f"dir={settings.dir!r} conflicts with the running service, which keeps its files "
@@ -349,8 +396,7 @@ class RaywbService:
             )
         if runs.open is None:
             return self._begin_run(settings, group, provisional=False).info, False
-        check_settings(runs.open, explicit)
-        return runs.open.info, True
+        return runs.join(runs.open, explicit), True
 
     async def _status(self) -> Status:
         parts = self._ready()

@@ -59,7 +59,7 @@ class Ingest:
         ledger: where accepted bytes go.
         token: what a client has to show.
         cluster_id: requests from any other cluster are refused.
-        fsync: see :class:`raywb.Settings`.
+        fsync: see :class:`raywb.Settings`; it may change with the run.
         on_append: called after each append.
         has_ended: says of a source whether it ended in good order.
     """
@@ -75,7 +75,7 @@ class Ingest:
         has_ended: Callable[[str], bool],
     ) -> None:
         self._ledger = ledger
-        self._fsync = fsync
+        self.fsync = fsync
         self._token = token
         self._cluster_id = cluster_id
         self._on_append = on_append
@@ -172,7 +172,7 @@ class Ingest:
             end = self._ledger.append(
                 source_id, offset, data, after_gap=request.query.get("gap") == "1"
             )
-            if self._fsync == "each":
+            if self.fsync == "each":
                 self._ledger.sync()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -181,5 +181,5 @@ class Ingest:
         self.ledger_error = None
         if data:
             self._on_append()
-        durable = end if self._fsync == "off" else self._ledger.durable_end_of(source_id)
+        durable = end if self.fsync == "off" else self._ledger.durable_end_of(source_id)
         return web.json_response({"end": end, "durable": durable, "pace_s": self._pace()})
