@@ -152,7 +152,11 @@ class Journal:
             for fd in (self._fd, self._lock_fd):
                 if fd >= 0:
                     os.close(fd)
-            shutil.rmtree(hidden, ignore_errors=True)
+            # Not by rmtree, which needs descriptors: there may be none left.
+            with contextlib.suppress(OSError):
+                (hidden / "lock").unlink(missing_ok=True)
+                (hidden / f"{0:020d}.seg").unlink(missing_ok=True)
+                hidden.rmdir()
             raise
 
     @staticmethod

@@ -35,17 +35,24 @@ MOST_PATIENCE = 16
 _QUERY = """
 query RaywbConfirm($entity: String, $project: String, $run: String!) {
   model(name: $project, entityName: $entity) {
-    bucket(name: $run, missingOk: true) { historyLineCount historyTail state }
+    bucket(name: $run, missingOk: true) { historyLineCount historyTail %s }
   }
 }
 """
 
 
 class Shown(NamedTuple):
-    """What the server has of a run: the step after its last row, and the run's state."""
+    """What the server has of a run.
+
+    Attributes:
+        next_step: the step after its last row.
+        state: its state, where that was asked for.
+        config_keys: the names in its config, where they were asked for.
+    """
 
     next_step: int
-    state: str | None
+    state: str | None = None
+    config_keys: frozenset[str] | None = None
 
     @property
     def ended(self) -> bool:
@@ -54,15 +61,30 @@ class Shown(NamedTuple):
 
 
 def ask_server(
-    base_url: str, api_key: str | None, *, entity: str | None, project: str, run_id: str
+    base_url: str,
+    api_key: str | None,
+    *,
+    entity: str | None,
+    project: str,
+    run_id: str,
+    end: bool = False,
 ) -> Shown:
     """What the server has of this run; nothing when it does not know it.
+
+    Args:
+        base_url: the server's address.
+        api_key: W&B's key.
+        entity: the run's team or user; None is the key's own.
+        project: the run's project.
+        run_id: the run.
+        end: ask for state and config, too.
 
     Raises:
         SinkError: the server cannot be asked, or gives no answer that makes sense.
     """
     variables = {"entity": entity, "project": project, "run": run_id}
-    body = json.dumps({"query": _QUERY, "variables": variables}).encode()
+    query = _QUERY % ("state config" if end else "")
+    body = json.dumps({"query": query, "variables": variables}).encode()
     request = urllib.request.Request(f"{base_url.rstrip('/')}/graphql", body)
     request.add_header("Content-Type", "application/json")
     login = base64.b64encode(f"api:{api_key or ''}".encode()).decode()
@@ -72,9 +94,12 @@ def ask_server(
             answer = json.load(response)
         bucket: dict[str, Any] | None = answer["data"]["model"]["bucket"]
         if bucket is None:
-            return Shown(0, None)
+            return Shown(0)
         tail = json.loads(bucket["historyTail"] or "[]")
-        return Shown(int(json.loads(tail[-1])["_step"]) + 1 if tail else 0, bucket.get("state"))
+        next_step = int(json.loads(tail[-1])["_step"]) + 1 if tail else 0
+        config = bucket.get("config")
+        keys = frozenset(json.loads(config)) if config else None
+        return Shown(next_step, bucket.get("state"), keys)
     except (OSError, ValueError, KeyError, TypeError) as error:
         # The request carries the key in a header; neither is part of these errors' texts.
         raise SinkError(f"W&B's server could not be asked for its rows: {error!r}") from error

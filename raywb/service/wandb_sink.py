@@ -43,7 +43,7 @@ from raywb.settings import DEFAULT_BASE_URL
 
 __all__ = ["WandbSink", "main"]
 
-#: How long W&B is given to show all rows of a finished run, in seconds.
+#: How long W&B is given to show all of a finished run, in seconds; less under a short deadline.
 CONFIRM_S = 20.0
 
 #: W&B's client sends rows to the server this often, in seconds, unless its settings say otherwise
@@ -212,30 +212,35 @@ class WandbSink:
         # The config again: W&B's client does not say when the server refused it.
         self._take(request.config, request.summary, [])
         self._run.finish(exit_code=request.exit_code)
-        return Finished(self._confirmed(opened))
+        return Finished(self._confirmed(opened, request))
 
-    def _confirmed(self, opened: Open) -> int:
+    def _confirmed(self, opened: Open, end: Finish) -> int:
         """How many rows W&B really has, asked until it has all of them, or time is up.
 
         Only its own word counts: online the server's (a file stream that was refused once never
-        recovers, and ``finish`` returns as if all were well; the run's end may be what was
-        refused), offline the files' (they are complete a moment after ``finish`` has returned).
+        recovers, and ``finish`` returns as if all were well; the run's end or its config may be
+        what was refused), offline the files' (they are complete a moment after ``finish`` has
+        returned).
 
         Raises:
             SinkError: W&B does not have all rows, or not the end; the next sink sends the rest.
         """
-        look = self._on_disk if opened.mode == "offline" else self._ask_server
-        deadline = time.monotonic() + CONFIRM_S
+        deadline = time.monotonic() + min(CONFIRM_S, opened.deadline_s / 3)
         pause_s = 0.05
         while True:
-            shown = look(opened)
+            if opened.mode == "offline":
+                shown = self._on_disk(opened)
+            else:
+                shown = self._ask_server(opened, end=True)
             rows = shown.next_step - self._base
-            if rows >= self._next_row and shown.ended:
+            config = shown.config_keys is None or end.config.keys() <= shown.config_keys
+            if rows >= self._next_row and shown.ended and config:
                 return rows
             if time.monotonic() > deadline:
                 raise SinkError(
-                    f"W&B has {rows} of {self._next_row} rows after finish, and the run is "
-                    f"{shown.state or 'over'} there; the rest is sent again"
+                    f"W&B has {rows} of {self._next_row} rows after finish, the run is "
+                    f"{shown.state or 'ended'} there, and its config "
+                    f"{'complete' if config else 'incomplete'}; the rest is sent again"
                 )
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 1.0)
@@ -244,15 +249,16 @@ class WandbSink:
         from raywb.service.transaction_log import find_segments, read_segment
 
         segments = find_segments(Path(opened.dir) / "wandb", opened.run_id)
-        return Shown(sum(read_segment(path).rows for path in segments), None)
+        return Shown(sum(read_segment(path).rows for path in segments))
 
-    def _ask_server(self, opened: Open) -> Shown:
+    def _ask_server(self, opened: Open, *, end: bool = False) -> Shown:
         return ask_server(
             opened.base_url or DEFAULT_BASE_URL,
             opened.api_key,
             entity=opened.entity or self._entity,
             project=opened.project,
             run_id=opened.run_id,
+            end=end,
         )
 
     @staticmethod
