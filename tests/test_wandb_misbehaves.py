@@ -20,6 +20,7 @@ from ray_cluster import until
 from wandb_server import WandbServer
 
 from raywb.reports import FinishReport
+from raywb.service import sink_process
 from raywb.service.confirm import PATIENT_INTERVALS, Standstill
 
 # Read here, since each test runs without such variables.
@@ -189,3 +190,27 @@ def test_a_standstill_is_told_from_a_slow_server() -> None:
     assert standstill.patience_s == 2 * patience_s
     standstill.begin(10, interval_s=1.0)
     assert standstill.patience_s == patience_s
+
+
+def test_the_client_of_wandb_is_given_so_much_and_no_more(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While the server shows nothing, what is not handed over stays on disk and nowhere else."""
+    monkeypatch.setattr(sink_process, "MOST_UNCONFIRMED_ROWS", 300)
+    with WandbServer() as server:
+        service.up()
+        start_online(service, server)
+        rows = Rows(service.client("s"))
+        rows.log(100)
+        confirm(service, 100)
+        met = meet(FAULTS["hangs"], server)
+        for _ in range(20):
+            rows.log(100)
+        wait_until_met(server, met)
+        service.wait_for(lambda status: status.outbox_rows == 2100)
+        status = service.wait_for(lambda status: status.sink.applied_rows >= 400)
+        # One request may reach beyond the bound, and the outbox gives whole batches.
+        assert status.sink.applied_rows < 400 + sink_process.ROWS_PER_REQUEST + 100
+        assert status.backlog_rows == 2000
+        server.behave()
+        confirm(service, 2100)
