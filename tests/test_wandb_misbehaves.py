@@ -17,6 +17,7 @@ import pytest
 from local_service import LocalService, local_service
 from online_service import KEY, Rows, check_run, confirm, set_environment
 from ray_cluster import until
+from wandb_client import run_client
 from wandb_server import WandbServer
 
 from raywb.reports import FinishReport
@@ -214,3 +215,24 @@ def test_the_client_of_wandb_is_given_so_much_and_no_more(
         assert status.backlog_rows == 2000
         server.behave()
         confirm(service, 2100)
+
+
+def test_somebody_else_writes_to_the_run(service: LocalService, tmp_path: Path) -> None:
+    """A server that has more rows than there are is no proof of delivery: stop, and say so."""
+    with WandbServer() as server:
+        service.up()
+        start_online(service, server)
+        rows = Rows(service.client("s"))
+        rows.log(10)
+        confirm(service, 10)
+        script = """
+            import wandb
+            with wandb.init(project="p", id="run00001", resume="must") as run:
+                for x in range(50):
+                    run.log({"theirs": x})
+        """
+        assert run_client(script, tmp_path, server.url).returncode == 0
+        rows.log(1)
+        status = service.wait_for(lambda status: status.sink.state == "retrying")
+        assert "somebody else writes to this run" in str(status.sink.last_error)
+        assert status.sink.confirmed_rows <= 11

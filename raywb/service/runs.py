@@ -139,7 +139,9 @@ class Runs:
             run.info.name,
             self._directory / SUPERSEDED,
         )
-        self._begin_sink(run, after=self._sinks.pop(run.number))
+        offline = self._sinks.pop(run.number)
+        offline.stop()
+        self._begin_sink(run, after=offline)
 
     def join(self, run: RunState, explicit: dict[str, Any]) -> RunInfo:
         """What somebody gets who calls ``start()`` while this run is open.
@@ -199,7 +201,7 @@ class Runs:
 
         async def serve() -> None:
             if after is not None:
-                await after.stop()
+                await after.gone()
             await sink.serve()
 
         self._keep_running(f"the sink of run {run.info.id}", serve)

@@ -139,11 +139,15 @@ class SinkProcess:
         """What a sink waits for may have come: try again before the pause is over."""
         self._again.set()
 
-    async def stop(self) -> None:
-        """Leave the run as it is, open; returns when the child is gone."""
+    def stop(self) -> None:
+        """Leave the run as it is, open; nothing that the child still says is heard."""
         self._stopped = True
         if self._task is not None:
             self._task.cancel()
+
+    async def gone(self) -> None:
+        """Wait until a sink that was stopped has ended its child."""
+        if self._task is not None:
             await asyncio.wait([self._task])
 
     async def serve(self) -> None:
@@ -216,17 +220,20 @@ class SinkProcess:
 
     async def _open(self, request: Open) -> Opened:
         opened = await self._ask(request, Opened)
-        emitted = self._outbox.rows_of(self._number)
-        if opened.next_row > emitted:
-            raise SinkError(
-                f"W&B's run {self.run.id} has {opened.next_row} rows and raywb emitted {emitted}: "
-                "somebody else writes to this run; give this one another run_id"
-            )
+        self._check_rows(opened.next_row)
         self._on_opened(opened)
         self.delivered_rows = self.confirmed_rows = opened.next_row
         self._standstill.begin(opened.next_row, opened.confirm_interval_s or 0.0)
         self._state = "running"
         return opened
+
+    def _check_rows(self, rows: int) -> None:
+        emitted = self._outbox.rows_of(self._number)
+        if rows > emitted:
+            raise SinkError(
+                f"W&B's run {self.run.id} has {rows} rows and raywb emitted {emitted}: "
+                "somebody else writes to this run; give this one another run_id"
+            )
 
     @property
     def _window_is_full(self) -> bool:
@@ -243,9 +250,11 @@ class SinkProcess:
         """Take over what the server has shown.
 
         Raises:
-            SinkError: rows were handed over, and the server's step stands still.
+            SinkError: rows were handed over, and the server's step stands still; or it has more
+                than there are.
         """
         answer = await self._ask(Confirm(), Confirmed)
+        self._check_rows(answer.rows)
         self.confirmed_rows = max(self.confirmed_rows, min(answer.rows, self.delivered_rows))
         self._last_error = answer.error or self._last_error
         now = asyncio.get_running_loop().time()
