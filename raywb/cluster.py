@@ -121,7 +121,7 @@ def make_service(
 ) -> Any:
     """Make the service on the head node, or find the one that somebody else just made."""
     from raywb.service.actor import Boot, RaywbService
-    from raywb.service.runs import new_run_id
+    from raywb.service.run_settings import new_run_id
     from raywb.sweep import RayNodes
 
     run_id = settings.run_id or new_run_id()

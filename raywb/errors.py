@@ -11,6 +11,7 @@
     ├── MetricTypeError        log(strict=True) was given what W&B cannot chart (also a TypeError)
     ├── FrameError             bytes that are no whole, undamaged frame
     └── SinkError              W&B's side could not take what it was given
+        └── KeyMissing         a run is online, and the service has no key of W&B's
 
 ``attach``, ``start``, ``flush`` and ``finish`` raise; ``log`` raises only for the caller's own
 mistakes, and only with ``strict=True``. A failure in the background is counted, with its reason,
@@ -23,6 +24,7 @@ __all__ = [
     "DirectoryError",
     "DirectoryInUse",
     "FrameError",
+    "KeyMissing",
     "MetricTypeError",
     "NoClusterError",
     "RaywbError",
@@ -76,3 +78,7 @@ class FrameError(RaywbError):
 
 class SinkError(RaywbError):
     """Raised inside a sink when W&B's client or its files refuse what they are given."""
+
+
+class KeyMissing(SinkError):
+    """Raised when a run is online and its service has no key of W&B's, or no longer has it."""

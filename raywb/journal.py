@@ -179,22 +179,34 @@ class Journal:
         # Re-entrant, so that a signal handler that logs cannot deadlock with the code that it
         # interrupted. Nothing is done under it but file operations on this machine.
         self._lock = threading.RLock()
+        self._start = 0
+        self._size = 0
+        self._lock_fd = self._fd = -1
+        self._make_directory(base)
+        self.segments = Segments(self.directory)
+
+    def _make_directory(self, base: Path) -> None:
+        """Make the directory, locked and with its first segment; or leave nothing behind."""
         base.mkdir(parents=True, exist_ok=True, mode=0o700)
         hidden = base / f".{self.source_id}"
         self._start = 0
         self._size = 0
         self._fd = self._lock_fd = self._losses_fd = -1
+        hidden.mkdir(mode=0o700)
         try:
-            hidden.mkdir(mode=0o700)
             self._lock_fd = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
             self._losses_fd = _make_losses(hidden / "losses")
             self._fd = self._open_segment(hidden, 0)
             hidden.rename(self.directory)
-        except OSError:
+        except BaseException:
             # It is tried again as long as the process lives: nothing may be left each time.
             self._let_go()
-            shutil.rmtree(hidden, ignore_errors=True)
+            # Not by rmtree, which needs descriptors: there may be none left.
+            with contextlib.suppress(OSError):
+                for name in ("lock", "losses", f"{0:020d}.seg"):
+                    (hidden / name).unlink(missing_ok=True)
+                hidden.rmdir()
             raise
         self.segments = Segments(self.directory)
 

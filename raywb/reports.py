@@ -32,6 +32,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
         group_source: where the group's name came from, as a person would say it.
         epoch: counts the runs of one service, from 1.
         provisional: True while no ``start()`` has brought settings.
+        began_offline: it was offline for want of a key, and went online when one came; the
+            files of that time lie in ``<dir>/superseded`` and need not be uploaded.
     """
 
     project: str
@@ -46,6 +48,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     url: str | None = None
     epoch: int = 1
     provisional: bool = False
+    began_offline: bool = False
 
 
 class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -129,9 +132,11 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How W&B's side keeps up.
 
     Attributes:
-        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``resting``
-            (left, since nobody has the run any more), ``finished``, ``disabled``.
+        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``no key``,
+            ``resting`` (left, since nobody has the run any more), ``finished``, ``disabled``.
         applied_rows: rows that W&B's client has taken.
+        confirmed_rows: rows that W&B has shown to have: online its server, asked at intervals;
+            offline its files, read when the run is opened and when it is ended.
         restarts: how often the child process had to be started again.
         last_error: what went wrong last, in one sentence.
     """
@@ -139,6 +144,7 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     applied_rows: int
     restarts: int
+    confirmed_rows: int = 0
     last_error: str | None = None
 
 
@@ -150,7 +156,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         address: ``host:port`` that sources send to.
         received_rows: rows in the ledger that belong to the present run.
         outbox_rows: finished rows, numbered for W&B.
-        backlog_rows: finished rows that W&B has not taken.
+        backlog_rows: finished rows that W&B does not have yet: online those that its server has
+            not shown, offline those that its client has not taken.
         lost: rows that could not be kept, by reason, over all sources.
         rejected: values that ``log()`` refused, over all sources.
         after_finish_rows: rows that came after ``finish()`` and belong to no run yet.

@@ -24,11 +24,17 @@ CLUSTER = Cluster("c" * 56, "n" * 56, None)
 
 
 class LocalService:
-    """One service directory, and the incarnations of the service that work in it."""
+    """One service directory, and the incarnations of the service that work in it.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: the service's directory.
+        make: makes an incarnation, in this process or in one of its own.
+    """
+
+    def __init__(self, directory: Path, make: Callable[..., Any] = RaywbService) -> None:
         self.directory = directory
         self.service: RaywbService | None = None
+        self._make = make
         self._connections: list[Connection] = []
 
     def up(
@@ -43,16 +49,16 @@ class LocalService:
             settings=Settings(mode="offline", **settings),
             group=Group("group", "the test"),
         )
-        self.service = RaywbService(boot, nodes=nodes)
+        self.service = self._make(boot, nodes=nodes) if nodes is not None else self._make(boot)
         assert self.service.join(PROTOCOL, join_s)["address"]
         return self.service
 
-    def start(self, **settings: Any) -> Any:
-        """Open a run, or join the open one."""
+    def start(self, *, api_key: str | None = None, **settings: Any) -> Any:
+        """Open a run, or join the open one, and bring a key."""
         assert self.service is not None
         wanted = Settings(**{"mode": "offline", **settings})
         return self.service.start(
-            wanted, explicit_settings(wanted), Group("group", "the test"), None
+            wanted, explicit_settings(wanted), Group("group", "the test"), api_key
         )
 
     def down(self) -> None:
@@ -113,9 +119,11 @@ class LocalService:
 
 
 @contextlib.contextmanager
-def local_service(directory: Path) -> Iterator[LocalService]:
+def local_service(
+    directory: Path, make: Callable[..., Any] = RaywbService
+) -> Iterator[LocalService]:
     """A service directory under ``directory``; everything that was started in it is ended."""
-    service = LocalService(directory / "service")
+    service = LocalService(directory / "service", make)
     try:
         yield service
     finally:

@@ -234,3 +234,31 @@ def test_an_interrupt_in_the_middle_tears_nothing(tmp_path: Path) -> None:
     assert found == sorted(set(found)), "each once, in order"
     assert set(returned) <= set(found)
     assert interrupted > 100, "this machine's timers are too slow for the test"
+
+
+def test_a_journal_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    """Without a descriptor for its lock or its segment, neither files nor descriptors stay."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for free in range(2):
+        # The lowest numbers that are free, so that exactly so many can be opened.
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        fillers = []
+        while (fd := os.dup(0)) < highest:
+            fillers.append(fd)
+        os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fd + free, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                Journal(tmp_path / "base")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for filler in fillers:
+                os.close(filler)
+        assert descriptors() == before
+        assert list((tmp_path / "base").iterdir()) == []
+    assert Journal(tmp_path / "base").append(b"x")

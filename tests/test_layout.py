@@ -75,7 +75,7 @@ def test_client_and_service_do_not_import_each_other() -> None:
         "raywb/cli.py",
         "raywb/cluster.py",
     }
-    client_side = {f"raywb.{name}" for name in ("client", "connection", "shipping", "journal")}
+    client_side = {f"raywb.{name}" for name in ("client", "connection", "shipping")}
     client_side |= {"raywb.cluster", "raywb.lifecycle", "raywb.orphans", "raywb.sweep"}
     for path in modules("raywb/service"):
         assert not imports_of(path) & client_side, path

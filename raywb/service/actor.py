@@ -19,7 +19,7 @@ import os
 import secrets
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -34,7 +34,8 @@ from raywb.rows import PROTOCOL
 from raywb.service.append_log import sync_and_close
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
-from raywb.service.runs import Runs, check_settings, describe_run, resolve_mode
+from raywb.service.run_settings import describe_run, resolve_mode, settings_of
+from raywb.service.runs import Runs
 from raywb.service.state import (
     Origin,
     RunState,
@@ -58,6 +59,9 @@ RETRY_PAUSE_S = 1.0
 
 #: The same port is asked for this often before another one is taken, once a second.
 PORT_ATTEMPTS = 30
+
+#: How often a run that is offline for want of a key looks for one, in seconds.
+KEY_INTERVAL_S = 10.0
 
 #: Pause between two steps of the merge, in seconds.
 MERGE_PAUSE_S = 0.02
@@ -193,7 +197,7 @@ class RaywbService:
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._spawn(self._bring_up())
+        self._keep_running("the start", self._bring_up)
         self._loop.run_forever()
 
     def _call(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
@@ -217,6 +221,26 @@ class RaywbService:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._problems["a part that failed"] = f"a part of the service failed: {error!r}"
             _log.error("raywb: a part of the service failed", exc_info=error)
+
+    def _keep_running(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a part, and start it again when it fails: without it the service would only seem
+        to work. How often it failed stays in the status."""
+        self._spawn(self._run_again(name, part))
+
+    async def _run_again(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        failures = 0
+        while True:
+            try:
+                await part()
+                return
+            except Exception as error:  # noqa: BLE001 - whatever it is, the part has to go on
+                failures += 1
+                times = "once" if failures == 1 else f"{failures} times"
+                self._problems[name] = (
+                    f"{name} failed {times} and was started again; the last reason: {error!r}"
+                )
+                _log.error("raywb: %s", self._problems[name], exc_info=error)
+            await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _bring_up(self) -> None:
         """Open the directory and the port, then serve; try again until it works."""
@@ -254,12 +278,11 @@ class RaywbService:
         if self._delivery is None:
             self._delivery = Delivery(self._directory)
         delivery = self._delivery
-        fsync = self._boot.settings.fsync
         ingest = Ingest(
             delivery.ledger,
             state.token,
             state.cluster_id,
-            fsync,
+            self._fsync(state),
             on_append=self._new_entries.set,
             liveness=delivery.liveness,
             silent_after_s=self._boot.settings.silent_after_s,
@@ -269,16 +292,16 @@ class RaywbService:
         try:
             save_state(self._directory, state)
         except OSError:
-            await ingest.close()  # or the port would be taken at the next try, by ourselves
+            await ingest.close()  # the next attempt wants the port
             raise
-        runs = Runs(self._directory, state, delivery, self._spawn, self._api_key)
-        self._parts = _Parts(state, delivery, ingest, runs)
+        runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
+        parts = self._parts = _Parts(state, delivery, ingest, runs)
         for source_id, node_id in self._announced.items():
             delivery.liveness.announce(source_id, node_id)
         runs.resume()
         if runs.last is None:
-            self._spawn(self._open_provisional(runs))
-        self._spawn(self._merge(self._parts))
+            self._keep_running("the first run's opening", lambda: self._open_provisional(runs))
+        self._keep_running("the merge", lambda: self._merge(parts))
         if self._nodes is not None:
             self._sweeps = Sweeps(
                 delivery.liveness,
@@ -286,11 +309,14 @@ class RaywbService:
                 lambda: ingest.silence_s,
                 lambda: (self._address, state.token),
             )
-            self._spawn(self._sweeps.serve())
-        if fsync != "off":
-            self._spawn(self._sync(delivery))
-        self._new_entries.set()
+            self._keep_running("the look for silent sources", self._sweeps.serve)
+        self._keep_running("the sync", lambda: self._sync(parts))
+        self._keep_running("the look for a key", lambda: self._look_for_key(runs))
         self._up.set()
+
+    def _fsync(self, state: ServiceState) -> str:
+        """The last run's setting; before the first one, that of whoever made the service."""
+        return (settings_of(state.runs[-1]) if state.runs else self._boot.settings).fsync
 
     def _ready(self) -> _Parts:
         if self._parts is None or not self._up.is_set():
@@ -318,7 +344,9 @@ class RaywbService:
             )
 
     def _begin_run(self, settings: Settings, group: Group, *, provisional: bool) -> RunState:
-        run = self._ready().runs.begin(settings, group, self._boot.run_id, provisional=provisional)
+        parts = self._ready()
+        run = parts.runs.begin(settings, group, self._boot.run_id, provisional=provisional)
+        parts.ingest.fsync = self._fsync(parts.state)
         self._new_entries.set()
         return run
 
@@ -326,6 +354,7 @@ class RaywbService:
         """Turn what arrives into finished rows, and write losses into the run when they grow."""
         written: dict[str, int] = {}
         looked_at = time.monotonic()
+        self._new_entries.set()
         while True:
             await self._work(parts)
             try:
@@ -352,10 +381,13 @@ class RaywbService:
                 await self._new_entries.wait()
         self._new_entries.clear()
 
-    async def _sync(self, delivery: Delivery) -> None:
+    async def _sync(self, parts: _Parts) -> None:
         """Force ledger and outbox to the disk every second, off the loop."""
+        delivery = parts.delivery
         while True:
             await asyncio.sleep(1.0)
+            if parts.ingest.fsync == "off":
+                continue
             try:
                 await self._sync_once(delivery)
                 self._problems.pop("sync", None)
@@ -377,6 +409,16 @@ class RaywbService:
         except OSError:
             delivery.outbox.not_synced()
             raise
+
+    async def _look_for_key(self, runs: Runs) -> None:
+        """A run that is offline only for want of a key goes online when one lies there."""
+        while True:
+            await asyncio.sleep(KEY_INTERVAL_S)
+            try:
+                runs.go_online()
+                self._problems.pop("key", None)
+            except OSError as error:
+                self._problems["key"] = f"the run cannot go online: {error}"
 
     # -- answers --------------------------------------------------------------------------------
 
@@ -425,7 +467,8 @@ class RaywbService:
     ) -> tuple[RunInfo, bool]:
         await self._up.wait()
         runs = self._ready().runs
-        runs.api_key = api_key or runs.api_key
+        if api_key:
+            runs.take_key(api_key)
         if settings.dir and settings.dir != str(self._directory):
             raise SettingsConflict(
                 f"dir={settings.dir!r} conflicts with the running service, which keeps its files "
@@ -433,8 +476,7 @@ class RaywbService:
             )
         if runs.open is None:
             return self._begin_run(settings, group, provisional=False).info, False
-        check_settings(runs.open, explicit)
-        return runs.open.info, True
+        return runs.join(runs.open, explicit), True
 
     async def _status(self) -> Status:
         parts = self._ready()

@@ -84,7 +84,7 @@ class Ingest:
         ledger: where accepted bytes go.
         token: what a client has to show.
         cluster_id: requests from any other cluster are refused.
-        fsync: see :class:`raywb.Settings`.
+        fsync: see :class:`raywb.Settings`; it may change with the run.
         on_append: called after each append.
         liveness: which sources have not ended.
         silent_after_s: see :class:`raywb.Settings`.
@@ -102,7 +102,7 @@ class Ingest:
         silent_after_s: float,
     ) -> None:
         self._ledger = ledger
-        self._fsync = fsync
+        self.fsync = fsync
         self._token = token
         self._cluster_id = cluster_id
         self._on_append = on_append
@@ -224,7 +224,7 @@ class Ingest:
             end = self._ledger.append(
                 source_id, offset, data, after_gap=request.query.get("gap") == "1"
             )
-            if self._fsync == "each":
+            if self.fsync == "each":
                 self._ledger.sync()
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -236,7 +236,7 @@ class Ingest:
         self.ledger_error = None
         if data:
             self._on_append()
-        durable = end if self._fsync == "off" else self._ledger.durable_end_of(source_id)
+        durable = end if self.fsync == "off" else self._ledger.durable_end_of(source_id)
         return web.json_response(
             {
                 "end": end,

@@ -109,8 +109,8 @@ class LeftDirectory:
         self._tasks: set[asyncio.Task[None]] = set()
         self.runs = Runs(directory, self.state, self.delivery, self._spawn, None)
 
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        self._tasks.add(asyncio.get_running_loop().create_task(coroutine))
+    def _spawn(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.add(asyncio.get_running_loop().create_task(part(), name=name))
 
     async def deliver(
         self, runs: list[RunState], deadline: float, tell: Tell

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import datetime
-import secrets
-import string
+import logging
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import msgspec
 
-from raywb.errors import SettingsConflict
 from raywb.groups import Group
 from raywb.reports import (
     FinishReport,
@@ -24,22 +21,25 @@ from raywb.reports import (
 from raywb.rows import Scalar
 from raywb.service.delivery import Delivery
 from raywb.service.fold import Fold
+from raywb.service.offline_files import SUPERSEDED
 from raywb.service.outbox import OutRow, OutSummary
 from raywb.service.ranks import Waiting
 from raywb.service.report import make_report, missing_rows
+from raywb.service.run_settings import (
+    check_settings,
+    describe_run,
+    find_key,
+    lacks_only_a_key,
+    new_run_id,
+    resolve_mode,
+    settings_of,
+)
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
-from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
+from raywb.settings import Settings
 
-__all__ = [
-    "Runs",
-    "check_settings",
-    "describe_run",
-    "make_open_request",
-    "new_run_id",
-    "resolve_mode",
-]
+__all__ = ["Runs", "make_open_request"]
 
 #: A step waits this long, and this many paces, for ranks that have gone on to later ones; for
 #: silent ones it is a setting, and at least this many paces.
@@ -47,70 +47,7 @@ PASSED_WAIT_S = 2.0
 PASSED_WAIT_PACES = 2
 SILENT_WAIT_PACES = 3
 
-_ALPHABET = string.ascii_lowercase + string.digits
-
-
-def new_run_id() -> str:
-    """Eight letters and digits, as W&B makes them."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(8))
-
-
-def resolve_mode(settings: Settings, api_key: str | None) -> str:
-    """The explicit mode, else online where a key is to be had, else offline."""
-    if settings.mode is not None:
-        return settings.mode
-    return "online" if api_key or find_api_key(settings) else "offline"
-
-
-def describe_run(
-    settings: Settings,
-    group: Group,
-    *,
-    run_id: str,
-    mode: str,
-    directory: str,
-    epoch: int,
-    provisional: bool,
-) -> RunInfo:
-    """Everything that is known of a run before W&B has seen it."""
-    project = settings.project or DEFAULT_PROJECT
-    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return RunInfo(
-        project=project,
-        id=settings.run_id or run_id,
-        name=settings.name or f"{project}-{settings.job_type}-{now}",
-        mode=mode,
-        dir=directory,
-        entity=settings.entity,
-        group=group.name,
-        group_source=group.source,
-        job_type=settings.job_type,
-        epoch=epoch,
-        provisional=provisional,
-    )
-
-
-#: Settings that belong to the service or to the caller, not to the run.
-_NOT_OF_A_RUN = ("dir", "local_cluster", "listen_host")
-
-
-def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
-    """Make sure that a caller who joins a run asks for nothing that it is not.
-
-    Raises:
-        SettingsConflict: with each setting that differs, and both values.
-    """
-    has = msgspec.structs.asdict(msgspec.convert(run.settings, Settings))
-    has |= {"project": run.info.project, "group": run.info.group or "", "mode": run.info.mode}
-    has |= {"name": run.info.name, "run_id": run.info.id, "entity": run.info.entity}
-    asked = {key: value for key, value in explicit.items() if key not in _NOT_OF_A_RUN}
-    differing = sorted(key for key, value in asked.items() if has[key] != value)
-    if differing:
-        pairs = ", ".join(f"{key} is {has[key]!r}, not {asked[key]!r}" for key in differing)
-        raise SettingsConflict(
-            f"the raywb run {run.info.name!r} is open with other settings: {pairs}. "
-            "Leave them out to join it, or end it first with `raywb finish`"
-        )
+_log = logging.getLogger(__name__)
 
 
 def make_open_request(
@@ -134,6 +71,7 @@ def make_open_request(
         config=fold.config,
         defines=definitions(fold),
         deadline_s=settings.sink_deadline_s,
+        began_offline=run.info.began_offline,
     )
 
 
@@ -144,7 +82,8 @@ class Runs:
         directory: the service's directory.
         state: what is written down of the runs; changed and saved here.
         delivery: where their rows are.
-        spawn: runs a coroutine in the service's loop.
+        keep_running: runs a part of the service in its loop, under a name, and starts it again
+            when it fails.
         api_key: W&B's key when a driver handed it over; it stays in memory.
     """
 
@@ -153,14 +92,14 @@ class Runs:
         directory: Path,
         state: ServiceState,
         delivery: Delivery,
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        keep_running: Callable[[str, Callable[[], Coroutine[Any, Any, None]]], None],
         api_key: str | None,
     ) -> None:
-        self.api_key = api_key
+        self._api_key = api_key
         self._directory = directory
         self._state = state
         self._delivery = delivery
-        self._spawn = spawn
+        self._keep_running = keep_running
         self._sinks: dict[int, SinkProcess] = {}
 
     @property
@@ -196,7 +135,7 @@ class Runs:
             settings,
             group,
             run_id=run_id if number == 1 else new_run_id(),
-            mode=resolve_mode(settings, self.api_key),
+            mode=resolve_mode(settings, self._api_key),
             directory=str(self._directory),
             epoch=number,
             provisional=provisional,
@@ -212,15 +151,66 @@ class Runs:
         self._begin_sink(run)
         return run
 
-    def _begin_sink(self, run: RunState) -> None:
+    def take_key(self, api_key: str) -> None:
+        """A driver has brought W&B's key: sinks that wait for one, or were refused, try again."""
+        self._api_key = api_key
+        for sink in self._sinks.values():
+            sink.retry_now()
+
+    def go_online(self) -> None:
+        """Let the open run go online, if it is offline only for want of a key and one has come.
+
+        The server gets all of its rows, from the outbox; the files of its time offline are set
+        aside once the run is open there.
+
+        Raises:
+            OSError: it cannot be written down; the run stays offline.
+        """
+        run = self.open
+        if run is None or not lacks_only_a_key(run) or find_key(run, self._api_key) is None:
+            return
+        before = run.info, run.base
+        run.info = msgspec.structs.replace(run.info, mode="online", began_offline=True)
+        run.base = None
+        try:
+            save_state(self._directory, self._state)
+        except OSError:
+            run.info, run.base = before
+            raise
+        _log.warning(
+            "raywb: a key of W&B's has come: run %s goes online with all of its rows; its offline "
+            "files are set aside in %s, and need not be uploaded",
+            run.info.name,
+            self._directory / SUPERSEDED,
+        )
+        offline = self._sinks.pop(run.number)
+        offline.stop()
+        self._begin_sink(run, after=offline)
+
+    def join(self, run: RunState, explicit: dict[str, Any]) -> RunInfo:
+        """What somebody gets who calls ``start()`` while this run is open.
+
+        Raises:
+            SettingsConflict: it has other settings than ``explicit`` asks for.
+            OSError: what changes by it cannot be written down.
+        """
+        self.go_online()
+        check_settings(run, explicit)
+        if "mode" in explicit and "mode" not in run.settings:
+            # Asked for by name from now on: a key that comes later changes nothing.
+            run.settings["mode"] = explicit["mode"]
+            save_state(self._directory, self._state)
+        return run.info
+
+    def _begin_sink(self, run: RunState, *, after: SinkProcess | None = None) -> None:
         if run.info.mode == "disabled":
             return
-        settings = msgspec.convert(run.settings, Settings)
+        settings = settings_of(run)
         fold = self._delivery.folds.setdefault(run.number, Fold())
 
         def open_request() -> Open:
             return make_open_request(
-                run, settings, fold, str(self._directory), self.api_key or find_api_key(settings)
+                run, settings, fold, str(self._directory), find_key(run, self._api_key)
             )
 
         sink = SinkProcess(
@@ -236,10 +226,13 @@ class Runs:
         self._sinks[run.number] = sink
         if run.exit_code is not None:
             sink.finish(None if run.crashed else run.exit_code)
-        self._spawn(self._serve(run, sink))
+        name = f"the sink of run {run.info.id}"
+        self._keep_running(name, lambda: self._serve(run, sink, after))
 
-    async def _serve(self, run: RunState, sink: SinkProcess) -> None:
+    async def _serve(self, run: RunState, sink: SinkProcess, after: SinkProcess | None) -> None:
         """Deliver to the end, and write down how the run ended, whoever waits for it or not."""
+        if after is not None:
+            await after.gone()
         await sink.serve()
         if sink.done.is_set():
             self.report(run, closed=True)
@@ -276,7 +269,7 @@ class Runs:
 
     @staticmethod
     def _waiting(run: RunState, pace_s: float) -> Waiting:
-        rank_wait_s = msgspec.convert(run.settings, Settings).rank_wait_s
+        rank_wait_s = settings_of(run).rank_wait_s
         return Waiting(
             passed_s=max(PASSED_WAIT_S, PASSED_WAIT_PACES * pace_s),
             silent_s=max(rank_wait_s, SILENT_WAIT_PACES * pace_s),
@@ -302,9 +295,12 @@ class Runs:
         return self._delivery.outbox.rows_of(run.number)
 
     def backlog(self, run: RunState) -> int:
-        """Finished rows that W&B's client has not taken."""
+        """Finished rows that W&B does not have: its server (online), or its client (offline)."""
         sink = self.sink_of(run)
-        return max(self.rows_of(run) - sink.delivered_rows, 0) if sink else 0
+        if sink is None:
+            return 0
+        has = sink.confirmed_rows if run.info.mode == "online" else sink.delivered_rows
+        return max(self.rows_of(run) - has, 0)
 
     def lost(self) -> dict[str, int]:
         """What could not be kept since the run began, by reason."""

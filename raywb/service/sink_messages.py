@@ -18,6 +18,8 @@ __all__ = [
     "LENGTH",
     "Applied",
     "Apply",
+    "Confirm",
+    "Confirmed",
     "Definition",
     "Failed",
     "Finish",
@@ -46,6 +48,7 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     Attributes:
         api_key: W&B's key; it travels through the pipe only.
         base: W&B's own step of row 0; None while the run has never been opened online.
+        began_offline: its files of that time are set aside, since all its rows go online.
         config: the fold of the run's config.
         defines: the fold of its metric definitions.
     """
@@ -66,6 +69,7 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     config: dict[str, Any]
     defines: list[Definition]
     deadline_s: float
+    began_offline: bool = False
 
 
 class Apply(msgspec.Struct, tag=True, frozen=True):
@@ -77,8 +81,12 @@ class Apply(msgspec.Struct, tag=True, frozen=True):
     defines: list[Definition] = []
 
 
+class Confirm(msgspec.Struct, tag=True, frozen=True):
+    """Say what the server has shown so far; answered at once."""
+
+
 class Finish(msgspec.Struct, tag=True, frozen=True):
-    """End the run, its summary set to the fold.
+    """End the run, its config and summary set to the fold.
 
     Attributes:
         exit_code: what W&B is told; None leaves the run without W&B's own finish as soon as W&B
@@ -87,6 +95,7 @@ class Finish(msgspec.Struct, tag=True, frozen=True):
 
     exit_code: int | None
     summary: dict[str, Any]
+    config: dict[str, Any] = {}
 
 
 class Opened(msgspec.Struct, tag=True, frozen=True):
@@ -96,18 +105,34 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
         next_row: number of the first row that W&B does not have.
         base: W&B's own step of row 0.
         url: the run's page, when it has one.
+        confirm_interval_s: how often this child asks the server for its step; None: never.
     """
 
     next_row: int
     base: int
     url: str | None
     entity: str | None
+    confirm_interval_s: float | None = None
 
 
 class Applied(msgspec.Struct, tag=True, frozen=True):
     """Everything up to before this row number is with W&B's client."""
 
     next_row: int
+
+
+class Confirmed(msgspec.Struct, tag=True, frozen=True):
+    """What the server has said so far.
+
+    Attributes:
+        rows: rows that it has.
+        answers: how often it has answered since the run was opened.
+        error: why it did not answer the last time.
+    """
+
+    rows: int
+    answers: int
+    error: str | None
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
@@ -126,8 +151,8 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     error: str
 
 
-Request = Open | Apply | Finish
-Reply = Opened | Applied | Finished | Failed
+Request = Open | Apply | Confirm | Finish
+Reply = Opened | Applied | Confirmed | Finished | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -3,6 +3,10 @@
 Every request has a deadline. A child that dies, hangs or refuses is killed and started again
 after a growing pause; the new one says which row W&B has last, and the cursor is set there.
 Nothing is kept in memory but the batch under way: the backlog is the outbox on disk.
+
+Online, a row is delivered when the server shows it. The child is asked at intervals what the
+server has shown; when rows do not arrive though it answers, the child is replaced, and the next
+one goes on where the server really is.
 """
 
 from __future__ import annotations
@@ -17,8 +21,9 @@ from typing import IO, TypeVar
 
 import msgspec
 
-from raywb.errors import SinkError
+from raywb.errors import KeyMissing, SinkError
 from raywb.reports import RunInfo, SinkStatus
+from raywb.service.confirm import Standstill
 from raywb.service.fold import Fold
 from raywb.service.outbox import Cursor, Item, Outbox, OutConfig, OutDefine, OutRow, OutSummary
 from raywb.service.sink_messages import (
@@ -26,6 +31,8 @@ from raywb.service.sink_messages import (
     LENGTH,
     Applied,
     Apply,
+    Confirm,
+    Confirmed,
     Definition,
     Failed,
     Finish,
@@ -53,6 +60,10 @@ ROWS_PER_REQUEST = 500
 FIRST_PAUSE_S = 1.1
 LONGEST_PAUSE_S = 30.0
 
+#: Most rows that W&B's client is given beyond those that the server has shown: they would all be
+#: sent again after a fault, and until then lie in W&B's client as well.
+MOST_UNCONFIRMED_ROWS = 100_000
+
 
 class SinkProcess:
     """The service's handle of one W&B run.
@@ -63,7 +74,7 @@ class SinkProcess:
         outbox: where its rows are.
         fold: what the run amounts to so far; kept up to date by the service.
         open_request: makes the first message for a child; it is called at each start, so that
-            a key that arrived meanwhile is found.
+            a key that arrived meanwhile is found, and raises :class:`KeyMissing` without one.
         on_opened: called each time a child has opened the run.
         deadline_s: longest that one request may take.
         stderr: file for what the child and W&B's client print.
@@ -82,7 +93,8 @@ class SinkProcess:
         stderr: Path,
     ) -> None:
         self.run = run
-        #: Rows that W&B's client has taken, and rows that W&B has shown to have.
+        #: Rows that W&B's client has taken, and rows that W&B has shown to have: online its
+        #: server, offline its files, which are read when the run is opened and ended.
         self.delivered_rows = 0
         self.confirmed_rows = 0
         #: Rows that W&B had when it was first asked; None before.
@@ -99,10 +111,14 @@ class SinkProcess:
         self._last_error: str | None = None
         self._child: asyncio.subprocess.Process | None = None
         self._wake = asyncio.Event()
+        self._again = asyncio.Event()
         self._finish: Finish | None = None
         self._resting = False
         #: Where a session that left had read to.
         self._cursor: Cursor | None = None
+        self._standstill = Standstill()
+        self._task: asyncio.Task[None] | None = None
+        self._stopped = False
         self.done = asyncio.Event()
 
     @property
@@ -111,6 +127,7 @@ class SinkProcess:
         return SinkStatus(
             state=self._state,
             applied_rows=self.delivered_rows,
+            confirmed_rows=self.confirmed_rows,
             restarts=self._restarts,
             last_error=self._last_error,
         )
@@ -138,14 +155,33 @@ class SinkProcess:
             self._resting = resting
             self._wake.set()
 
+    def retry_now(self) -> None:
+        """What a sink waits for may have come: try again before the pause is over."""
+        self._again.set()
+
+    def stop(self) -> None:
+        """Leave the run as it is, open; nothing that the child still says is heard."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def gone(self) -> None:
+        """Wait until a sink that was stopped has ended its child."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
     async def serve(self) -> None:
         """Deliver until the run is finished or the task is cancelled."""
+        self._task = asyncio.current_task()
         pause_s = FIRST_PAUSE_S
         try:
-            while not self.done.is_set():
-                before = self.delivered_rows
+            while not (self.done.is_set() or self._stopped):
+                before = (self.delivered_rows, self.confirmed_rows)
+                self._again.clear()
                 try:
                     await self._session()
+                except KeyMissing as error:
+                    self._state, self._last_error = "no key", str(error)
                 except (SinkError, OSError, TimeoutError, EOFError) as error:
                     self._restarts += 1
                     self._state = "retrying"
@@ -157,15 +193,18 @@ class SinkProcess:
                     return
                 if self._state == "resting":
                     await self._something_to_do()
-                if self.delivered_rows > before:
+                if self.delivered_rows > before[0] or self.confirmed_rows > before[1]:
                     pause_s = FIRST_PAUSE_S
-                await asyncio.sleep(pause_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._again.wait()
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
         finally:
             await self._end_child()
 
     async def _session(self) -> None:
-        """One child's life: open, feed, finish."""
+        """One child's life: open, feed, confirm, finish."""
+        request = self._open_request()
         with self._open_stderr() as stderr:
             self._child = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -176,25 +215,23 @@ class SinkProcess:
                 stderr=stderr,
                 env=sink_environment(process_environment()),
             )
-        opened = await self._ask(self._open_request(), Opened)
-        emitted = self._outbox.rows_of(self._number)
-        if opened.next_row > emitted:
-            raise SinkError(
-                f"W&B's run {self.run.id} has {opened.next_row} rows and raywb emitted {emitted}: "
-                "somebody else writes to this run; give this one another run_id"
-            )
-        self._on_opened(opened)
-        self.delivered_rows = self.confirmed_rows = opened.next_row
-        if self.found_rows is None:
-            self.found_rows = opened.next_row
-        self._state = "running"
+        opened = await self._open(request)
         cursor = self._outbox.cursor(self._number, opened.next_row)
+        interval_s = opened.confirm_interval_s
+        loop = asyncio.get_running_loop()
+        confirmed_at = loop.time()
         while True:
             self._wake.clear()
+            if interval_s is not None and loop.time() - confirmed_at >= interval_s:
+                confirmed_at = loop.time()
+                await self._confirm()
+            if self._window_is_full:
+                await self._woken(interval_s)
+                continue
             items = self._outbox.read(cursor, ROWS_PER_REQUEST)
             for start in range(0, len(items), ROWS_PER_REQUEST):
-                request = _apply_request(items[start : start + ROWS_PER_REQUEST])
-                applied = await self._ask(request, Applied)
+                request_items = items[start : start + ROWS_PER_REQUEST]
+                applied = await self._ask(_apply_request(request_items), Applied)
                 self.delivered_rows = applied.next_row
             if items:
                 continue
@@ -208,7 +245,7 @@ class SinkProcess:
                 self._state = "resting"
                 self._cursor = cursor
                 return
-            await self._wake.wait()
+            await self._woken(interval_s)
 
     async def _something_to_do(self) -> None:
         """Wait until a run that was left has something for W&B again, or is to be ended."""
@@ -218,14 +255,63 @@ class SinkProcess:
                 return
             await self._wake.wait()
 
+    async def _open(self, request: Open) -> Opened:
+        opened = await self._ask(request, Opened)
+        self._check_rows(opened.next_row)
+        self._on_opened(opened)
+        self.delivered_rows = self.confirmed_rows = opened.next_row
+        if self.found_rows is None:
+            self.found_rows = opened.next_row
+        self._standstill.begin(opened.next_row, opened.confirm_interval_s or 0.0)
+        self._state = "running"
+        return opened
+
+    def _check_rows(self, rows: int) -> None:
+        emitted = self._outbox.rows_of(self._number)
+        if rows > emitted:
+            raise SinkError(
+                f"W&B's run {self.run.id} has {rows} rows and raywb emitted {emitted}: "
+                "somebody else writes to this run; give this one another run_id"
+            )
+
+    @property
+    def _window_is_full(self) -> bool:
+        online = self.run.mode == "online"
+        return online and self.delivered_rows - self.confirmed_rows >= MOST_UNCONFIRMED_ROWS
+
+    async def _woken(self, timeout_s: float | None) -> None:
+        """Wait until there is something to do, or it is time to look at the server's step."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+
+    async def _confirm(self) -> None:
+        """Take over what the server has shown.
+
+        Raises:
+            SinkError: rows were handed over, and the server's step stands still; or it has more
+                than there are.
+        """
+        answer = await self._ask(Confirm(), Confirmed)
+        self._check_rows(answer.rows)
+        self.confirmed_rows = max(self.confirmed_rows, min(answer.rows, self.delivered_rows))
+        self._last_error = answer.error or self._last_error
+        now = asyncio.get_running_loop().time()
+        patience_s = self._standstill.patience_s
+        if self._standstill.note(answer.rows, self.delivered_rows, answer.answers, now):
+            raise SinkError(
+                f"W&B's server has shown {answer.rows} of {self.delivered_rows} rows for "
+                f"{patience_s:g} s, and no more come; the rest is sent again"
+            )
+
     def _open_stderr(self) -> IO[bytes]:
         self._stderr.parent.mkdir(parents=True, exist_ok=True)
         return open(self._stderr, "ab")
 
     async def _end_run(self, exit_code: int | None) -> None:
         deadline_s = self._deadline_s if exit_code is not None else self._deadline_s + LEAVE_S
-        request = Finish(exit_code, self._fold.summary())
-        finished = await self._ask(request, Finished, deadline_s)
+        end = Finish(exit_code, self._fold.summary(), self._fold.config)
+        finished = await self._ask(end, Finished, deadline_s)
         self.delivered_rows = self.confirmed_rows = finished.rows
 
     async def _ask(

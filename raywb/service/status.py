@@ -39,6 +39,9 @@ def make_status(
     found = list(problems.values())
     if ingest.ledger_error:
         found.append(ingest.ledger_error)
+    sink = runs.sink_status(run)
+    if sink.state == "no key" and sink.last_error:
+        found.append(sink.last_error)
     found += [f"{count} requests refused: {reason}" for reason, count in ingest.refused.items()]
     return Status(
         version=__version__,
@@ -52,7 +55,7 @@ def make_status(
         lost=runs.lost(),
         rejected=merge.rejected,
         after_finish_rows=delivery.waiting_rows() if runs.open is None else 0,
-        sink=runs.sink_status(run),
+        sink=sink,
         sources=_sources(delivery, ingest),
         problems=found,
         unconfirmed=delivery.unconfirmed(),

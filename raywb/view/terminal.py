@@ -35,6 +35,8 @@ def _run_facts(run: RunInfo) -> list[tuple[str, str]]:
     facts = [("run", f"{run.name} ({run.id})"), ("group", group), ("mode", run.mode)]
     if run.url:
         facts.append(("page", run.url))
+    if run.began_offline:
+        facts.append(("began", f"offline; those files are set aside in {run.dir}/superseded"))
     return [*facts, ("files", run.dir)]
 
 
@@ -66,6 +68,8 @@ def render_status(status: Status) -> RenderableType:
     if status.run.provisional and not status.finished:
         state = "open, provisional (no start() has brought settings)"
     sink = status.sink.state
+    if status.run.mode == "online":
+        sink += f", {status.sink.confirmed_rows} rows shown by its server"
     if status.sink.restarts:
         sink += f", restarted {status.sink.restarts} times"
     if status.sink.last_error and not status.finished:
