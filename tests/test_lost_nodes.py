@@ -143,9 +143,10 @@ def test_a_node_lost_with_its_disk_is_unconfirmed(nodes: Nodes) -> None:
 run = raywb.start(project="lost", silent_after_s=4.0)
 workers = [worker_on(2), worker_on(2), worker_on(3)]
 ray.get([worker.stream.remote(f"worker_{n}") for n, worker in enumerate(workers)])
-until("rows of all", lambda: all(
-    source.received_rows > 20 for source in raywb.status().sources if not source.ended
-) and raywb.status().received_rows > 200)
+until("rows of all", lambda: 3 == sum(
+    source.stages[0].startswith("worker_") and source.received_rows > 20
+    for source in raywb.status().sources
+))
 report(node(2))
 told()
 until("the loss to be seen", lambda: len(raywb.status().unconfirmed) == 2)
