@@ -77,7 +77,8 @@ class Stream:
         self.rows = 0
         self.slowest_s = 0.0
         self._going = True
-        self._thread = threading.Thread(target=self._log)
+        # A daemon: the stream of a test that fails ends with the process.
+        self._thread = threading.Thread(target=self._log, daemon=True)
         self._thread.start()
 
     def _log(self) -> None:
@@ -168,7 +169,7 @@ def test_the_service_is_killed(
             streams.wait_for_rows()
     for stream in streams.streams.values():
         stream.end()
-    ended = threading.Thread(target=_finish_that_is_killed, args=[service])
+    ended = threading.Thread(target=_finish_that_is_killed, args=[service], daemon=True)
     ended.start()
     time.sleep(dice.uniform(0.0, 2.0))
     service.service.kill()
