@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -12,6 +16,8 @@ from raywb.service.merge import Merge
 from raywb.service.outbox import Batch, Item, Outbox, OutRow
 
 __all__ = ["Delivery"]
+
+_run_of = operator.attrgetter("run")
 
 
 class Delivery:
@@ -40,9 +46,14 @@ class Delivery:
 
     def _take(self, batch: Batch) -> None:
         self.position = max(self.position, batch.ledger_position)
-        for item in batch.items:
-            self.own_rows[item.run] += not batch.consumed and isinstance(item, OutRow)
-            self.folds.setdefault(item.run, Fold()).apply(item)
+        if not batch.consumed:
+            self.own_rows.update(item.run for item in batch.items if isinstance(item, OutRow))
+        for run, items in itertools.groupby(batch.items, _run_of):
+            fold = self.folds.get(run)
+            if fold is None:
+                fold = self.folds[run] = Fold()
+            for item in items:
+                fold.apply(item)
 
     def open_run(self, number: int) -> None:
         """Rows from here on belong to run ``number``."""
@@ -60,11 +71,15 @@ class Delivery:
         self.outbox.append(batch)
         self._take(batch)
 
-    def advance(self, limit: int | None) -> bool:
+    def advance(self, limit: int | None, budget_s: float = math.inf) -> bool:
         """Make rows of what the ledger received, up to position ``limit``.
 
         Each batch is on disk before a sink can see it. One that could not be written is kept
         and comes first at the next call; nothing is consumed before it.
+
+        Args:
+            limit: the ledger position to go to; its end where it is None.
+            budget_s: no further entry is begun after this time.
 
         Returns:
             Whether anything was consumed.
@@ -77,6 +92,7 @@ class Delivery:
         end = self.ledger.end if limit is None else limit
         if before >= end:
             return False
+        deadline = time.monotonic() + budget_s
         for entry in self.ledger.read(before):
             if entry.next_position > end:
                 break
@@ -85,6 +101,8 @@ class Delivery:
             )
             self._write_unwritten()
             self.position = max(self.position, entry.next_position)
+            if time.monotonic() > deadline:
+                return True
         # What lies between the last whole entry and the end is damage, and counted by the log.
         self.position = max(self.position, end)
         return True

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import operator
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +36,8 @@ __all__ = [
     "Range",
     "SeriesName",
 ]
+
+_run_of = operator.attrgetter("run")
 
 
 class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
@@ -174,12 +178,12 @@ class Outbox:
 
     def _note(self, batch: Batch, position: int) -> None:
         first_rows: dict[int, int] = {}
-        for item in batch.items:
-            self._index.setdefault(item.run, [(0, position)])
-            if isinstance(item, OutRow):
-                number = self._rows.get(item.run, 0)
-                first_rows.setdefault(item.run, number)
-                self._rows[item.run] = number + 1
+        for run in set(map(_run_of, batch.items)):
+            self._index.setdefault(run, [(0, position)])
+        rows = Counter(item.run for item in batch.items if isinstance(item, OutRow))
+        for run, count in rows.items():
+            first_rows[run] = self._rows.get(run, 0)
+            self._rows[run] = first_rows[run] + count
         for run, number in first_rows.items():
             if number - self._index[run][-1][0] >= self.INDEX_EVERY_ROWS:
                 self._index[run].append((number, position))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import secrets
 import string
 import time
@@ -211,13 +212,16 @@ class Runs:
         )
         save_state(self._directory, self._state)
 
-    def advance(self) -> bool:
+    def advance(self, budget_s: float = math.inf) -> bool:
         """Make rows of the ledger as far as it belongs to the last run, and wake the sinks.
+
+        Args:
+            budget_s: see :meth:`Delivery.advance`.
 
         Raises:
             OSError: the outbox takes nothing.
         """
-        if self.last is None or not self._delivery.advance(self.last.cut):
+        if self.last is None or not self._delivery.advance(self.last.cut, budget_s):
             return False
         for sink in self._sinks.values():
             sink.wake()
