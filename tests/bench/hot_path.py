@@ -26,18 +26,20 @@ CALLS = 4000
 
 
 class Cost(NamedTuple):
-    """What one call costs, in microseconds."""
+    """What one call costs, in microseconds; the mean is what a loop loses to it for each row."""
 
     median_us: float
     p99_us: float
+    mean_us: float
 
     def __str__(self) -> str:
         return f"{self.median_us:.2f} µs (p99 {self.p99_us:.1f})"
 
 
 def _cost(times_ns: list[int]) -> Cost:
-    times_ns.sort()
-    return Cost(times_ns[len(times_ns) // 2] / 1e3, times_ns[len(times_ns) * 99 // 100] / 1e3)
+    times_us = sorted(time_ns / 1e3 for time_ns in times_ns)
+    count = len(times_us)
+    return Cost(times_us[count // 2], times_us[count * 99 // 100], sum(times_us) / count)
 
 
 def _time_floor(fd: int, rows: list[dict[str, float]]) -> Cost:
@@ -63,9 +65,9 @@ def _time_log(log: Callable[..., None], rows: list[dict[str, Any]]) -> Cost:
 
 
 def _best(rounds: list[Cost]) -> Cost:
-    """The best round's median, and the p99 that half of the rounds kept."""
-    p99_us = statistics.median(cost.p99_us for cost in rounds)
-    return Cost(min(cost.median_us for cost in rounds), p99_us)
+    """The best round's median and mean, and the p99 that half of the rounds kept."""
+    medians_us, p99s_us, means_us = zip(*rounds, strict=True)
+    return Cost(min(medians_us), statistics.median(p99s_us), min(means_us))
 
 
 def _time_raywb(_: int, endpoint: Endpoint, service_pid: int, rounds: int) -> dict[str, Cost]:
@@ -101,29 +103,30 @@ def _time_raywb(_: int, endpoint: Endpoint, service_pid: int, rounds: int) -> di
     return {name: _best(costs) for name, costs in found.items()}
 
 
-#: Times `call(row)` as the others are timed, and prints the round's median.
+#: Times `call(row)` as the others are timed; the best round's median and mean, in microseconds.
 _TIMED = """
 import random, sys, time
 rows = [{f"metric_{n}": random.random() for n in range(10)} for _ in range(100)]
 
-def median_us(call, calls, rounds=5):
-    medians = []
+def timed(call, calls, rounds=5):
+    medians, means = [], []
     for _ in range(rounds):
         times = []
         for number in range(calls // rounds):
             row = rows[number % 100]
             began = time.perf_counter_ns()
             call(row)
-            times.append(time.perf_counter_ns() - began)
-        medians.append(sorted(times)[len(times) // 2] / 1e3)
-    return min(medians)
+            times.append((time.perf_counter_ns() - began) / 1e3)
+        medians.append(sorted(times)[len(times) // 2])
+        means.append(sum(times) / len(times))
+    return [min(medians), min(means)]
 """
 
 _WANDB = """
 import wandb
 shared = sys.argv[2] == "shared"
 run = wandb.init(project="bench", settings=wandb.Settings(mode="shared") if shared else None)
-print("median", median_us(run.log, int(sys.argv[1])))
+print("timed", *timed(run.log, int(sys.argv[1])))
 run.finish()
 """
 
@@ -145,21 +148,26 @@ ray.init(log_to_driver=False)
 calls = told()
 sink = Sink.remote()
 ray.get(sink.count.remote())
-actor_us = median_us(sink.log.remote, calls)
+actor = timed(sink.log.remote, calls)
 assert ray.get(sink.count.remote()) == calls
 queue = Queue()
 queue.put(rows[0])
-report([actor_us, median_us(queue.put, calls // 5)])
+report([actor, timed(queue.put, calls // 5)])
 """
 
 
-def _time_wandb(directory: Path, calls: int, kind: str, base_url: str | None = None) -> float:
+#: Median and mean of a peer's call, in microseconds.
+Peer = tuple[float, float]
+
+
+def _time_wandb(directory: Path, calls: int, kind: str, base_url: str | None = None) -> Peer:
     home = directory / f"wandb-{kind}"
     home.mkdir()
     done = run_client(_TIMED + _WANDB, home, base_url, str(calls), kind, timeout_s=300.0)
     if done.returncode:
         raise RuntimeError(f"wandb.log could not be timed: {done.stderr}")
-    return float(done.stdout.split("median")[1])
+    median_us, mean_us = map(float, done.stdout.split("timed")[1].split()[:2])
+    return median_us, mean_us
 
 
 def measure(directory: Path, *, quick: bool) -> list[Line]:
@@ -167,14 +175,24 @@ def measure(directory: Path, *, quick: bool) -> list[Line]:
     with service_process(directory, mode="disabled") as service:
         (ours,) = in_processes(1, _time_raywb, service.endpoint, service.pid, 5 if quick else 15)
     calls = 1000 if quick else 5000
-    wandb_us = _time_wandb(directory, calls, "alone")
+    alone = _time_wandb(directory, calls, "alone")
     with WandbServer() as server:
-        shared_us = _time_wandb(directory, calls, "shared", server.url)
+        shared = _time_wandb(directory, calls, "shared", server.url)
     with RayCluster.start(num_cpus=2) as cluster:
         driver = cluster.driver(_TIMED + _RAY)
         driver.tell(calls)
-        actor_us, queue_us = driver.next_report()
-    return [*_lines_of_log(ours), *_lines_of_peers(ours, wandb_us, shared_us, actor_us, queue_us)]
+        actor, queue = driver.next_report()
+    peers = {
+        "wandb.log": (alone, 80, "offline, in one process"),
+        "wandb.log, shared mode": (shared, None, "a loopback server"),
+        "an actor call per row": (actor, 60, "log.remote(row), not waited for, one caller"),
+        "ray.util.queue.Queue.put": (queue, None, "one caller"),
+    }
+    flat = ours["flat"]
+    return [
+        *_lines_of_log(ours),
+        *(_line_of_peer(flat, name, *peer) for name, peer in peers.items()),
+    ]
 
 
 def _lines_of_log(ours: dict[str, Cost]) -> list[Line]:
@@ -206,27 +224,15 @@ def _lines_of_log(ours: dict[str, Cost]) -> list[Line]:
     return lines
 
 
-def _lines_of_peers(
-    ours: dict[str, Cost], wandb_us: float, shared_us: float, actor_us: float, queue_us: float
-) -> list[Line]:
-    flat = ours["flat"].median_us
-    peers = (
-        ("wandb.log", wandb_us, 80, "offline, in one process, ten floats"),
-        ("wandb.log, shared mode", shared_us, None, "a loopback server, ten floats"),
-        ("an actor call per row", actor_us, 60, "log.remote(row), not waited for, one caller"),
-        ("ray.util.queue.Queue.put", queue_us, None, "put(row) of one caller"),
+def _line_of_peer(ours: Cost, name: str, peer: Peer, wanted: int | None, how: str) -> Line:
+    median_us, mean_us = peer
+    ratio = mean_us / ours.mean_us
+    return Line(
+        f"log() against {name}",
+        f"mean {ours.mean_us:.2f} µs, {ratio:.0f}x cheaper "
+        f"(medians: {median_us / ours.median_us:.0f}x)",
+        f"mean {mean_us:.0f} µs, median {median_us:.0f} µs"
+        + (f"; wanted: at least {wanted}x" if wanted else ""),
+        f"ten floats, {how}; what the caller's loop loses for each row, best round's mean",
+        ratio >= wanted if wanted else None,
     )
-    lines = []
-    for name, cost_us, wanted, conditions in peers:
-        ratio = cost_us / flat
-        target = f"; wanted: at least {wanted}x" if wanted else ""
-        lines.append(
-            Line(
-                f"log() against {name}",
-                f"{flat:.2f} µs, {ratio:.0f}x cheaper",
-                f"{cost_us:.0f} µs{target}",
-                conditions,
-                ratio >= wanted if wanted else None,
-            )
-        )
-    return lines
