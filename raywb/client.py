@@ -134,18 +134,18 @@ class Client:
 
     def _is_plain(self, payload: bytes, step: Any, metrics: dict[Any, Any]) -> bool:
         """Whether a row is good as it is; if so, rows of its shape are known from now on."""
+        types = set(map(type, metrics.values()))
         good = (
             bool(metrics)
-            and _PLAIN.issuperset(map(type, metrics.values()))
+            and types <= _PLAIN
             and _TEXT.issuperset(map(type, metrics))
             and type(step) in _STEPS
             and len(payload) <= MAX_MESSAGE_BYTES
         )
         # The first of two shapes of one length stays, so that rows in turn cause no work.
-        if good and len(self._shapes) < MOST_SHAPES and len(payload) not in self._shapes:
-            shape = shape_of(payload, self._channel, step, metrics)
-            if shape is not None:
-                self._shapes[len(payload)] = shape
+        known = str in types or len(payload) in self._shapes or len(self._shapes) >= MOST_SHAPES
+        if good and not known and (shape := shape_of(payload, self._channel, step, metrics)):
+            self._shapes[len(payload)] = shape
         return good
 
     def _log_with_care(self, metrics: Any, step: Any) -> None:

@@ -239,16 +239,23 @@ def scan(data: bytes | memoryview) -> Iterator[Frame | Damage]:
     within a bound on the work; what lies beyond the bound is one more stretch of damage.
     """
     view = memoryview(data)
-    position = 0
-    while position < len(view):
-        found = _frame_at(view, position)
-        if found is None:
-            resumed = _resync(view, position + 1)
-            yield Damage(position, resumed)
-            position = resumed
-        else:
-            yield found
-            position = found.end
+    position, size = 0, len(view)
+    unpack, header_bytes = HEADER.unpack_from, HEADER.size
+    while position < size:
+        begin = position + header_bytes
+        if begin <= size:
+            # What _frame_at does, in place: this is the service's path for every single row.
+            mark, length, expected = unpack(view, position)
+            end = begin + length
+            if mark == MARK and length <= MAX_MESSAGE_BYTES and end <= size:
+                payload = view[begin:end]
+                if checksum(payload) == expected:
+                    yield Frame(position, end, payload)
+                    position = end
+                    continue
+        resumed = _resync(view, position + 1)
+        yield Damage(position, resumed)
+        position = resumed
 
 
 def _resync(view: memoryview, position: int) -> int:

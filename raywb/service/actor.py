@@ -68,6 +68,8 @@ MERGE_PAUSE_S = 0.02
 
 #: How often rows that wait for other ranks are looked at, in seconds.
 RANK_LOOK_S = 0.25
+#: Time after which a step of the merge begins no further entry, in seconds.
+MERGE_STEP_S = 0.05
 
 #: How often losses that grew are written into the run, in seconds.
 LOSS_INTERVAL_S = 10.0
@@ -357,8 +359,10 @@ class RaywbService:
         self._new_entries.set()
         while True:
             await self._work(parts)
+            began = time.monotonic()
             try:
-                parts.runs.advance(parts.ingest.pace_s)
+                if parts.runs.advance(MERGE_STEP_S, pace_s=parts.ingest.pace_s):
+                    self._new_entries.set()
                 # To add up over all sources is too much for every step.
                 if time.monotonic() - looked_at > LOSS_INTERVAL_S:
                     looked_at = time.monotonic()
@@ -370,8 +374,20 @@ class RaywbService:
                 self._problems["outbox"] = f"the outbox takes nothing: {error}"
                 self._new_entries.set()
                 await asyncio.sleep(RETRY_PAUSE_S)
-            # A breath, so that many small arrivals become one step.
+            await self._take_breath(parts.delivery, time.monotonic() - began)
+
+    async def _take_breath(self, delivery: Delivery, step_s: float) -> None:
+        """Pause, so that many small arrivals become one step of the merge.
+
+        While more and more arrives, the listener has as much time as the merge had: whoever waits
+        for an acknowledgement keeps his rows on disk, and what is here already can wait.
+        """
+        deadline = time.monotonic() + step_s
+        while True:
+            end = delivery.ledger.end
             await asyncio.sleep(MERGE_PAUSE_S)
+            if delivery.ledger.end == end or time.monotonic() > deadline:
+                return
 
     async def _work(self, parts: _Parts) -> None:
         """Wait for something to merge: new entries, or rows whose time to wait is over."""

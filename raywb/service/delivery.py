@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import operator
 import time
 from pathlib import Path
 
 from raywb.reports import UnconfirmedSource
 from raywb.rows import ROW_TAG, Frame, scan
 from raywb.service.fold import Fold
-from raywb.service.ledger import Ledger
+from raywb.service.ledger import Entry, Ledger
 from raywb.service.liveness import Liveness
 from raywb.service.merge import Merge, Source
 from raywb.service.outbox import Batch, Item, Outbox
 from raywb.service.ranks import Waiting
 
 __all__ = ["Delivery"]
+
+_run_of = operator.attrgetter("run")
+_position_of = operator.attrgetter("next_position")
 
 
 class Delivery:
@@ -44,8 +50,12 @@ class Delivery:
 
     def _take(self, batch: Batch) -> None:
         self.position = max(self.position, batch.ledger_position)
-        for item in batch.items:
-            self.folds.setdefault(item.run, Fold()).apply(item)
+        for run, items in itertools.groupby(batch.items, _run_of):
+            fold = self.folds.get(run)
+            if fold is None:
+                fold = self.folds[run] = Fold()
+            for item in items:
+                fold.apply(item)
 
     def open_run(self, number: int) -> None:
         """Rows from here on belong to run ``number``."""
@@ -63,11 +73,15 @@ class Delivery:
         self.outbox.append(batch)
         self._take(batch)
 
-    def advance(self, limit: int | None) -> bool:
+    def advance(self, limit: int | None, budget_s: float = math.inf) -> bool:
         """Make rows of what the ledger received, up to position ``limit``.
 
         Each batch is on disk before a sink can see it. One that could not be written is kept
         and comes first at the next call; nothing is consumed before it.
+
+        Args:
+            limit: the ledger position to go to; its end where it is None.
+            budget_s: no further entry is begun after this time.
 
         Returns:
             Whether anything was consumed.
@@ -80,26 +94,32 @@ class Delivery:
         end = self.ledger.end if limit is None else limit
         if before >= end:
             return False
-        begin = before
-        for entry in self.ledger.read(before):
-            if entry.next_position > end:
+        deadline = time.monotonic() + budget_s
+        for position, entries in itertools.groupby(self.ledger.read(before), _position_of):
+            if position > end:
                 break
-            # Several entries of one damaged stretch have the same position behind them.
-            if entry.next_position > self.position:
-                begin = self.position
-            self._unwritten = self.merge.consume(
-                entry.source_id,
-                entry.offset,
-                entry.data,
-                entry.next_position,
-                position=begin,
-                now_s=time.monotonic(),
-            )
-            self._write_unwritten()
-            self.position = max(self.position, entry.next_position)
+            # Damage may leave several entries with one position: none is done before the last.
+            *first, last = entries
+            for entry in first:
+                self._consume(entry, self.position)
+            self._consume(last, position)
+            self.position = max(self.position, position)
+            if time.monotonic() > deadline:
+                return True
         # What lies between the last whole entry and the end is damage, and counted by the log.
         self.position = max(self.position, end)
         return True
+
+    def _consume(self, entry: Entry, next_position: int) -> None:
+        self._unwritten = self.merge.consume(
+            entry.source_id,
+            entry.offset,
+            entry.data,
+            next_position,
+            position=self.position,
+            now_s=time.monotonic(),
+        )
+        self._write_unwritten()
 
     def release(self, waiting: Waiting | None) -> bool:
         """Make rows of what has waited long enough for other ranks; of all of it without limits.

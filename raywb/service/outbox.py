@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import operator
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,8 @@ __all__ = [
     "SeriesName",
     "State",
 ]
+
+_run_of = operator.attrgetter("run")
 
 
 class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
@@ -211,12 +214,14 @@ class Outbox:
 
     def _note(self, batch: Batch, position: int) -> None:
         first_rows: dict[int, _Mark] = {}
+        for run in set(map(_run_of, batch.items)):
+            self._index.setdefault(run, [_Mark(0, position, 0)])
         for item in batch.items:
-            self._index.setdefault(item.run, [_Mark(0, position, 0)])
             if isinstance(item, OutRow):
                 number = self._rows.get(item.run, 0)
                 logged = self._logged.get(item.run, 0)
-                first_rows.setdefault(item.run, _Mark(number, position, logged))
+                if item.run not in first_rows:
+                    first_rows[item.run] = _Mark(number, position, logged)
                 self._rows[item.run] = number + 1
                 self._logged[item.run] = logged + item.logged
         for run, mark in first_rows.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -245,10 +246,11 @@ class Runs:
         )
         save_state(self._directory, self._state)
 
-    def advance(self, pace_s: float = 0.0) -> bool:
+    def advance(self, budget_s: float = math.inf, *, pace_s: float = 0.0) -> bool:
         """Make rows of the ledger as far as it belongs to the last run, and wake the sinks.
 
         Args:
+            budget_s: see :meth:`Delivery.advance`.
             pace_s: how often sources come; ranks are waited for accordingly.
 
         Raises:
@@ -257,10 +259,11 @@ class Runs:
         run = self.last
         if run is None:
             return False
-        advanced = self._delivery.advance(run.cut)
+        advanced = self._delivery.advance(run.cut, budget_s)
         if self._delivery.merge.waiting_rows:
             # Behind the cut of a finish nothing comes that could be waited for.
-            waiting = self._waiting(run, pace_s) if run.cut is None else None
+            is_over = run.cut is not None and self._delivery.position >= run.cut
+            waiting = None if is_over else self._waiting(run, pace_s)
             advanced = self._delivery.release(waiting) or advanced
         if advanced:
             for sink in self._sinks.values():
