@@ -8,6 +8,7 @@ a frame inside it is passed over.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Iterable
@@ -177,6 +178,15 @@ class Merge:
             source.consumed = max(source.consumed, consumed.end)
             source.rows += consumed.rows
             self.rows += consumed.rows
+
+    def recall(self, source_id: str, data: bytes) -> None:
+        """Take over who a source is, and what its channels are, from bytes that were consumed."""
+        source = self.sources.setdefault(source_id, Source())
+        for found in scan(data):
+            with contextlib.suppress(FrameError):  # counted when they were consumed
+                message = decode(found.payload) if isinstance(found, Frame) else None
+                if isinstance(message, (Hello, Channel, Counters, End)):
+                    self._note(source_id, source, message)
 
     def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
         match message:
