@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Iterable
 
@@ -29,6 +30,7 @@ from raywb.rows import (
     decode,
     scan,
 )
+from raywb.service.bounds import MAX_REASONS, check
 from raywb.service.outbox import (
     Batch,
     Item,
@@ -85,6 +87,7 @@ class Merge:
         self._series_count: Counter[str] = Counter()
         self._lost_before: Counter[str] = Counter()
         self._rejected_before = 0
+        self._reasons: set[str] = set()
 
     def open_run(self, run: int) -> None:
         """Rows from here on belong to ``run``: its namespaces and counters begin anew."""
@@ -151,6 +154,7 @@ class Merge:
                 continue
             try:
                 message = decode(found.payload)
+                check(message)
             except FrameError:
                 batch.damaged += 1
                 continue
@@ -186,6 +190,7 @@ class Merge:
             with contextlib.suppress(FrameError):  # counted when they were consumed
                 message = decode(found.payload) if isinstance(found, Frame) else None
                 if isinstance(message, (Hello, Channel, Counters, End)):
+                    check(message)
                     self._note(source_id, source, message)
 
     def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
@@ -219,9 +224,19 @@ class Merge:
             case Channel():
                 source.channels[message.channel] = message
             case Counters():
-                source.counters = _later(source.counters, message)
+                known = self._known_reasons(message)
+                source.counters = _later(source.counters, known)
             case End():
                 source.ended = True
+
+    def _known_reasons(self, counters: Counters) -> Counters:
+        """The same counts; reasons beyond those that are told apart become one."""
+        lost: Counter[str] = Counter()
+        for reason, count in counters.lost.items():
+            if len(self._reasons) < MAX_REASONS:
+                self._reasons.add(reason)
+            lost[reason if reason in self._reasons else "other"] += count
+        return Counters(counters.rejected, dict(lost))
 
     def _use_row(self, source_id: str, source: Source, row: Row, batch: Batch) -> None:
         items = batch.items
@@ -230,7 +245,7 @@ class Merge:
         metrics: dict[str, Scalar] = {prefix + key: value for key, value in row.metrics.items()}
         time_s = row.time_s
         stamp = metrics.pop(prefix + "_timestamp", None)
-        if isinstance(stamp, (int, float)):
+        if isinstance(stamp, (int, float)) and math.isfinite(stamp):
             time_s = float(stamp)
         if channel is not None and channel.axis is not None:
             self._define_axis(items, prefix, prefix + channel.axis, metrics)
