@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from raywb import __version__
 from raywb.cluster import Cluster
 from raywb.journal import Journal, new_source_id
@@ -203,9 +205,16 @@ class Connection:
         label: str | None = None,
         axis: str | None = None,
     ) -> int:
-        """Open a channel for a stage; returns its number."""
+        """Open a channel for a stage; returns its number.
+
+        Who asks for the same stage again gets the same channel: a process may attach very often.
+        Each series has its own.
+        """
         with self._lock:
             channel = Channel(len(self._channels), stage, rank, world_size, label, axis)
+            for known in self._channels if label is None else ():
+                if known == msgspec.structs.replace(channel, channel=known.channel):
+                    return known.channel
             self._channels.append(channel)
             if self.journal is not None:  # a new journal begins with all channels
                 self._say(channel)

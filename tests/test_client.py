@@ -280,3 +280,15 @@ def test_the_token_is_not_in_a_repr(service: LocalService) -> None:
     endpoint = service.endpoint
     assert endpoint.token not in repr(endpoint)
     assert endpoint.address in repr(endpoint)
+
+
+def test_many_attaches_are_one_channel(alone: Client) -> None:
+    """Whoever attaches again for the same stage and rank gets the same channel."""
+    connection = alone._connection
+    numbers = {connection.open_channel("s", None, None) for _ in range(10_000)}
+    assert numbers == {connection.open_channel("s", None, None)}
+    others = [("s", 0, 2), ("s", 1, 2), ("t", None, None)]
+    assert len({connection.open_channel(*other) for other in others} | numbers) == 4
+    series = {connection.open_channel("s", None, None, label="a", axis="t") for _ in range(3)}
+    assert len(series) == 3
+    assert len(messages_of(connection.journal.segments)) < 10

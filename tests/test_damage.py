@@ -9,22 +9,29 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from local_service import LocalService, local_service
+from ray_cluster import until
+from wandb_file import read_runs
 
 from raywb.journal import Journal, Segments
 from raywb.rows import HEADER, Frame, Row, encode, frame, scan
 from raywb.service.ledger import Ledger
 from raywb.service.merge import Merge
+from raywb.service.outbox import Batch, Outbox, OutRow
+from raywb.service.state import ServiceState, load_state, save_state
 
 # Read here, since each test runs without such variables.
 LONG = bool(os.environ.get("RAYWB_LONG"))
 
 many = settings(
-    max_examples=3000 if LONG else 150,
+    max_examples=3000 if LONG else 100,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
@@ -314,3 +321,126 @@ def test_what_is_unreadable_is_counted(tmp_path: Path) -> None:
         assert rows_of(ledger)[0][SOURCES[0]] == [0, 1, 2] * 2
         assert (ledger.damaged, ledger.unreadable) == (1, 1), "counted again when read again"
         ledger.close()
+
+
+@many
+@given(st.lists(st.integers(1, 4), min_size=1, max_size=12), st.data())
+def test_a_damaged_outbox_moves_no_other_row(
+    tmp_path_factory: pytest.TempPathFactory, counts: list[int], data: st.DataObject
+) -> None:
+    """Every row that is read has the number that it was written with; the others are counted."""
+    directory = tmp_path_factory.mktemp("outbox")
+    outbox = Outbox(directory)
+    written, lengths, before = 0, [], 0
+    for count in counts:
+        rows = [OutRow(1, 1.0, {"x": number}) for number in range(written, written + count)]
+        outbox.append(Batch(1, 0, [], rows))
+        written += count
+        lengths.append(outbox.end - before)
+        before = outbox.end
+    outbox.close()
+    flip([directory / f"{0:020d}.log"], data.draw(flips(lengths)))
+    outbox = Outbox(directory)
+    recovered = list(outbox.recover())
+    outbox.append(Batch(1, 0, [], [OutRow(1, 1.0, {"x": outbox.rows_of(1)})]))
+    first = data.draw(st.integers(0, outbox.rows_of(1) - 1))
+    cursor = outbox.cursor(1, first)
+    found = []
+    while items := outbox.read(cursor, 3):
+        found += items
+    assert [number for number, _ in found] == list(range(first, outbox.rows_of(1)))
+    lost = [item for _, item in found if isinstance(item, OutRow) and "x" not in item.metrics]
+    for number, item in found:
+        assert item in lost or item.metrics == {"x": number}
+    if first == 0:
+        assert outbox.lost_rows[1] == len(lost)
+    assert len(recovered) < len(counts)
+    outbox.close()
+    shutil.rmtree(directory)
+
+
+def a_state() -> ServiceState:
+    return ServiceState(cluster_id="c" * 56, token="t", incarnation=3, port=1234)
+
+
+@many
+@given(st.data())
+def test_a_damaged_state_is_read_from_its_copy(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Flipped or torn, service.json is never believed; its copy is, and the status says so."""
+    directory = tmp_path_factory.mktemp("state")
+    save_state(directory, a_state())
+    path = directory / data.draw(st.sampled_from(["service.json", "service.json.copy"]))
+    content = path.read_bytes()
+    if data.draw(st.booleans()):
+        flip([path], data.draw(flips([len(content)])))
+    else:
+        os.truncate(path, data.draw(st.integers(0, len(content) - 2)))
+    state = load_state(directory)
+    assert state is not None
+    restored = int(path.name == "service.json" and path.read_bytes() != content)
+    # A change that leaves the values as they are, of a blank for instance, is no damage.
+    assert state.restored in (0, restored)
+    state.restored = 0
+    assert state == a_state()
+    shutil.rmtree(directory)
+
+
+def test_a_state_without_a_good_copy_is_an_error(tmp_path: Path) -> None:
+    """Where both are damaged nothing is made up."""
+    save_state(tmp_path, a_state())
+    for path in tmp_path.iterdir():
+        path.write_bytes(path.read_bytes().replace(b"1234", b"1235"))
+    with pytest.raises(msgspec.DecodeError, match="checksum"):
+        load_state(tmp_path)
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
+    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    with local_service(tmp_path) as local:
+        yield local
+
+
+def rows_of_wandb(service: LocalService) -> list[int]:
+    return [x for run in read_runs(service.directory).values() for x in run.values("s/x")]
+
+
+def test_damage_is_in_status_report_and_run(service: LocalService) -> None:
+    """A service restarted on damaged files goes on, shows what it found, and counts what it cost.
+
+    Rows that W&B had before stay as they are, and later ones come behind them.
+    """
+    service.up()
+    service.start()
+    client = service.client("s")
+    for number in range(6):
+        client.log({"x": number}, step=number)
+        assert client.flush(20.0)
+        service.wait_for(lambda status: status.outbox_rows > number)  # noqa: B023
+    until("rows in W&B's file", lambda: len(rows_of_wandb(service)) == 6)
+    service.down()
+    ledger = service.directory / "ledger" / f"{0:020d}.log"
+    place = ledger.read_bytes().rindex(b"RWEH")
+    flip([ledger], [(place, 1), (ledger.stat().st_size // 2, 0)])
+    outbox = service.directory / "outbox" / f"{0:020d}.log"
+    flip([outbox], [(outbox.stat().st_size // 2, 1)])
+    flip([service.directory / "service.json"], [(30, 1)])
+    service.up()
+    problems = " ".join(service.status().problems)
+    assert "1 stretches of the ledger were damaged" in problems
+    assert "1 stretches of the outbox were damaged" in problems
+    assert "service.json was damaged on disk 1 times" in problems
+    for number in range(6, 9):
+        client.log({"x": number}, step=number)
+    assert client.flush(20.0)
+    report = service.service.finish(60.0, 0)
+    assert report.complete, report
+    assert report.lost == {"outbox_damaged": 1}
+    # The row was with W&B before the damage; nobody can know that any more, so it counts as lost.
+    assert report.received_rows + report.lost["outbox_damaged"] == 9
+    assert report.delivered_rows == report.received_rows
+    assert rows_of_wandb(service) == list(range(9))
+    (run,) = read_runs(service.directory).values()
+    assert run.summary["raywb/lost/outbox_damaged"] == 1

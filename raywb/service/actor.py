@@ -503,6 +503,7 @@ class RaywbService:
             info=parts.runs.last.info if parts.runs.last else self._unopened(),
             address=self._address,
             incarnation=parts.state.incarnation,
+            restored=parts.state.restored,
             problems=self._problems | self._sweep_problem(),
         )
 

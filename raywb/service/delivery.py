@@ -47,6 +47,14 @@ class Delivery:
         for batch in self.outbox.recover():
             self.merge.replay(batch)
             self._take(batch)
+        if self.outbox.damaged:
+            self._recall()
+
+    def _recall(self) -> None:
+        """Part of the outbox is gone: the ledger still says which channel is which stage."""
+        for entry in self.ledger.read(0):
+            if entry.next_position <= self.position:
+                self.merge.recall(entry.source_id, entry.data)
 
     def _take(self, batch: Batch) -> None:
         self.position = max(self.position, batch.ledger_position)

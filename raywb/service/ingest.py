@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 
 from aiohttp import web
+from aiohttp.web_protocol import RequestHandler
 
 from raywb.rows import PROTOCOL
 from raywb.service.ledger import Ledger
@@ -39,7 +40,17 @@ _log = logging.getLogger(__name__)
 MAX_BODY_BYTES = 8 * 1024 * 1024
 
 #: Bodies that are in memory at the same time; after an outage everybody comes at once.
-BODIES_AT_ONCE = 32
+BODIES_AT_ONCE = 16
+
+#: Longest that a body may take to come, and longest that nothing may come of it, in seconds:
+#: whoever is stopped in the middle of a request must not keep the others waiting.
+BODY_TIMEOUT_S = 60.0
+BODY_STALL_S = 5.0
+
+#: Longest that a connection may stay which has not shown the token, in seconds, and how many of
+#: these there may be.
+STRANGER_S = 10.0
+MAX_STRANGERS = 500
 
 #: Requests a second that all sources together are asked to keep to.
 REQUESTS_PER_S = 400.0
@@ -57,6 +68,7 @@ LIVE_S = 60.0
 KEEP_ALIVE_SHARE = 0.25
 
 _SOURCE_ID = re.compile(r"[0-9a-f]{32}")
+_OFFSET = re.compile(r"[0-9]{1,19}")
 
 
 def paces(live: int, quiet: int, silent_after_s: float) -> tuple[float, float]:
@@ -113,6 +125,9 @@ class Ingest:
         self._paced_at = -math.inf
         self._runner: web.AppRunner | None = None
         self._reading = asyncio.Semaphore(BODIES_AT_ONCE)
+        #: Connections that have shown the token.
+        self._known: set[RequestHandler] = set()
+        self._doorman: asyncio.Task[None] | None = None
         #: When each source was last heard, on the monotonic clock.
         self.heard: dict[str, float] = {}
         #: When each source last had something to give.
@@ -134,7 +149,10 @@ class Ingest:
         """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post("/v1/frames", self._frames)
-        self._runner = web.AppRunner(app, access_log=None)
+        # What is compressed would be as large as it likes in memory; no client of ours does it.
+        self._runner = web.AppRunner(
+            app, access_log=None, auto_decompress=False, lingering_time=2.0
+        )
         await self._runner.setup()
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -145,12 +163,31 @@ class Ingest:
             await self._runner.cleanup()
             raise
         await web.SockSite(self._runner, listener).start()
+        self._doorman = asyncio.create_task(self._send_strangers_away(self._runner))
         return int(listener.getsockname()[1])
 
     async def close(self) -> None:
         """Stop listening."""
+        if self._doorman is not None:
+            self._doorman.cancel()
         if self._runner is not None:
             await self._runner.cleanup()
+
+    async def _send_strangers_away(self, runner: web.AppRunner) -> None:
+        """Close connections that show no token in time, the oldest first if there are many."""
+        since: dict[RequestHandler, float] = {}
+        while True:
+            await asyncio.sleep(1.0)
+            now = time.monotonic()
+            present = set(runner.server.connections if runner.server else ())
+            self._known &= present
+            since = {connection: since.get(connection, now) for connection in present - self._known}
+            by_age = sorted(since, key=since.__getitem__)
+            too_many = len(by_age) - MAX_STRANGERS
+            for number, connection in enumerate(by_age):
+                if number < too_many or now - since[connection] > STRANGER_S:
+                    self._count_refusal("no token in time")
+                    connection.force_close()
 
     def _pace(self) -> float:
         """Seconds between two requests of one source, so that all stay within the bound.
@@ -189,13 +226,19 @@ class Ingest:
         """A source that was not heard for longer is silent."""
         return 3 * self._keep_alive_s
 
-    def _refuse(self, reason: str, status: int) -> web.Response:
+    def _count_refusal(self, reason: str) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + 1
+
+    def _refuse(self, reason: str, status: int) -> web.Response:
+        """Answer with one of a few reasons: none of them repeats what the client said."""
+        self._count_refusal(reason)
         return web.json_response({"error": reason}, status=status)
 
     def _check(self, request: web.Request) -> web.Response | None:
         shown = request.headers.get("Authorization", "")
-        if not hmac.compare_digest(shown.encode(), f"Bearer {self._token}".encode()):
+        # A header may hold any bytes at all.
+        shown_bytes = shown.encode("utf-8", "surrogateescape")
+        if not hmac.compare_digest(shown_bytes, f"Bearer {self._token}".encode()):
             return self._refuse("wrong token", 401)
         if request.headers.get("X-Raywb-Cluster") != self._cluster_id:
             return self._refuse("another cluster", 403)
@@ -206,33 +249,42 @@ class Ingest:
     async def _frames(self, request: web.Request) -> web.Response:
         if refusal := self._check(request):
             return refusal
+        self._known.add(request.protocol)
         source_id = request.query.get("source", "")
         offset_text = request.query.get("offset", "")
-        if not _SOURCE_ID.fullmatch(source_id) or not offset_text.isdigit():
+        if not _SOURCE_ID.fullmatch(source_id) or not _OFFSET.fullmatch(offset_text):
             return self._refuse("a malformed source or offset", 400)
-        offset = int(offset_text)
-        if offset >= 1 << 63:
+        if (offset := int(offset_text)) >= 1 << 63:
             return self._refuse("a malformed source or offset", 400)
-        async with self._reading:
-            data = await request.read()
-        self.heard[source_id] = time.monotonic()
-        if data:
-            self._gave[source_id] = self.heard[source_id]
-        rows = request.query.get("rows", "")
         try:
-            # Check and append in one step: nothing is awaited between the two.
-            end = self._ledger.append(
-                source_id, offset, data, after_gap=request.query.get("gap") == "1"
-            )
-            if self.fsync == "each":
-                self._ledger.sync()
+            async with self._reading, asyncio.timeout(BODY_TIMEOUT_S):
+                data = await _read_body(request)
+        except TimeoutError:
+            return self._refuse("a body that did not come in time", 408)
+        except ConnectionError:
+            return self._refuse("a body that broke off", 400)
+        if data is None:
+            return self._refuse(f"a body of more than {MAX_BODY_BYTES} bytes", 413)
+        try:
+            return self._take(request, source_id, offset, data)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             self.ledger_error = f"the ledger takes nothing: {error}"
             return self._refuse(f"the ledger's disk {'is full' if full else 'fails'}", 507)
         finally:
+            rows = request.query.get("rows", "")
             if rows.isdigit() and len(rows) < 20:
                 self._liveness.hear(source_id, int(rows), quiet=not data)
+
+    def _take(self, request: web.Request, source_id: str, offset: int, data: bytes) -> web.Response:
+        """Check and append in one step: nothing is awaited between the two."""
+        self.heard[source_id] = time.monotonic()
+        if data:
+            self._gave[source_id] = self.heard[source_id]
+        after_gap = request.query.get("gap") == "1"
+        end = self._ledger.append(source_id, offset, data, after_gap=after_gap)
+        if self.fsync == "each":
+            self._ledger.sync()
         self.ledger_error = None
         if data:
             self._on_append()
@@ -247,3 +299,22 @@ class Ingest:
                 "home": source_id in self._liveness.killed,
             }
         )
+
+
+async def _read_body(request: web.Request) -> bytes | None:
+    """The body; None when it is too large.
+
+    Raises:
+        TimeoutError: nothing came for a while.
+        ConnectionError: the client is gone.
+    """
+    chunks: list[bytes] = []
+    size = 0
+    while max(size, request.content_length or 0) <= MAX_BODY_BYTES:
+        async with asyncio.timeout(BODY_STALL_S):
+            chunk = await request.content.readany()
+        if not chunk:
+            return b"".join(chunks)
+        chunks.append(chunk)
+        size += len(chunk)
+    return None

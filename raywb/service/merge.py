@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import TypeGuard
@@ -33,6 +34,7 @@ from raywb.rows import (
     decode,
     scan,
 )
+from raywb.service.bounds import MAX_REASONS, check
 from raywb.service.definitions import Definitions
 from raywb.service.outbox import (
     AttemptNumber,
@@ -143,6 +145,7 @@ class Merge:
         self._series_count: Counter[str] = Counter()
         self._lost_before: Counter[str] = Counter()
         self._rejected_before = 0
+        self._reasons: set[str] = set()
 
     def open_run(self, run: int) -> None:
         """Rows from here on belong to ``run``: its namespaces and counters begin anew."""
@@ -221,7 +224,9 @@ class Merge:
             message = None
             if isinstance(found, Frame):
                 with contextlib.suppress(FrameError):
-                    message = decode(found.payload)
+                    decoded = decode(found.payload)
+                    check(decoded)
+                    message = decoded
             if message is None:
                 batch.damaged += 1
             elif isinstance(message, Row):
@@ -291,6 +296,16 @@ class Merge:
             source.rows += consumed.rows
             self.rows += consumed.rows
 
+    def recall(self, source_id: str, data: bytes) -> None:
+        """Take over who a source is, and what its channels are, from bytes that were consumed."""
+        source = self.sources.setdefault(source_id, Source())
+        for found in scan(data):
+            with contextlib.suppress(FrameError):  # counted when they were consumed
+                message = decode(found.payload) if isinstance(found, Frame) else None
+                if isinstance(message, (Hello, Channel, Counters, End)):
+                    check(message)
+                    self._note(source_id, source, message)
+
     def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
         match message:
             case ConfigUpdate():
@@ -340,9 +355,19 @@ class Merge:
             case Channel():
                 source.channels[message.channel] = message
             case Counters():
-                source.counters = _later(source.counters, message)
+                known = self._known_reasons(message)
+                source.counters = _later(source.counters, known)
             case End():
                 source.ended = True
+
+    def _known_reasons(self, counters: Counters) -> Counters:
+        """The same counts; reasons beyond those that are told apart become one."""
+        lost: Counter[str] = Counter()
+        for reason, count in counters.lost.items():
+            if len(self._reasons) < MAX_REASONS:
+                self._reasons.add(reason)
+            lost[reason if reason in self._reasons else "other"] += count
+        return Counters(counters.rejected, dict(lost))
 
     def _use_row(self, entry: _Entry, row: Row, frame: tuple[str, int, int]) -> bool:
         """Make an item of a row; False when it waits for other ranks instead."""
@@ -352,7 +377,8 @@ class Merge:
         if "_timestamp" in values:
             values = dict(values)
             stamp = values.pop("_timestamp")
-            time_s = time_s if isinstance(stamp, str) else float(stamp)
+            if not isinstance(stamp, str) and math.isfinite(stamp):
+                time_s = float(stamp)
         if channel is not None and _has_rank(channel) and _is_ordered(row.step):
             self._use_ranked(entry, channel, row.step, Part(time_s, values), frame)
             return False

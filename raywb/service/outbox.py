@@ -14,6 +14,7 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import operator
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -125,6 +126,8 @@ class Batch(msgspec.Struct, array_like=True):
             which stage, its counters), with their source.
         damaged: stretches of the journals that held nothing readable.
         late: rows of ranks whose step had been finished without them.
+        first_rows: number of the first row of each run that has rows here; they are numbered
+            when they are written, so that a damaged batch moves no other row.
     """
 
     run: int
@@ -134,6 +137,7 @@ class Batch(msgspec.Struct, array_like=True):
     state: list[tuple[str, State]] = []
     damaged: int = 0
     late: int = 0
+    first_rows: dict[int, int] = {}
 
 
 @dataclasses.dataclass
@@ -180,6 +184,9 @@ class Outbox:
         self._decoder = msgspec.msgpack.Decoder(Batch)
         self._rows: dict[int, int] = {}
         self._logged: dict[int, int] = {}
+        self._undecodable: set[int] = set()
+        #: Rows that were in damaged batches, by run; rows that say so stand in their place.
+        self.lost_rows: Counter[int] = Counter()
         self._index: dict[int, list[_Mark]] = {}
 
     @property
@@ -190,7 +197,7 @@ class Outbox:
     @property
     def damaged(self) -> int:
         """Stretches of the outbox that could not be read."""
-        return self._log.damaged
+        return self._log.damaged + len(self._undecodable)
 
     @property
     def torn_bytes(self) -> int:
@@ -200,33 +207,44 @@ class Outbox:
     def recover(self) -> Iterator[Batch]:
         """Yield every batch on disk, oldest first, and rebuild the index on the way."""
         position = 0
-        for next_position, record in self._log.read(0):
-            batch = self._decoder.decode(record)
+        for next_position, batch in self._batches(0):
             self._note(batch, position)
             position = next_position
             yield batch
 
+    def _batches(self, position: int) -> Iterator[tuple[int, Batch]]:
+        for next_position, record in self._log.read(position):
+            try:
+                yield next_position, self._decoder.decode(record)
+            except msgspec.DecodeError:
+                self._undecodable.add(next_position)
+
     def append(self, batch: Batch) -> None:
-        """Write one batch down."""
+        """Write one batch down; its rows get their numbers."""
         position = self._log.end
+        rows = {item.run for item in batch.items if isinstance(item, OutRow)}
+        batch.first_rows = {run: self._rows.get(run, 0) for run in rows}
         self._log.append(self._encoder.encode(batch))
         self._note(batch, position)
 
     def _note(self, batch: Batch, position: int) -> None:
-        first_rows: dict[int, _Mark] = {}
         for run in set(map(_run_of, batch.items)):
             self._index.setdefault(run, [_Mark(0, position, 0)])
+        rows: Counter[int] = Counter()
+        logged: Counter[int] = Counter()
         for item in batch.items:
             if isinstance(item, OutRow):
-                number = self._rows.get(item.run, 0)
-                logged = self._logged.get(item.run, 0)
-                if item.run not in first_rows:
-                    first_rows[item.run] = _Mark(number, position, logged)
-                self._rows[item.run] = number + 1
-                self._logged[item.run] = logged + item.logged
-        for run, mark in first_rows.items():
-            if mark.number - self._index[run][-1].number >= self.INDEX_EVERY_ROWS:
-                self._index[run].append(mark)
+                rows[item.run] += 1
+                logged[item.run] += item.logged
+        for run, count in rows.items():
+            known = self._rows.get(run, 0)
+            before = self._logged.get(run, 0)
+            first_row = batch.first_rows.get(run, known)
+            self.lost_rows[run] += first_row - known
+            if known - self._index[run][-1].number >= self.INDEX_EVERY_ROWS:
+                self._index[run].append(_Mark(known, position, before))
+            self._rows[run] = first_row + count
+            self._logged[run] = before + logged[run]
 
     def rows_of(self, run: int) -> int:
         """How many rows the run has."""
@@ -261,16 +279,8 @@ class Outbox:
         The cursor moves behind what was returned. An empty list means that there is no more.
         """
         found: list[tuple[int | None, Item]] = []
-        for next_position, record in self._log.read(cursor.position):
-            for item in self._decoder.decode(record).items:
-                if item.run != cursor.run:
-                    continue
-                if not isinstance(item, OutRow):
-                    found.append((None, item))
-                    continue
-                if cursor.number >= cursor.first_row:
-                    found.append((cursor.number, item))
-                cursor.number += 1
+        for next_position, batch in self._batches(cursor.position):
+            found += _items_of(batch, cursor)
             cursor.position = next_position
             if len(found) >= limit:
                 break
@@ -287,3 +297,23 @@ class Outbox:
     def close(self) -> None:
         """Sync and close."""
         self._log.close()
+
+
+def _items_of(batch: Batch, cursor: Cursor) -> Iterator[tuple[int | None, Item]]:
+    """The items of the cursor's run in one batch, each row with its number."""
+    first_row = batch.first_rows.get(cursor.run, cursor.number)
+    for item in batch.items:
+        if item.run != cursor.run:
+            continue
+        if not isinstance(item, OutRow):
+            yield None, item
+            continue
+        if first_row > cursor.number:
+            # What is gone keeps its place: W&B's count of rows is the cursor of the sinks.
+            gone: dict[str, Scalar] = {"raywb/lost/outbox_damaged": first_row - cursor.number}
+            for number in range(max(cursor.number, cursor.first_row), first_row):
+                yield number, OutRow(cursor.run, item.time_s, gone, logged=0)
+            cursor.number = first_row
+        if cursor.number >= cursor.first_row:
+            yield cursor.number, item
+        cursor.number += 1

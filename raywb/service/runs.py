@@ -308,8 +308,16 @@ class Runs:
     def lost(self) -> dict[str, int]:
         """What could not be kept since the run began, by reason."""
         lost = self._delivery.merge.lost
-        if missing := sum(self._delivery.ledger.missing_bytes.values()):
-            lost["ledger_lost_bytes"] = missing
+        ledger = self._delivery.ledger
+        of_all_runs = {
+            "ledger_lost_bytes": sum(ledger.missing_bytes.values()),
+            "ledger_damaged": ledger.unreadable,
+            "outbox_damaged": self._delivery.outbox.lost_rows.total(),
+        }
+        for reason, count in of_all_runs.items():
+            before = sum(run.lost.get(reason, 0) for run in self._state.runs[:-1])
+            if count > before:
+                lost[reason] = count - before
         return lost
 
     def losses(self) -> dict[str, int]:

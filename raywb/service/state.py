@@ -1,7 +1,8 @@
 """What the service must know again after a restart, in one small file.
 
 ``service.json`` lies beside the ledger and is replaced whole, so it is always the old one or the
-new one. It holds the token and is readable by its owner only; it never holds W&B's key.
+new one. It holds the token and is readable by its owner only; it never holds W&B's key. A copy
+lies beside it, in case the disk damages one of them.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ __all__ = [
 ]
 
 FILE_NAME = "service.json"
+COPY_NAME = "service.json.copy"
 
 
 class RunState(msgspec.Struct, kw_only=True):
@@ -80,8 +83,15 @@ class Origin(msgspec.Struct, kw_only=True):
 
 
 class ServiceState(msgspec.Struct, kw_only=True):
-    """The service itself: who it is, where it listens, and its runs."""
+    """The service itself: who it is, where it listens, and its runs.
 
+    Attributes:
+        checksum: of all the rest, as it is in the file.
+        restored: how often the file was damaged, and its copy was used.
+    """
+
+    checksum: str = ""
+    restored: int = 0
     cluster_id: str
     token: str
     incarnation: int = 0
@@ -95,17 +105,45 @@ def load_state(directory: Path) -> ServiceState | None:
 
     Raises:
         OSError: the file cannot be read.
-        msgspec.DecodeError: the file is not what this version writes.
+        msgspec.DecodeError: neither the file nor its copy is what this version writes.
     """
-    path = directory / FILE_NAME
-    if not path.exists():
-        return None
-    return msgspec.json.decode(path.read_bytes(), type=ServiceState)
+    damage: msgspec.DecodeError | None = None
+    for name in (FILE_NAME, COPY_NAME):
+        try:
+            state = _decode(directory / name)
+        except FileNotFoundError:
+            continue
+        except msgspec.DecodeError as error:
+            damage = error
+            continue
+        state.restored += damage is not None
+        return state
+    if damage is not None:
+        raise damage
+    return None
+
+
+def _decode(path: Path) -> ServiceState:
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=ServiceState)
+    except UnicodeDecodeError as error:
+        raise msgspec.DecodeError(f"{path} holds no text: {error}") from error
+    checksum, state.checksum = state.checksum, ""
+    if checksum != _checksum(state):
+        raise msgspec.ValidationError(f"{path} does not have the checksum that it names")
+    return state
+
+
+def _checksum(state: ServiceState) -> str:
+    return f"{zlib.crc32(msgspec.json.encode(state)):08x}"
 
 
 def save_state(directory: Path, state: ServiceState) -> None:
-    """Replace the file, durably."""
-    replace_file(directory / FILE_NAME, msgspec.json.format(msgspec.json.encode(state)))
+    """Replace the file and then its copy, durably."""
+    checked = msgspec.structs.replace(state, checksum=_checksum(state))
+    data = msgspec.json.format(msgspec.json.encode(checked))
+    for name in (FILE_NAME, COPY_NAME):
+        replace_file(directory / name, data)
 
 
 def replace_file(path: Path, data: bytes) -> None:

@@ -21,6 +21,7 @@ def make_status(
     info: RunInfo,
     address: str,
     incarnation: int,
+    restored: int,
     problems: dict[str, str],
 ) -> Status:
     """The service at this moment.
@@ -32,6 +33,7 @@ def make_status(
         info: the last run, or what the first one will be like.
         address: where the service listens.
         incarnation: how often it was started.
+        restored: how often its state came from the copy.
         problems: what is wrong in the background, by part.
     """
     run = runs.last
@@ -42,6 +44,9 @@ def make_status(
     sink = runs.sink_status(run)
     if sink.state == "no key" and sink.last_error:
         found.append(sink.last_error)
+    found += _damage(delivery)
+    if restored:
+        found.append(f"service.json was damaged on disk {restored} times; its copy was used")
     found += [f"{count} requests refused: {reason}" for reason, count in ingest.refused.items()]
     return Status(
         version=__version__,
@@ -60,6 +65,16 @@ def make_status(
         problems=found,
         unconfirmed=delivery.unconfirmed(),
     )
+
+
+def _damage(delivery: Delivery) -> list[str]:
+    """What the disk did to the service's own files; the losses say what it cost."""
+    files = {"ledger": delivery.ledger.damaged, "outbox": delivery.outbox.damaged}
+    return [
+        f"{count} stretches of the {name} were damaged on disk; what was left of them was used"
+        for name, count in files.items()
+        if count
+    ]
 
 
 def _sources(delivery: Delivery, ingest: Ingest) -> list[SourceStatus]:
