@@ -30,7 +30,7 @@ TIMEOUT_S = 15.0
 PATIENT_INTERVALS = 4
 
 #: A server that stands still again is given twice the time, up to so many times the first.
-MOST_PATIENCE = 16
+MOST_PATIENCE = 4
 
 _QUERY = """
 query RaywbConfirm($entity: String, $project: String, $run: String!) {
