@@ -53,11 +53,13 @@ class Answer(msgspec.Struct, frozen=True):
         end: where this source's journal ends there.
         durable: what lies before it may be deleted here.
         pace_s: how long to wait before the next request.
+        run_closed: the last run is finished, and W&B has closed it.
     """
 
     end: int
     durable: int
     pace_s: float
+    run_closed: bool = False
 
 
 class Sender:

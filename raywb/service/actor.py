@@ -33,6 +33,7 @@ from raywb.rows import PROTOCOL
 from raywb.service.append_log import sync_and_close
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
+from raywb.service.owner import OwnerWatch
 from raywb.service.runs import Runs, check_settings, describe_run, resolve_mode
 from raywb.service.state import (
     Origin,
@@ -59,6 +60,9 @@ PORT_ATTEMPTS = 30
 
 #: Pause between two steps of the merge, in seconds.
 MERGE_PAUSE_S = 0.02
+
+#: How often the service looks whether the driver that opened the run is still there, in seconds.
+OWNER_INTERVAL_S = 0.5
 
 #: How often losses that grew are written into the run, in seconds.
 LOSS_INTERVAL_S = 10.0
@@ -236,6 +240,7 @@ class RaywbService:
             fsync,
             on_append=self._new_entries.set,
             has_ended=delivery.merge.has_ended,
+            run_closed=self._run_closed,
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
@@ -246,10 +251,15 @@ class RaywbService:
         if runs.last is None:
             self._spawn(self._open_provisional(runs))
         self._spawn(self._merge(self._parts))
+        self._spawn(self._watch_owner(OwnerWatch(runs, delivery, state.cluster_id)))
         if fsync != "off":
             self._spawn(self._sync(delivery))
         self._new_entries.set()
         self._up.set()
+
+    def _run_closed(self) -> bool:
+        last = self._parts.runs.last if self._parts is not None else None
+        return last is not None and last.report is not None
 
     def _ready(self) -> _Parts:
         if self._parts is None or not self._up.is_set():
@@ -303,6 +313,16 @@ class RaywbService:
                 await asyncio.sleep(RETRY_PAUSE_S)
             # A breath, so that many small arrivals become one step.
             await asyncio.sleep(MERGE_PAUSE_S)
+
+    async def _watch_owner(self, watch: OwnerWatch) -> None:
+        """See how the driver ends that opened the run."""
+        while True:
+            await asyncio.sleep(OWNER_INTERVAL_S)
+            try:
+                await watch.look()
+                self._problems.pop("owner", None)
+            except OSError as error:
+                self._problems["owner"] = f"what the run's driver left cannot be had: {error}"
 
     async def _sync(self, delivery: Delivery) -> None:
         """Force ledger and outbox to the disk every second, off the loop."""

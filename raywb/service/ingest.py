@@ -1,7 +1,7 @@
 """The listener inside the actor: takes journal bytes over HTTP, and tells the pace.
 
     POST /v1/frames?source=<32 hex>&offset=<n>[&gap=1]      body: whole frames, may be empty
-    → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>}
+    → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>, "run_closed": <bool>}
 
 with ``Authorization: Bearer <token>``, ``X-Raywb-Cluster`` and ``X-Raywb-Protocol``. ``end`` is
 where this source's journal ends here after the request, whether the body was taken or not: a
@@ -62,6 +62,7 @@ class Ingest:
         fsync: see :class:`raywb.Settings`.
         on_append: called after each append.
         has_ended: says of a source whether it ended in good order.
+        run_closed: whether the last run is finished, and W&B has closed it.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Ingest:
         *,
         on_append: Callable[[], None],
         has_ended: Callable[[str], bool],
+        run_closed: Callable[[], bool],
     ) -> None:
         self._ledger = ledger
         self._fsync = fsync
@@ -80,6 +82,7 @@ class Ingest:
         self._cluster_id = cluster_id
         self._on_append = on_append
         self._has_ended = has_ended
+        self._run_closed = run_closed
         self._pace_s = PACE_RANGE_S[0]
         self._paced_at = -math.inf
         self._runner: web.AppRunner | None = None
@@ -182,4 +185,5 @@ class Ingest:
         if data:
             self._on_append()
         durable = end if self._fsync == "off" else self._ledger.durable_end_of(source_id)
-        return web.json_response({"end": end, "durable": durable, "pace_s": self._pace()})
+        answer = {"end": end, "durable": durable, "pace_s": self._pace()}
+        return web.json_response({**answer, "run_closed": self._run_closed()})

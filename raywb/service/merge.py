@@ -22,6 +22,7 @@ from raywb.rows import (
     Frame,
     Hello,
     Message,
+    Owner,
     Row,
     Scalar,
     SummaryUpdate,
@@ -54,6 +55,8 @@ class Source:
     #: The last run for which something of it was consumed.
     run: int = 0
     ended: bool = False
+    end: End | None = None
+    owner: Owner | None = None
 
 
 class Merge:
@@ -190,7 +193,7 @@ class Merge:
                 axis = message.step_metric and prefix + message.step_metric
                 self._defined.add(name)
                 batch.items.append(OutDefine(self.run, name, axis, message.summary))
-            case Hello() | Channel() | Counters() | End():
+            case Hello() | Channel() | Counters() | End() | Owner():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
 
@@ -207,6 +210,9 @@ class Merge:
                 source.counters = message
             case End():
                 source.ended = True
+                source.end = message
+            case Owner():
+                source.owner = message
 
     def _use_row(self, source_id: str, source: Source, row: Row, batch: Batch) -> None:
         items = batch.items
