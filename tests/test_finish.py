@@ -1,4 +1,4 @@
-"""finish() again after one that was not complete: it takes in what it can reach, and tries again."""
+"""finish() again after one that was not complete takes in what it can reach, and tries again."""
 
 from __future__ import annotations
 
