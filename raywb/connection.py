@@ -22,7 +22,9 @@ from raywb import __version__
 from raywb.cluster import Cluster
 from raywb.journal import Journal, new_source_id
 from raywb.orphans import Neighbours
-from raywb.rows import MAX_MESSAGE_BYTES, Channel, Counters, End, Hello, Message, encode
+from raywb.owner import ExitCode, await_end_of_run
+from raywb.reports import RunInfo
+from raywb.rows import MAX_MESSAGE_BYTES, Channel, Counters, End, Hello, Message, Owner, encode
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
@@ -77,6 +79,8 @@ class Connection:
         self._lock = threading.RLock()
         self._next_try = 0.0
         self.rejected = 0
+        self._owned: RunInfo | None = None
+        self._exit_code: ExitCode | None = None
         self.journal: Journal | None = None
         self.shipper: Shipper | None = None
         self._open()
@@ -105,6 +109,7 @@ class Connection:
                 hostname=socket.gethostname(),
                 started_at=time.time(),
                 version=__version__,
+                job_id=self.cluster.job_id,
             )
         )
         for channel in self._channels:
@@ -228,6 +233,26 @@ class Connection:
             if self.shipper is not None:
                 self.shipper.use(endpoint)
 
+    def own(self, run: RunInfo) -> None:
+        """This process opened the run: how it ends says something of the run.
+
+        The service is to know before anything can happen to this process, so it is waited for a
+        moment.
+        """
+        if self.journal is not None:
+            self._owned = run
+            self._exit_code = self._exit_code or ExitCode()
+            ends_cluster = self.cluster.started_here
+            self._say(Owner(run.epoch, str(self.journal.directory), ends_cluster))
+            self.flush(EXIT_FLUSH_S)
+
+    def disown(self) -> None:
+        """The run was finished, or was tried to: this process's end is its own again."""
+        self._owned = None
+        if self._exit_code is not None:
+            self._exit_code.remove()
+            self._exit_code = None
+
     def count_loss(self, reason: str) -> None:
         """Count a row that could not even be appended."""
         with self._lock:
@@ -264,6 +289,7 @@ class Connection:
 
         Files that hold what the service does not have stay for a sweep.
         """
+        self.disown()
         if self.journal is None or self.shipper is None:
             return
         self._write_counters()
@@ -275,14 +301,20 @@ class Connection:
     def at_exit(self) -> None:
         """The process ends: say so, and flush for a moment.
 
+        A driver that owns the run says how it ends; if the cluster goes with it, it waits until
+        W&B has closed the run, as W&B's own client would at this moment.
+
         The journal stays open, since an exit handler that comes after this one may still log;
         such rows are brought home by a sweep.
         """
         if self.journal is None:
             return  # nothing was ever logged here: a forked child that only inherited the client
         self._write_counters()
-        self._say(End(time.time()))
+        failed = self._exit_code.failed if self._exit_code is not None else None
+        self._say(End(time.time(), failed=failed))
         self.flush(EXIT_FLUSH_S)
+        if self._owned is not None and self.cluster.started_here and self._endpoint is not None:
+            await_end_of_run(self._endpoint, self.journal.source_id, self._owned)
 
     def after_fork_in_child(self) -> None:
         """Leave the parent's files alone; the child's first row makes its own journal."""
@@ -292,6 +324,7 @@ class Connection:
         self.journal = None
         self.shipper = None
         self.source_id = new_source_id()
+        self.disown()
         self.rejected = 0
         self._unsaid = []
         self._counters = {}

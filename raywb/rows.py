@@ -33,6 +33,7 @@ __all__ = [
     "Frame",
     "Hello",
     "Message",
+    "Owner",
     "Row",
     "Scalar",
     "SummaryUpdate",
@@ -83,6 +84,7 @@ class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
     hostname: str
     started_at: float
     version: str
+    job_id: str = ""
 
 
 class Channel(msgspec.Struct, array_like=True, tag=2, frozen=True):
@@ -162,7 +164,20 @@ class End(msgspec.Struct, array_like=True, tag=7, frozen=True):
     failed: bool | None = None
 
 
-Message = Hello | Channel | Row | ConfigUpdate | SummaryUpdate | Define | Counters | End
+class Owner(msgspec.Struct, array_like=True, tag=20, frozen=True):
+    """This source is the driver whose ``start()`` opened the run with this number.
+
+    Attributes:
+        journal: the source's directory on its node.
+        ends_cluster: it started the Ray cluster, which ends with it.
+    """
+
+    run_epoch: int
+    journal: str
+    ends_cluster: bool
+
+
+Message = Hello | Channel | Row | ConfigUpdate | SummaryUpdate | Define | Counters | End | Owner
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

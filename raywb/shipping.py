@@ -60,6 +60,7 @@ class Answer(msgspec.Struct, frozen=True):
         keep_alive_s: longest time without a request, also when there is nothing to send.
         ended: the last that the service has of this source is its end.
         home: that end was written in its place, so its journal has nothing more to give.
+        run_closed: the last run is finished, and W&B has closed it.
     """
 
     end: int
@@ -68,6 +69,7 @@ class Answer(msgspec.Struct, frozen=True):
     keep_alive_s: float = 10.0
     ended: bool = False
     home: bool = False
+    run_closed: bool = False
 
 
 class Sender:

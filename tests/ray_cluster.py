@@ -301,6 +301,11 @@ class RayCluster:
         """The process of raywb's actor, when there is one."""
         return next(iter(self.processes("ray::RaywbService")), None)
 
+    def kill(self) -> None:
+        """SIGKILL to every process of the cluster and to its drivers, as in a reboot."""
+        ends = [*self._nodes, *(driver._process for driver in self._drivers)]
+        _end([*ends, *(process for end in ends for process in _descendants(end))])
+
     def close(self) -> None:
         """End drivers and cluster, all that they started, and their directories."""
         for driver in self._drivers:

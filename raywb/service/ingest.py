@@ -2,7 +2,7 @@
 
     POST /v1/frames?source=<32 hex>&offset=<n>[&gap=1][&rows=<n>]      body: whole frames or none
     → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>, "keep_alive_s": <seconds>,
-           "ended": <bool>, "home": <bool>}
+           "ended": <bool>, "home": <bool>, "run_closed": <bool>}
 
 with ``Authorization: Bearer <token>``, ``X-Raywb-Cluster`` and ``X-Raywb-Protocol``. ``end`` is
 where this source's journal ends here after the request, whether the body was taken or not: a
@@ -100,6 +100,7 @@ class Ingest:
         on_append: called after each append.
         liveness: which sources have not ended.
         silent_after_s: see :class:`raywb.Settings`.
+        run_closed: whether the last run is finished, and W&B has closed it.
     """
 
     def __init__(
@@ -112,6 +113,7 @@ class Ingest:
         on_append: Callable[[], None],
         liveness: Liveness,
         silent_after_s: float,
+        run_closed: Callable[[], bool],
     ) -> None:
         self._ledger = ledger
         self.fsync = fsync
@@ -120,6 +122,7 @@ class Ingest:
         self._on_append = on_append
         self._liveness = liveness
         self._silent_after_s = silent_after_s
+        self._run_closed = run_closed
         self._pace_s = PACE_RANGE_S[0]
         self._keep_alive_s = silent_after_s / 3
         self._paced_at = -math.inf
@@ -297,6 +300,7 @@ class Ingest:
                 "keep_alive_s": self._keep_alive_s,
                 "ended": self._liveness.has_ended(source_id),
                 "home": source_id in self._liveness.killed,
+                "run_closed": self._run_closed(),
             }
         )
 

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -155,8 +155,8 @@ class Homecoming:
         self.foreign = 0
         self.failed: dict[str, str] = {}
 
-    def sweep(self, base: Path, *, remove: bool) -> None:
-        """Take in the journals under ``base``.
+    def sweep(self, base: Path, *, remove: bool) -> Iterator[str]:
+        """Take in the journals under ``base``; yields each one's source behind it.
 
         Args:
             base: a directory that holds journals.
@@ -165,6 +165,7 @@ class Homecoming:
         try:
             for journal in find_journals(base):
                 self._bring_home(journal, remove=remove)
+                yield journal.source_id
         except OSError as error:
             self.failed[str(base)] = str(error)
 
@@ -219,13 +220,15 @@ def take_in(ledger: Ledger, journal: FoundJournal) -> None:
             break
         ledger.append(source_id, begin, data, after_gap=begin > offset)
         last = data
+    if not journal.is_free:
+        return
     if not last:  # nothing new: its last segment tells how it ended
         last = journal.segments.read(journal.segments.starts()[-1], SEGMENT_BYTES * 2)[1]
-    if journal.is_free:
-        # Its process may have ended while its disk was full. Totals may be told twice.
-        end = journal.losses()
-        if not _ends_with_end(last):
-            end += frame(encode(End(time.time(), killed=True)))
+    # Its process may have ended while its disk was full. Totals may be told twice.
+    end = journal.losses()
+    if not _ends_with_end(last):
+        end += frame(encode(End(time.time(), killed=True)))
+    if end:
         ledger.append(source_id, ledger.end_of(source_id), end)
 
 
