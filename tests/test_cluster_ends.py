@@ -38,7 +38,8 @@ LOGGING = """
 
 
 def run_of(info: dict[str, Any]) -> WandbRun:
-    return read_runs(info["dir"])[info["id"]]
+    """What W&B's files hold of a run, which is nothing before there are any."""
+    return read_runs(info["dir"]).get(info["id"], WandbRun())
 
 
 def check_rows(run: WandbRun, stage: str, logged: int) -> None:
