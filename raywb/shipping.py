@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -155,6 +156,11 @@ class Delivered(NamedTuple):
     length: int
 
 
+def spread(pause_s: float) -> float:
+    """A pause of about this length: sources that came up together shall not stay together."""
+    return pause_s * random.uniform(0.8, 1.2)
+
+
 class Shipper:
     """The background thread of a process: ships its journal at the service's pace.
 
@@ -228,7 +234,7 @@ class Shipper:
     def _run(self) -> None:
         pause_s = self._pace_s
         while True:
-            self._wake.wait(pause_s)
+            self._wake.wait(spread(pause_s))
             self._wake.clear()
             if self._stopping:
                 return
