@@ -112,8 +112,10 @@ def sweep_cluster(cluster: Cluster, endpoint: Endpoint, timeout_s: float) -> Swe
     """
     deadline = time.monotonic() + timeout_s
     pending: dict[Any, str] = {}
+    # Through Ray Client this process is outside the cluster, and shares no node's disk.
+    here = cluster.node_id if cluster.session_dir is not None else None
     for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] != cluster.node_id:
+        if node["Alive"] and node["NodeID"] != here:
             strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             task = ray.remote(_sweep_here).options(
                 num_cpus=0, scheduling_strategy=strategy, max_retries=0
