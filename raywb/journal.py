@@ -174,7 +174,7 @@ class Journal:
         # Re-entrant, so that a signal handler that logs cannot deadlock with the code that it
         # interrupted. Nothing is done under it but file operations on this machine.
         self._lock = threading.RLock()
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_base(base)
         hidden = base / f".{self.source_id}"
         self._start = 0
         self._size = 0
@@ -318,6 +318,29 @@ class Journal:
         """
         self._lock = threading.RLock()
         self._let_go()
+
+
+def _make_base(base: Path) -> None:
+    """Make this user's own directory, and what is missing above it.
+
+    It is called after the user, or lies in one that is. What is above is everybody's, as a temp
+    directory is: whoever comes first must not shut the others out.
+
+    Raises:
+        OSError: it cannot be made, or another user has made it.
+    """
+    own = [base]
+    if base.parent.name.endswith(f"-{os.getuid()}"):
+        own = [base.parent, base]
+    missing = list(itertools.takewhile(lambda parent: not parent.exists(), own[0].parents))
+    for parent in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir()
+            parent.chmod(0o1777)
+    for path in own:
+        path.mkdir(mode=0o700, exist_ok=True)
+        if path.stat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "another user has made it", str(path))
 
 
 def _make_losses(path: Path) -> int:
