@@ -13,7 +13,7 @@ from online_service import set_environment
 from service_process import ServiceProcess
 from wandb_file import read_runs
 
-from raywb.service import actor, runs, sink_process
+from raywb.service import background, runs, sink_process
 
 
 @pytest.fixture(autouse=True)
@@ -31,7 +31,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     """The next call ends with an exception that nobody expects there."""
     whole = getattr(owner, name)
 
-    def fail(*arguments: Any) -> Any:
+    def fail(*arguments: Any, **named: Any) -> Any:
         monkeypatch.setattr(owner, name, whole)
         raise ZeroDivisionError(name)
 
@@ -42,7 +42,7 @@ def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
     ("owner", "name", "part"),
     [
         (runs.Runs, "advance", "the merge"),
-        (actor, "sync_and_close", "the sync"),
+        (background, "sync_and_close", "the sync"),
         (sink_process, "_apply_request", "the sink of run run00001"),
     ],
 )
