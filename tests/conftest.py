@@ -7,7 +7,11 @@ import signal
 from collections.abc import Iterator
 
 import pytest
-from ray_cluster import FOREIGN, RayCluster
+
+# So that a failure in them shows both sides, as it does in a test.
+pytest.register_assert_rewrite("online_service", "left_behind", "ray_cluster", "local_service")
+
+from ray_cluster import FOREIGN, RayCluster  # noqa: E402
 
 #: Of Ray's many variables, those that say where a cluster is and which job this would be.
 _WHERE = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
