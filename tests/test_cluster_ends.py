@@ -166,7 +166,8 @@ def test_how_a_driver_ends_on_a_cluster_that_was_there(cluster: RayCluster) -> N
         client.log({{"i": i}}, step=i)
     assert client.flush()
     time.sleep(4)  # longer than a dead owner's run is left alone
-    assert raywb.status().sink.state == "running"
+    until("rows at W&B", lambda: raywb.status().sink.applied_rows >= 300)
+    assert raywb.status().sink.state == "running", raywb.status()
     report(to_builtins(raywb.finish()))
 """)
     assert other.next_report()

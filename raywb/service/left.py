@@ -23,9 +23,18 @@ from raywb.rows import End, Frame, Hello, decode, encode, frame, scan
 from raywb.service.delivery import Delivery
 from raywb.service.ledger import Ledger
 from raywb.service.runs import Runs
+from raywb.service.sink_process import SinkProcess
 from raywb.service.state import RunState, ServiceState, load_state, lock_directory
 
-__all__ = ["Homecoming", "LeftDirectory", "Step", "Tell", "load_left_state", "take_in"]
+__all__ = [
+    "Homecoming",
+    "LeftDirectory",
+    "Step",
+    "Tell",
+    "load_left_state",
+    "take_in",
+    "watch_sink",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -119,12 +128,8 @@ class LeftDirectory:
         reports = []
         for run in runs:
             sink = self.runs.sink_of(run)
-            while sink is not None and not sink.done.is_set() and time.monotonic() < deadline:
-                status = sink.status
-                trouble = status.last_error if status.state == "retrying" else None
-                rows = self.runs.rows_of(run)
-                tell(Step(f"Delivering {run.info.name}", sink.delivered_rows, rows, trouble))
-                await asyncio.sleep(LOOK_S)
+            if sink is not None:
+                await watch_sink(sink, f"Delivering {run.info.name}", deadline, tell)
             reports.append(self.runs.report(run, closed=sink is None or sink.done.is_set()))
         return reports
 
@@ -137,6 +142,17 @@ class LeftDirectory:
                 _log.error("raywb: a run could not be brought to its end", exc_info=result)
         self.delivery.close()
         os.close(self._lock_fd)
+
+
+async def watch_sink(sink: SinkProcess, text: str, deadline: float, tell: Tell) -> None:
+    """Tell how far a sink is until it is done, or it is ``deadline``."""
+    while True:
+        status = sink.status
+        trouble = status.last_error if status.state == "retrying" else None
+        tell(Step(text, sink.delivered_rows, sink.emitted_rows, trouble))
+        if sink.done.is_set() or time.monotonic() > deadline:
+            return
+        await asyncio.sleep(LOOK_S)
 
 
 class Homecoming:

@@ -132,6 +132,11 @@ class SinkProcess:
             last_error=self._last_error,
         )
 
+    @property
+    def emitted_rows(self) -> int:
+        """Rows that W&B is to have, as far as they are known now."""
+        return self._outbox.rows_of(self._number)
+
     def wake(self) -> None:
         """There is something new in the outbox."""
         self._wake.set()

@@ -20,7 +20,7 @@ from raywb.errors import DirectoryError, DirectoryInUse, SinkError
 from raywb.reports import SyncedRun, SyncReport
 from raywb.service.confirm import RunAtServer, ask_run
 from raywb.service.fold import Fold
-from raywb.service.left import LOOK_S, LeftDirectory, Step, Tell, load_left_state
+from raywb.service.left import LeftDirectory, Step, Tell, load_left_state, watch_sink
 from raywb.service.outbox import Outbox, OutRow
 from raywb.service.recover import check_api_key
 from raywb.service.report import state_of
@@ -301,11 +301,7 @@ class _Sync:
         )
         sink.finish(None if run.crashed else run.exit_code)
         task = asyncio.create_task(sink.serve())
-        while not sink.done.is_set() and time.monotonic() < self._deadline:
-            trouble = sink.status.last_error if sink.status.state == "retrying" else None
-            rows = self._outbox.rows_of(run.number)
-            self._tell(Step(f"Sending {run.info.name}", sink.delivered_rows, rows, trouble))
-            await asyncio.sleep(LOOK_S)
+        await watch_sink(sink, f"Sending {run.info.name}", self._deadline, self._tell)
         task.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await task

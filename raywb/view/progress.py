@@ -37,32 +37,31 @@ def show_progress(console: Console) -> Iterator[Callable[[StepLike], None]]:
 
 @contextlib.contextmanager
 def _bars(console: Console) -> Iterator[Callable[[StepLike], None]]:
+    """A bar for each step that can be counted, a line for the others."""
     columns = (
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
-        TextColumn("[red]{task.fields[trouble]}"),
+        TextColumn("{task.fields[trouble]}", style="red", markup=False),
     )
     tasks: dict[str, TaskID] = {}
     with Progress(*columns, console=console) as progress:
+        say = _lines(progress.console)
 
         def tell(step: StepLike) -> None:
+            if not step.total:
+                say(step)
+                return
             if step.text not in tasks:
-                for earlier in tasks.values():
-                    task = progress.tasks[earlier]
-                    progress.update(earlier, completed=task.total, trouble="")
-                tasks[step.text] = progress.add_task(step.text, total=1, trouble="")
+                tasks[step.text] = progress.add_task(step.text, total=step.total, trouble="")
             progress.update(
                 tasks[step.text],
                 completed=step.done,
-                total=max(step.total, 1),
+                total=step.total,
                 trouble=step.trouble or "",
             )
 
         yield tell
-        if tasks:
-            last = progress.tasks[list(tasks.values())[-1]]
-            progress.update(last.id, completed=last.total, trouble="")
 
 
 def _lines(console: Console) -> Callable[[StepLike], None]:
