@@ -8,6 +8,7 @@ when it logs.
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import socket
@@ -16,10 +17,25 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from raywb import __version__
+from raywb.blobs import BlobLane
 from raywb.cluster import Cluster
+from raywb.errors import ArtifactError
+from raywb.frozen import Frozen
 from raywb.journal import Journal, new_source_id
-from raywb.rows import MAX_MESSAGE_BYTES, Channel, Counters, End, Hello, Message, encode
+from raywb.rows import (
+    MAX_MESSAGE_BYTES,
+    Artifact,
+    ArtifactFile,
+    Channel,
+    Counters,
+    End,
+    Hello,
+    Message,
+    encode,
+)
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
@@ -57,6 +73,7 @@ class Connection:
         self.rejected = 0
         self.journal: Journal | None = None
         self.shipper: Shipper | None = None
+        self._frozen: Frozen | None = None
         self._open()
 
     def _open(self) -> None:
@@ -85,7 +102,9 @@ class Connection:
         )
         for channel in self._channels:
             self._say(channel)
-        self.shipper = Shipper(self.journal, self._endpoint, self._write_counters)
+        self._frozen = Frozen(self.journal.directory)
+        blobs = BlobLane(self._frozen, self.count_loss)
+        self.shipper = Shipper(self.journal, self._endpoint, self._write_counters, blobs)
         try:
             self.shipper.start()
         except RuntimeError as error:
@@ -128,6 +147,41 @@ class Connection:
             )
             return False
         return self.append(payload, counted=False)
+
+    def log_artifact(self, message: Artifact, found: list[tuple[str, Path]]) -> bool:
+        """Freeze the files, and append the message with what they were found to be.
+
+        Returns:
+            False when the artifact cannot be kept here; it is counted as lost.
+
+        Raises:
+            ArtifactError: a file cannot be read, or there are too many.
+        """
+        with self._lock:
+            if self._frozen is None and time.monotonic() >= self._next_try:
+                self._open()
+            journal, frozen, shipper = self.journal, self._frozen, self.shipper
+        if journal is None or frozen is None or shipper is None:
+            self.count_loss("artifact_no_journal")
+            return False
+        unfrozen = [ArtifactFile(name, "0" * 64, 2**63) for name, _ in found]
+        if len(encode(msgspec.structs.replace(message, files=unfrozen))) > MAX_MESSAGE_BYTES:
+            raise ArtifactError(f"cannot log artifact {message.name!r}: too many files; pack them")
+        try:
+            files = frozen.take(found)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self.count_loss("artifact_disk_full" if full else "artifact_error")
+            _log.warning("raywb: artifact %r cannot be kept on this node: %s", message.name, error)
+            return False
+        if not self.say(msgspec.structs.replace(message, files=files)):
+            for file in files:
+                frozen.release(file.digest)
+            self.count_loss("artifact_error")
+            return False
+        shipper.blobs.add(files, journal.end)
+        shipper.wake()
+        return True
 
     def open_channel(
         self,
@@ -185,10 +239,21 @@ class Connection:
         if self.journal is None or self.shipper is None:
             return
         self._write_counters()
-        self._say(End(time.time()))
-        self.shipper.flush(timeout_s)
+        self._end(timeout_s)
         self.shipper.stop()
         self.journal.close()
+
+    def _end(self, timeout_s: float) -> None:
+        """Say that this source has ended, and flush.
+
+        A source whose artifacts are not home has not: a sweep must come for them.
+        """
+        if self.shipper is None:
+            return
+        if self.shipper.blobs.left and not self.shipper.flush(timeout_s):
+            return
+        self._say(End(time.time()))
+        self.shipper.flush(timeout_s)
 
     def at_exit(self) -> None:
         """The process ends: say so, and flush for a moment.
@@ -199,8 +264,7 @@ class Connection:
         if self.journal is None:
             return  # nothing was ever logged here: a forked child that only inherited the client
         self._write_counters()
-        self._say(End(time.time()))
-        self.flush(EXIT_FLUSH_S)
+        self._end(EXIT_FLUSH_S)
 
     def after_fork_in_child(self) -> None:
         """Leave the parent's files alone; the child's first row makes its own journal."""
@@ -209,6 +273,7 @@ class Connection:
             self.journal.abandon_in_child()
         self.journal = None
         self.shipper = None
+        self._frozen = None
         self.rejected = 0
         self._counters = {}
         self._written = (0, {})

@@ -7,17 +7,19 @@
     ├── ServiceUnavailable     the service cannot be reached in time
     │   └── VersionMismatch    client and service do not speak the same protocol
     ├── MetricTypeError        log(strict=True) was given what W&B cannot chart (also a TypeError)
+    ├── ArtifactError          log_artifact(strict=True) was given a path that cannot be taken
     ├── FrameError             bytes that are no whole, undamaged frame
     └── SinkError              W&B's side could not take what it was given
 
 ``attach``, ``start``, ``flush`` and ``finish`` raise; ``log`` raises only for the caller's own
-mistakes, and only with ``strict=True``. A failure in the background is counted, with its reason,
-in :attr:`raywb.Client.stats` and in :func:`raywb.status`.
+mistakes, and only with ``strict=True``; so do ``log_table`` and ``log_artifact``. A failure in the
+background is counted, with its reason, in :attr:`raywb.Client.stats` and in :func:`raywb.status`.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "ArtifactError",
     "FrameError",
     "MetricTypeError",
     "NoClusterError",
@@ -56,6 +58,10 @@ class VersionMismatch(ServiceUnavailable):
 
 class MetricTypeError(RaywbError, TypeError):
     """Raised by ``log()`` of a strict client for a value that W&B cannot chart."""
+
+
+class ArtifactError(RaywbError, ValueError):
+    """Raised by ``log_artifact()`` of a strict client for a path that cannot be taken."""
 
 
 class FrameError(RaywbError):

@@ -5,6 +5,7 @@ One directory per source, that is per process::
     <base>/<source id>/lock                      held with flock for the life of the process
     <base>/<source id>/00000000000000000000.seg  frames; the name is the offset of the first byte
     <base>/<source id>/00000000000016777216.seg
+    <base>/<source id>/blobs/                    frozen files of artifacts, see raywb.frozen
 
 The directory is made under a dot-name, locked, and then renamed into view, so nobody ever sees
 an unlocked directory of a living process. What ``append`` has written survives a SIGKILL of the
@@ -26,6 +27,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+from raywb.frozen import blobs_in
 from raywb.rows import HEADER, MARK, last_whole_frame
 
 __all__ = ["FoundJournal", "Journal", "find_journals", "new_source_id"]
@@ -223,11 +225,11 @@ class Journal:
             self.segments.delete_before(durable)
 
     def close(self) -> None:
-        """Stop writing, and let go of the directory; remove it when all of it is durable."""
+        """Stop writing, and let go of the directory; remove it when all of it is home."""
         with self._lock:
             if self.closed:
                 return
-            done = self.durable >= self.end
+            done = self.durable >= self.end and not blobs_in(self.directory)
             os.close(self._fd)
             self._fd = -1
             if done:

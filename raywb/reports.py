@@ -87,6 +87,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         rejected: values that ``log()`` refused, over all sources.
         after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
         problems: what is wrong at present, each in one sentence.
+        undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
     """
 
     version: str
@@ -103,6 +104,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sink: SinkStatus
     sources: list[SourceStatus]
     problems: list[str]
+    undelivered_updates: list[str] = []
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -112,6 +114,7 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
         received_rows: rows logged by all sources up to the cut.
         delivered_rows: rows that are in W&B's files (offline) or with its server (online).
         undelivered_rows: rows that are safe on disk in ``run.dir``, but not with W&B.
+        undelivered_updates: tables, artifacts and alerts that are not, each with the reason.
         lost: rows that could not be kept, by reason.
         rejected: values that ``log()`` refused.
         complete: nothing is undelivered, and W&B has closed the run.
@@ -127,3 +130,4 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int
     complete: bool
     message: str | None = None
+    undelivered_updates: list[str] = []

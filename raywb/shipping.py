@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from raywb.blobs import BlobLane, BlobRefused, PieceAnswer
 from raywb.journal import Journal, Segments
 from raywb.rows import PROTOCOL
 
@@ -81,8 +82,29 @@ class Sender:
             OSError: no answer, or one that is no acceptance; its text says which.
         """
         path = f"/v1/frames?source={source_id}&offset={offset}{'&gap=1' if gap else ''}"
+        body = self._request("POST", path, data)
         try:
-            self._connection.request("POST", path, body=data, headers=self._headers)
+            return msgspec.json.decode(body, type=Answer)
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+
+    def send_piece(self, digest: str, size: int, offset: int, data: bytes) -> PieceAnswer:
+        """Offer a piece of a blob; an empty one asks how far it has come.
+
+        Raises:
+            BlobRefused: the service will never take this blob.
+            OSError: no answer, or one that is no acceptance; its text says which.
+        """
+        path = f"/v1/blobs/{digest}?offset={offset}&size={size}"
+        body = self._request("PUT", path, data)
+        try:
+            return msgspec.json.decode(body, type=PieceAnswer)
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+
+    def _request(self, method: str, path: str, data: bytes) -> bytes:
+        try:
+            self._connection.request(method, path, body=data, headers=self._headers)
             response = self._connection.getresponse()
             body = response.read()
         except http.client.HTTPException as error:
@@ -92,11 +114,9 @@ class Sender:
             self.close()
             raise
         if response.status != 200:
-            raise ConnectionError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
-        try:
-            return msgspec.json.decode(body, type=Answer)
-        except msgspec.DecodeError as error:
-            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+            text = f"HTTP {response.status}: {body[:200].decode(errors='replace')}"
+            raise BlobRefused(text) if response.status in (409, 413) else ConnectionError(text)
+        return body
 
     def deliver(self, source_id: str, segments: Segments, offset: int) -> Delivered:
         """Offer one batch from ``offset`` on, or ask where the service is when there is none."""
@@ -153,11 +173,18 @@ class Shipper:
         journal: what to ship.
         endpoint: where to; None while nobody knows, which :meth:`use` changes.
         before_request: called in the thread before each look at the journal.
+        blobs: frozen files that are sent as well, in pieces between the rows.
     """
 
     def __init__(
-        self, journal: Journal, endpoint: Endpoint | None, before_request: Callable[[], None]
+        self,
+        journal: Journal,
+        endpoint: Endpoint | None,
+        before_request: Callable[[], None],
+        blobs: BlobLane,
     ) -> None:
+        #: The contents of artifacts that are to go.
+        self.blobs = blobs
         self._journal = journal
         self._endpoint = endpoint
         #: The thread's own: another one only says, in ``_endpoint``, where it is to lead.
@@ -188,17 +215,26 @@ class Shipper:
         self._wake.set()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until the service has everything that is in the journal now.
+        """Wait until the service has everything that is in the journal now, artifacts included.
 
         Returns:
             False when the time was over before.
         """
         target = self._journal.end
+        blobs = self.blobs.added
+
+        def is_home() -> bool:
+            return self._journal.acknowledged >= target and self.blobs.gone >= blobs
+
         self._wake.set()
         with self._progress:
-            return self._progress.wait_for(
-                lambda: self._journal.acknowledged >= target or self._stopping, timeout_s
-            ) and (self._journal.acknowledged >= target)
+            return self._progress.wait_for(lambda: is_home() or self._stopping, timeout_s) and (
+                is_home()
+            )
+
+    def wake(self) -> None:
+        """There is something that need not wait for the pace."""
+        self._wake.set()
 
     def stop(self) -> None:
         """End the thread after the request that is under way."""
@@ -217,6 +253,7 @@ class Shipper:
             try:
                 self._before_request()
                 self._ship()
+                self._ship_blobs()
                 self.last_error = None
                 pause_s = self._pace_s
             except OSError as error:
@@ -244,3 +281,16 @@ class Shipper:
                 self._progress.notify_all()
             if delivered.length < BATCH_BYTES // 2 and answer.end >= delivered.offset:
                 return  # what came meanwhile waits for its time, so that the pace is kept
+
+    def _ship_blobs(self) -> None:
+        """Send blobs piece by piece; whenever it is time for rows, these go first."""
+        rows_at = time.monotonic() + self._pace_s
+        while self._sender is not None and not self._stopping:
+            if not self.blobs.send_piece(self._sender, self._journal.acknowledged):
+                return
+            with self._progress:
+                self._progress.notify_all()
+            if time.monotonic() >= rows_at:
+                self._before_request()
+                self._ship()
+                rows_at = time.monotonic() + self._pace_s

@@ -18,6 +18,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from raywb.blobs import deliver_blobs
 from raywb.cluster import Cluster, connect
 from raywb.connection import local_journals
 from raywb.journal import FoundJournal, find_journals
@@ -83,6 +84,9 @@ def _bring_home(
     """Deliver one journal; True when it may be removed."""
     if not deliver_all(sender, journal.source_id, journal.segments, deadline):
         report.failed[journal.source_id] = "the time was over"
+        return False
+    if not deliver_blobs(sender, journal.directory, deadline):
+        report.failed[journal.source_id] = "the time was over for the files of its artifacts"
         return False
     return journal.is_free and _is_durable(sender, journal)
 

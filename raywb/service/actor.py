@@ -211,6 +211,7 @@ class RaywbService:
         fsync = self._boot.settings.fsync
         ingest = Ingest(
             delivery.ledger,
+            delivery.blobs,
             state.token,
             state.cluster_id,
             fsync,
@@ -221,6 +222,7 @@ class RaywbService:
         state.port = await ingest.listen(self._boot.host, port)
         save_state(self._directory, state)
         runs = Runs(self._directory, state, delivery, self._spawn, self._api_key)
+        delivery.blobs.on_home = runs.wake
         self._parts = _Parts(state, delivery, ingest, runs)
         runs.resume()
         if runs.last is None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from pathlib import Path
 
-from raywb.rows import ROW_TAG, Frame, scan
+from raywb.rows import ROW_TAG, TABLE_TAG, Frame, scan
+from raywb.service.blobs import BlobStore
 from raywb.service.fold import Fold
 from raywb.service.ledger import Ledger
 from raywb.service.merge import Merge
@@ -29,6 +30,7 @@ class Delivery:
     def __init__(self, directory: Path) -> None:
         self.ledger = Ledger(directory / "ledger")
         self.outbox = Outbox(directory / "outbox")
+        self.blobs = BlobStore(directory / "blobs")
         self.merge = Merge()
         self.folds: dict[int, Fold] = {}
         self.own_rows: Counter[int] = Counter()
@@ -98,7 +100,7 @@ class Delivery:
     def waiting_rows(self) -> int:
         """Rows in the ledger that belong to no run yet, since they came after a finish."""
         return sum(
-            found.payload[1] == ROW_TAG
+            found.payload[1] in (ROW_TAG, TABLE_TAG)
             for entry in self.ledger.read(self.position)
             for found in scan(entry.data)
             if isinstance(found, Frame)

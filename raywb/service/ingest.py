@@ -3,11 +3,15 @@
     POST /v1/frames?source=<32 hex>&offset=<n>[&gap=1]      body: whole frames, may be empty
     → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>}
 
-with ``Authorization: Bearer <token>``, ``X-Raywb-Cluster`` and ``X-Raywb-Protocol``. ``end`` is
-where this source's journal ends here after the request, whether the body was taken or not: a
+    PUT /v1/blobs/<sha-256 in hex>?offset=<n>&size=<n>      body: a piece, may be empty
+    → 200 {"end": <n>, "whole": <bool>}
+
+both with ``Authorization: Bearer <token>``, ``X-Raywb-Cluster`` and ``X-Raywb-Protocol``. ``end``
+is where this source's journal ends here after the request, whether the body was taken or not: a
 client whose offset was another one goes there. What lies before ``durable`` has been forced to
 the disk as far as the settings ask for it, and may be deleted at the source. An empty body asks
-without giving.
+without giving. Blobs are the contents of artifacts: they come in pieces on a lane of their own,
+so that they delay no rows.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from collections.abc import Callable
 
 from aiohttp import web
 
-from raywb.rows import PROTOCOL
+from raywb.errors import FrameError
+from raywb.rows import MAX_ARTIFACT_BYTES, PROTOCOL, is_digest
+from raywb.service.blobs import BlobStore
 from raywb.service.ledger import Ledger
 
 __all__ = ["MAX_BODY_BYTES", "Ingest"]
@@ -36,6 +42,9 @@ MAX_BODY_BYTES = 8 * 1024 * 1024
 
 #: Bodies that are in memory at the same time; after an outage everybody comes at once.
 BODIES_AT_ONCE = 32
+
+#: Pieces of blobs that are in memory at the same time. Who finds no place is told to come again.
+PIECES_AT_ONCE = 8
 
 #: Requests a second that all sources together are asked to keep to.
 REQUESTS_PER_S = 400.0
@@ -57,6 +66,7 @@ class Ingest:
 
     Args:
         ledger: where accepted bytes go.
+        blobs: where the contents of artifacts go.
         token: what a client has to show.
         cluster_id: requests from any other cluster are refused.
         fsync: see :class:`raywb.Settings`.
@@ -67,6 +77,7 @@ class Ingest:
     def __init__(
         self,
         ledger: Ledger,
+        blobs: BlobStore,
         token: str,
         cluster_id: str,
         fsync: str,
@@ -75,6 +86,8 @@ class Ingest:
         has_ended: Callable[[str], bool],
     ) -> None:
         self._ledger = ledger
+        self._blobs = blobs
+        self._pieces = 0
         self._fsync = fsync
         self._token = token
         self._cluster_id = cluster_id
@@ -103,6 +116,7 @@ class Ingest:
         """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post("/v1/frames", self._frames)
+        app.router.add_put("/v1/blobs/{digest}", self._piece)
         self._runner = web.AppRunner(app, access_log=None)
         await self._runner.setup()
         listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
@@ -183,3 +197,27 @@ class Ingest:
             self._on_append()
         durable = end if self._fsync == "off" else self._ledger.durable_end_of(source_id)
         return web.json_response({"end": end, "durable": durable, "pace_s": self._pace()})
+
+    async def _piece(self, request: web.Request) -> web.Response:
+        if refusal := self._check(request):
+            return refusal
+        digest = request.match_info["digest"]
+        numbers = [request.query.get(name, "") for name in ("offset", "size")]
+        if not is_digest(digest) or not all(text.isdigit() and len(text) < 19 for text in numbers):
+            return self._refuse("a malformed blob, offset or size", 400)
+        offset, size = map(int, numbers)
+        if size > MAX_ARTIFACT_BYTES or offset > size:
+            return self._refuse("a blob that is too large", 413)
+        if self._pieces >= PIECES_AT_ONCE:
+            return self._refuse("too many blobs at once", 503)
+        self._pieces += 1
+        try:
+            end, whole = await self._blobs.offer(digest, offset, size, await request.read())
+        except FrameError as error:
+            return self._refuse(str(error), 409)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return self._refuse("the disk for blobs is full" if full else str(error), 507)
+        finally:
+            self._pieces -= 1
+        return web.json_response({"end": end, "whole": whole})

@@ -14,6 +14,8 @@ from collections.abc import Iterable
 
 from raywb.errors import FrameError
 from raywb.rows import (
+    Alert,
+    Artifact,
     Channel,
     ConfigUpdate,
     Counters,
@@ -25,16 +27,22 @@ from raywb.rows import (
     Row,
     Scalar,
     SummaryUpdate,
+    Table,
     decode,
+    is_digest,
+    is_plain_path,
     scan,
 )
 from raywb.service.outbox import (
     Batch,
     Item,
+    OutAlert,
+    OutArtifact,
     OutConfig,
     OutDefine,
     OutRow,
     OutSummary,
+    OutTable,
     Range,
     SeriesName,
 )
@@ -186,6 +194,22 @@ class Merge:
                 axis = message.step_metric and prefix + message.step_metric
                 self._defined.add(name)
                 batch.items.append(OutDefine(self.run, name, axis, message.summary))
+            case Table():
+                source.rows += 1
+                prefix = self._prefix(source_id, source, message.channel, batch)
+                table = OutTable(prefix + message.name, message.columns, message.rows)
+                batch.items.append(OutRow(self.run, message.time_s, {}, table))
+            case Artifact():
+                # The digests become names of files here, the paths wherever it is downloaded.
+                if all(
+                    is_digest(file.digest) and is_plain_path(file.path) for file in message.files
+                ):
+                    name, kind, files = message.name, message.kind, message.files
+                    batch.items.append(OutArtifact(self.run, name, kind, files))
+                else:
+                    batch.damaged += 1
+            case Alert():
+                batch.items.append(OutAlert(self.run, message.title, message.text, message.level))
             case Hello() | Channel() | Counters() | End():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))

@@ -13,27 +13,39 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import errno
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
-from raywb.rows import Message, Scalar
+from raywb.rows import ArtifactFile, Cell, Message, Scalar
 from raywb.service.append_log import AppendLog
 
 __all__ = [
     "Batch",
     "Cursor",
     "Item",
+    "OutAlert",
+    "OutArtifact",
     "OutConfig",
     "OutDefine",
     "OutRow",
     "OutSummary",
+    "OutTable",
     "Outbox",
     "Range",
     "SeriesName",
 ]
+
+
+class OutTable(msgspec.Struct, array_like=True, frozen=True):
+    """A table in a row, under its full name."""
+
+    key: str
+    columns: list[str]
+    rows: list[list[Cell]]
 
 
 class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
@@ -42,6 +54,7 @@ class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
     run: int
     time_s: float
     metrics: dict[str, Scalar]
+    table: OutTable | None = None
 
 
 class OutDefine(msgspec.Struct, array_like=True, tag=1, frozen=True):
@@ -73,7 +86,41 @@ class OutSummary(msgspec.Struct, array_like=True, tag=3, frozen=True):
     values: dict[str, Any]
 
 
-Item = OutRow | OutDefine | OutConfig | OutSummary
+class OutArtifact(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    """An artifact whose files' contents are blobs of the service."""
+
+    run: int
+    name: str
+    kind: str
+    files: list[ArtifactFile]
+
+
+class OutAlert(msgspec.Struct, array_like=True, tag=5, frozen=True):
+    """An alert, to be sent at most once."""
+
+    run: int
+    title: str
+    text: str
+    level: str
+
+
+Item = OutRow | OutDefine | OutConfig | OutSummary | OutArtifact | OutAlert
+
+
+class Update(NamedTuple):
+    """A table, an artifact or an alert, and the number of its row if it is a table."""
+
+    row: int | None
+    item: OutRow | OutArtifact | OutAlert
+
+
+class _Place(NamedTuple):
+    """Where an update is: its batch, its place among the items there, its row."""
+
+    position: int
+    nth: int
+    row: int | None
+    type: type[OutRow | OutArtifact | OutAlert]
 
 
 class Range(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -140,12 +187,16 @@ class Outbox:
     #: A row number and its position are remembered about this often, per run.
     INDEX_EVERY_ROWS = 1000
 
+    #: A read ends when it has found this much: a row may hold a table of some megabytes.
+    READ_BYTES = 8 * 1024 * 1024
+
     def __init__(self, directory: Path) -> None:
         self._log = AppendLog(directory)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Batch)
         self._rows: dict[int, int] = {}
         self._index: dict[int, list[tuple[int, int]]] = {}
+        self._updates: dict[int, list[_Place]] = {}
 
     @property
     def end(self) -> int:
@@ -174,12 +225,18 @@ class Outbox:
 
     def _note(self, batch: Batch, position: int) -> None:
         first_rows: dict[int, int] = {}
-        for item in batch.items:
+        for index, item in enumerate(batch.items):
             self._index.setdefault(item.run, [(0, position)])
+            number = None
             if isinstance(item, OutRow):
                 number = self._rows.get(item.run, 0)
                 first_rows.setdefault(item.run, number)
                 self._rows[item.run] = number + 1
+            if isinstance(item, (OutArtifact, OutAlert)) or (
+                isinstance(item, OutRow) and item.table is not None
+            ):
+                place = _Place(position, index, number, type(item))
+                self._updates.setdefault(item.run, []).append(place)
         for run, number in first_rows.items():
             if number - self._index[run][-1][0] >= self.INDEX_EVERY_ROWS:
                 self._index[run].append((number, position))
@@ -187,6 +244,28 @@ class Outbox:
     def rows_of(self, run: int) -> int:
         """How many rows the run has."""
         return self._rows.get(run, 0)
+
+    def updates_of(self, run: int) -> int:
+        """How many tables, artifacts and alerts the run has; they are numbered from 0."""
+        return len(self._updates.get(run, ()))
+
+    def update_type(self, run: int, number: int) -> type[OutRow | OutArtifact | OutAlert]:
+        """What kind of update it is; a table is in a row. Reads nothing."""
+        return self._updates[run][number].type
+
+    def update(self, run: int, number: int) -> Update:
+        """Read one table, artifact or alert.
+
+        Raises:
+            OSError: the outbox cannot be read there any more.
+        """
+        place = self._updates[run][number]
+        found = next(self._log.read(place.position), None)
+        items = self._decoder.decode(found.data).items if found else []
+        item = items[place.nth] if place.nth < len(items) else None
+        if not isinstance(item, place.type):
+            raise OSError(errno.EIO, f"update {number} of run {run} is damaged in the outbox")
+        return Update(place.row, item)
 
     def cursor(self, run: int, row: int) -> Cursor:
         """A cursor that will yield row number ``row`` of ``run``, and what comes with it."""
@@ -200,6 +279,7 @@ class Outbox:
         The cursor moves behind what was returned. An empty list means that there is no more.
         """
         found: list[tuple[int | None, Item]] = []
+        read_bytes = 0
         for next_position, record in self._log.read(cursor.position):
             for item in self._decoder.decode(record).items:
                 if item.run != cursor.run:
@@ -211,7 +291,8 @@ class Outbox:
                     found.append((cursor.number, item))
                 cursor.number += 1
             cursor.position = next_position
-            if len(found) >= limit:
+            read_bytes += len(record)
+            if len(found) >= limit or (found and read_bytes >= self.READ_BYTES):
                 break
         return found
 

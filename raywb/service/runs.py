@@ -22,6 +22,7 @@ from raywb.service.outbox import OutRow, OutSummary
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
 from raywb.service.state import RunState, ServiceState, save_state
+from raywb.service.updates import Updates
 from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
 
 __all__ = ["Runs", "check_settings", "describe_run", "new_run_id", "resolve_mode"]
@@ -117,6 +118,7 @@ class Runs:
         self._delivery = delivery
         self._spawn = spawn
         self._sinks: dict[int, SinkProcess] = {}
+        self._updates: dict[int, Updates] = {}
 
     @property
     def last(self) -> RunState | None:
@@ -190,9 +192,9 @@ class Runs:
 
         sink = SinkProcess(
             run.info,
-            run.number,
             self._delivery.outbox,
             fold,
+            self.updates_of(run),
             open_request,
             on_opened=lambda opened: self._note_opened(run, opened),
             deadline_s=settings.sink_deadline_s,
@@ -219,9 +221,42 @@ class Runs:
         """
         if self.last is None or not self._delivery.advance(self.last.cut):
             return False
+        self.wake()
+        return True
+
+    def wake(self) -> None:
+        """There is something new for the sinks."""
         for sink in self._sinks.values():
             sink.wake()
-        return True
+
+    def updates_of(self, run: RunState) -> Updates:
+        """The tables, artifacts and alerts of a run."""
+        if run.number not in self._updates:
+            self._updates[run.number] = Updates(
+                run.number,
+                self._delivery.outbox,
+                self._delivery.blobs,
+                run.updates,
+                save=lambda: save_state(self._directory, self._state),
+                on_done=self._delete_blobs,
+            )
+        return self._updates[run.number]
+
+    def undelivered_updates(self, run: RunState | None) -> list[str]:
+        """Tables, artifacts and alerts that W&B does not have, each with the reason."""
+        if run is None or run.info.mode == "disabled":
+            return []
+        return self.updates_of(run).undelivered(closed=run.report is not None)
+
+    def _delete_blobs(self) -> None:
+        """Delete the blobs that W&B's server has, and that nobody speaks of any more.
+
+        W&B's offline files refer to blobs, and a journal that was not read to its end may.
+        """
+        modes = {run.info.mode for run in self._state.runs}
+        if modes == {"online"} and self._delivery.position >= self._delivery.ledger.end:
+            needed = [self.updates_of(run).needed_blobs() for run in self._state.runs]
+            self._delivery.blobs.delete_all_but(set().union(*needed))
 
     def sink_of(self, run: RunState) -> SinkProcess | None:
         """The sink that works for this run; None when it is disabled, or ended before a restart."""
@@ -250,6 +285,8 @@ class Runs:
     def lost(self) -> dict[str, int]:
         """What could not be kept since the run began, by reason."""
         lost = self._delivery.merge.lost
+        if self.last is not None and (alerts := self.updates_of(self.last).unconfirmed_alerts):
+            lost["alert_unconfirmed"] = alerts
         if missing := sum(self._delivery.ledger.missing_bytes.values()):
             lost["ledger_lost_bytes"] = missing
         return lost
@@ -306,12 +343,20 @@ class Runs:
         delivered = (sink.delivered_rows if closed else sink.confirmed_rows) if sink else 0
         undelivered = max(self.rows_of(run) - delivered, 0) if sink else 0
         message = None
+        updates = []
+        if sink is not None:
+            updates = self.updates_of(run).undelivered(closed=closed)
+            if alerts := self.updates_of(run).unconfirmed_alerts:
+                run.lost = {**run.lost, "alert_unconfirmed": alerts}
         if undelivered or not closed:
             why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
             message = (
                 f"{undelivered} rows are not with W&B yet{why}. They are safe in "
                 f"{self._directory}, and delivery goes on as long as the service runs"
             )
+        if updates:
+            text = f"W&B does not have {'; '.join(updates)}. What came lies in {self._directory}"
+            message = f"{message}. {text}" if message else text
         report = FinishReport(
             run=run.info,
             exit_code=run.exit_code or 0,
@@ -319,9 +364,10 @@ class Runs:
             # What raywb itself wrote into the run is no row that anybody logged.
             delivered_rows=max(delivered - self._delivery.own_rows[run.number], 0),
             undelivered_rows=undelivered,
+            undelivered_updates=updates,
             lost=run.lost,
             rejected=run.rejected,
-            complete=closed and not undelivered,
+            complete=closed and not undelivered and not updates,
             message=message,
         )
         if closed:

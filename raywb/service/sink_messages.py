@@ -11,20 +11,27 @@ from typing import Any
 
 import msgspec
 
-from raywb.rows import Scalar
+from raywb.rows import Cell, Scalar
 
 __all__ = [
     "LENGTH",
     "Applied",
     "Apply",
+    "AskUpdates",
     "Definition",
     "Failed",
     "Finish",
     "Finished",
+    "LogArtifact",
+    "LogTable",
     "Open",
     "Opened",
     "Reply",
     "Request",
+    "SendAlert",
+    "TableOfRow",
+    "UpdateOutcome",
+    "Updated",
     "pack",
 ]
 
@@ -33,6 +40,15 @@ LENGTH = struct.Struct("<I")
 
 #: A metric definition: name, step metric, summary, and whether W&B fills the step metric in.
 Definition = tuple[str, str | None, str | None, bool | None]
+
+
+class TableOfRow(msgspec.Struct, frozen=True):
+    """A table in a row; ``row`` is the row's number."""
+
+    row: int
+    key: str
+    columns: list[str]
+    rows: list[list[Cell]]
 
 
 class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
@@ -70,6 +86,43 @@ class Apply(msgspec.Struct, tag=True, frozen=True):
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     defines: list[Definition] = []
+    tables: list[TableOfRow] = []
+
+
+class LogTable(msgspec.Struct, tag=True, frozen=True):
+    """Log the artifact that holds a table; the row that refers to it is, or was, logged apart."""
+
+    number: int
+    table: TableOfRow
+    again: bool
+
+
+class LogArtifact(msgspec.Struct, tag=True, frozen=True):
+    """Log an artifact.
+
+    Attributes:
+        number: its number among the run's updates.
+        files: path in the artifact, and where the content lies.
+        again: an earlier sink may have logged it.
+    """
+
+    number: int
+    name: str
+    kind: str
+    files: list[tuple[str, str]]
+    again: bool
+
+
+class SendAlert(msgspec.Struct, tag=True, frozen=True):
+    """Send an alert; it is marked as sent already."""
+
+    title: str
+    text: str
+    level: str
+
+
+class AskUpdates(msgspec.Struct, tag=True, frozen=True):
+    """What became of the tables and artifacts since it was asked last?"""
 
 
 class Finish(msgspec.Struct, tag=True, frozen=True):
@@ -95,9 +148,34 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
 
 
 class Applied(msgspec.Struct, tag=True, frozen=True):
-    """Everything up to before this row number is with W&B's client."""
+    """Everything up to before this row number is with W&B's client.
+
+    Attributes:
+        tables: what the summary holds of tables that were logged, by key.
+    """
 
     next_row: int
+    tables: dict[str, Any] = {}
+
+
+class UpdateOutcome(msgspec.Struct, frozen=True):
+    """What became of a table or an artifact.
+
+    Attributes:
+        number: its number among the run's updates.
+        state: ``done``: W&B has it; ``handed``: its client has it; ``failed``.
+        error: why it failed.
+    """
+
+    number: int
+    state: str
+    error: str = ""
+
+
+class Updated(msgspec.Struct, tag=True, frozen=True):
+    """Answer to whatever concerns tables, artifacts and alerts."""
+
+    outcomes: list[UpdateOutcome] = []
 
 
 class Finished(msgspec.Struct, tag=True, frozen=True):
@@ -105,9 +183,11 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         rows: rows found in the run's files (offline), or which the server has (online).
+        updates: tables and artifacts that had been handed over, and were found in the files.
     """
 
     rows: int
+    updates: list[int] = []
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -116,8 +196,8 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     error: str
 
 
-Request = Open | Apply | Finish
-Reply = Opened | Applied | Finished | Failed
+Request = Open | Apply | LogTable | LogArtifact | SendAlert | AskUpdates | Finish
+Reply = Opened | Applied | Updated | Finished | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 

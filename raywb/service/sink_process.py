@@ -35,6 +35,7 @@ from raywb.service.sink_messages import (
     Request,
     pack,
 )
+from raywb.service.updates import Updates, table_of_row
 from raywb.settings import process_environment, sink_environment
 
 __all__ = ["SinkProcess", "definitions"]
@@ -47,6 +48,9 @@ _ReplyT = TypeVar("_ReplyT", bound=Reply)
 #: tenth of a second for each.
 ROWS_PER_REQUEST = 500
 
+#: How often a run that is to end looks whether the last artifacts have come, in seconds.
+LOOK_AGAIN_S = 0.5
+
 #: Pauses before the child is started again: first and longest, in seconds. The first is above a
 #: second, since W&B names an offline directory after the second in which it was made.
 FIRST_PAUSE_S = 1.1
@@ -58,9 +62,9 @@ class SinkProcess:
 
     Args:
         run: the run to write.
-        number: the run's number in the outbox.
         outbox: where its rows are.
         fold: what the run amounts to so far; kept up to date by the service.
+        updates: its tables, artifacts and alerts.
         open_request: makes the first message for a child; it is called at each start, so that
             a key that arrived meanwhile is found.
         on_opened: called each time a child has opened the run.
@@ -71,9 +75,9 @@ class SinkProcess:
     def __init__(
         self,
         run: RunInfo,
-        number: int,
         outbox: Outbox,
         fold: Fold,
+        updates: Updates,
         open_request: Callable[[], Open],
         *,
         on_opened: Callable[[Opened], None],
@@ -84,9 +88,10 @@ class SinkProcess:
         #: Rows that W&B's client has taken, and rows that W&B has shown to have.
         self.delivered_rows = 0
         self.confirmed_rows = 0
-        self._number = number
+        self._number = run.epoch
         self._outbox = outbox
         self._fold = fold
+        self._updates = updates
         self._open_request = open_request
         self._on_opened = on_opened
         self._deadline_s = deadline_s
@@ -162,6 +167,7 @@ class SinkProcess:
                 "somebody else writes to this run; give this one another run_id"
             )
         self._on_opened(opened)
+        self._updates.begin_session()
         self.delivered_rows = self.confirmed_rows = opened.next_row
         self._state = "running"
         cursor = self._outbox.cursor(self._number, opened.next_row)
@@ -171,20 +177,28 @@ class SinkProcess:
             for start in range(0, len(items), ROWS_PER_REQUEST):
                 request = _apply_request(items[start : start + ROWS_PER_REQUEST])
                 applied = await self._ask(request, Applied)
+                self._updates.note_tables(applied.tables)
                 self.delivered_rows = applied.next_row
+            pause_s = await self._updates.step(self._ask, self.delivered_rows)
             if items:
                 continue
-            if self._finish is not None:
+            if self._finish is not None and self._updates.settled:
                 await self._end_run(self._finish.exit_code)
                 return
-            await self._wake.wait()
+            if self._finish is not None:
+                pause_s = min(pause_s or LOOK_AGAIN_S, LOOK_AGAIN_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await self._wake.wait()
 
     def _open_stderr(self) -> IO[bytes]:
         self._stderr.parent.mkdir(parents=True, exist_ok=True)
         return open(self._stderr, "ab")
 
     async def _end_run(self, exit_code: int) -> None:
-        finished = await self._ask(Finish(exit_code, self._fold.summary()), Finished)
+        summary = {**self._updates.tables, **self._fold.summary()}
+        finished = await self._ask(Finish(exit_code, summary), Finished)
+        self._updates.note_done(finished.updates)
         self.delivered_rows = self.confirmed_rows = finished.rows
         self._state = "finished"
         self.done.set()
@@ -247,14 +261,17 @@ def _apply_request(items: list[tuple[int | None, Item]]) -> Apply:
     config: dict[str, object] = {}
     summary: dict[str, object] = {}
     defines = []
+    tables = []
     for number, item in items:
         match item:
             case OutRow() if number is not None:
                 rows.append((number, item.time_s, item.metrics))
+                if table := table_of_row(number, item):
+                    tables.append(table)
             case OutConfig():
                 config.update(item.values)
             case OutSummary():
                 summary.update(item.values)
             case OutDefine():
                 defines.append(_definition(item))
-    return Apply(rows, config, summary, defines)
+    return Apply(rows, config, summary, defines, tables)

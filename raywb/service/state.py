@@ -21,6 +21,22 @@ __all__ = ["RunState", "ServiceState", "load_state", "lock_directory", "save_sta
 FILE_NAME = "service.json"
 
 
+class UpdateMarks(msgspec.Struct, kw_only=True):
+    """Which of a run's tables, artifacts and alerts need nothing more; they are numbered from 0.
+
+    Attributes:
+        before: all before this number are done.
+        done: numbers behind it that are done too.
+        unconfirmed_alerts: alerts that were marked, and then the sink died: sent or not.
+        tables: what the run's summary holds of its tables, by key.
+    """
+
+    before: int = 0
+    done: list[int] = []
+    unconfirmed_alerts: int = 0
+    tables: dict[str, Any] = {}
+
+
 class RunState(msgspec.Struct, kw_only=True):
     """One run of this service.
 
@@ -32,6 +48,7 @@ class RunState(msgspec.Struct, kw_only=True):
         exit_code: set when ``finish()`` was asked for.
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
         received_rows, lost, rejected: what had come by the cut.
+        updates: how far its tables, artifacts and alerts are.
         report: how it ended.
     """
 
@@ -44,6 +61,7 @@ class RunState(msgspec.Struct, kw_only=True):
     received_rows: int = 0
     lost: dict[str, int] = {}
     rejected: int = 0
+    updates: UpdateMarks = msgspec.field(default_factory=UpdateMarks)
     report: FinishReport | None = None
 
 

@@ -55,6 +55,7 @@ def make_status(
         sink=runs.sink_status(run),
         sources=_sources(delivery, ingest),
         problems=found,
+        undelivered_updates=runs.undelivered_updates(run),
     )
 
 

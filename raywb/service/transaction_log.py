@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Segment", "find_segments", "read_segment"]
+__all__ = ["Segment", "find_segments", "read_artifacts", "read_segment"]
 
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32 * 1024
@@ -86,3 +86,18 @@ def read_segment(path: Path) -> Segment:
         elif kind == "exit":
             ended = True
     return Segment(rows, next_row, ended)
+
+
+def read_artifacts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and digest of the artifacts that a file asks W&B to keep."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record()
+    for message in _messages(path):
+        try:
+            record.ParseFromString(message)
+        except DecodeError:
+            return
+        if record.WhichOneof("record_type") == "artifact":
+            yield record.artifact.name, record.artifact.digest

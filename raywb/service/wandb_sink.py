@@ -26,16 +26,22 @@ from raywb.service.sink_messages import (
     LENGTH,
     Applied,
     Apply,
+    AskUpdates,
     Definition,
     Failed,
     Finish,
     Finished,
+    LogArtifact,
+    LogTable,
     Open,
     Opened,
     Reply,
     Request,
+    SendAlert,
+    Updated,
     pack,
 )
+from raywb.service.wandb_updates import WandbUpdates
 from raywb.settings import DEFAULT_BASE_URL
 
 __all__ = ["WandbSink", "main"]
@@ -60,6 +66,7 @@ class WandbSink:
         self._base = 0
         self._next_row = 0
         self._entity: str | None = None
+        self._updates: WandbUpdates | None = None
 
     def open(self, request: Open) -> Opened:
         """Start the run, or resume it behind the last row that W&B has."""
@@ -102,6 +109,8 @@ class WandbSink:
         if request.mode == "online":
             next_row = self._online_rows(request)
         self._next_row = next_row
+        segments = (lambda: self._segments(request)) if request.mode == "offline" else None
+        self._updates = WandbUpdates(self._run, self._base, segments)
         self._take(request.config, {}, request.defines)
         return Opened(
             next_row=next_row,
@@ -109,6 +118,19 @@ class WandbSink:
             url=self._run.url if request.mode == "online" else None,
             entity=self._entity,
         )
+
+    @staticmethod
+    def _segments(request: Open) -> list[Path]:
+        from raywb.service.transaction_log import find_segments
+
+        return find_segments(Path(request.dir) / "wandb", request.run_id)
+
+    @property
+    def updates(self) -> WandbUpdates:
+        """What goes to the run besides plain rows."""
+        if self._updates is None:
+            raise SinkError("a table, artifact or alert came before open")
+        return self._updates
 
     def _offline_rows(self, request: Open) -> int:
         from raywb.service.transaction_log import find_segments, read_segment
@@ -154,16 +176,21 @@ class WandbSink:
     def apply(self, request: Apply) -> Applied:
         """Log what is new in the request."""
         self._take(request.config, {}, request.defines)
+        tables = {table.row: table for table in request.tables}
+        logged = {}
         for number, time_s, metrics in request.rows:
             if number < self._next_row:
                 continue
-            row = {**metrics, "_timestamp": time_s}
+            row: dict[str, Any] = {**metrics, "_timestamp": time_s}
+            if table := tables.get(number):
+                value = row[table.key] = self.updates.value(table)
+                logged[table.key] = value.to_json(self._run)
             # The step is W&B's own row counter, which belongs to this sink alone. Without
             # commit=True a row with a step would wait for the next one and merge with it.
             self._run.log(row, step=self._base + number, commit=True)
             self._next_row = number + 1
         self._take({}, request.summary, [])
-        return Applied(self._next_row)
+        return Applied(self._next_row, logged)
 
     def finish(self, request: Finish) -> Finished:
         """End the run, then look what is really there."""
@@ -172,7 +199,7 @@ class WandbSink:
             raise SinkError("finish came before open")
         self._take({}, request.summary, [])
         self._run.finish(exit_code=request.exit_code)
-        return Finished(self._confirmed(opened))
+        return Finished(self._confirmed(opened), self.updates.found_in_files())
 
     def _confirmed(self, opened: Open) -> int:
         """How many rows W&B really has, asked until it has all of them, or time is up.
@@ -269,8 +296,17 @@ def _carry_out(sink: WandbSink, request: Request) -> Reply:
             return sink.open(request)
         case Apply():
             return sink.apply(request)
+        case LogTable():
+            sink.updates.log_table(request)
+        case LogArtifact():
+            sink.updates.log_artifact(request)
+        case SendAlert():
+            sink.updates.alert(request)
+        case AskUpdates():
+            return Updated(sink.updates.outcomes())
         case Finish():
             return sink.finish(request)
+    return Updated()
 
 
 def main() -> None:
