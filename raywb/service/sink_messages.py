@@ -24,6 +24,7 @@ __all__ = [
     "Finished",
     "LogArtifact",
     "LogTable",
+    "LoggedTable",
     "Open",
     "Opened",
     "Reply",
@@ -139,23 +140,33 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
         next_row: number of the first row that W&B does not have.
         base: W&B's own step of row 0.
         url: the run's page, when it has one.
+        alerts: alerts in the run's files (offline); None where nobody can tell (online).
     """
 
     next_row: int
     base: int
     url: str | None
     entity: str | None
+    alerts: int | None = None
+
+
+class LoggedTable(msgspec.Struct, frozen=True):
+    """A table as the run's summary holds it, and the number of its row."""
+
+    row: int
+    key: str
+    value: dict[str, Any]
 
 
 class Applied(msgspec.Struct, tag=True, frozen=True):
     """Everything up to before this row number is with W&B's client.
 
     Attributes:
-        tables: what the summary holds of tables that were logged, by key.
+        tables: tables that were logged, as the summary holds them.
     """
 
     next_row: int
-    tables: dict[str, Any] = {}
+    tables: list[LoggedTable] = []
 
 
 class UpdateOutcome(msgspec.Struct, frozen=True):
@@ -165,11 +176,13 @@ class UpdateOutcome(msgspec.Struct, frozen=True):
         number: its number among the run's updates.
         state: ``done``: W&B has it; ``handed``: its client has it; ``failed``.
         error: why it failed.
+        table: the table, where an earlier sink may have logged its row.
     """
 
     number: int
     state: str
     error: str = ""
+    table: LoggedTable | None = None
 
 
 class Updated(msgspec.Struct, tag=True, frozen=True):

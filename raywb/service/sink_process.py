@@ -167,7 +167,7 @@ class SinkProcess:
                 "somebody else writes to this run; give this one another run_id"
             )
         self._on_opened(opened)
-        self._updates.begin_session()
+        self._updates.begin_session(opened.alerts)
         self.delivered_rows = self.confirmed_rows = opened.next_row
         self._state = "running"
         cursor = self._outbox.cursor(self._number, opened.next_row)
@@ -198,7 +198,7 @@ class SinkProcess:
     async def _end_run(self, exit_code: int) -> None:
         summary = {**self._updates.tables, **self._fold.summary()}
         finished = await self._ask(Finish(exit_code, summary), Finished)
-        self._updates.note_done(finished.updates)
+        self._updates.end_session(finished.updates)
         self.delivered_rows = self.confirmed_rows = finished.rows
         self._state = "finished"
         self.done.set()

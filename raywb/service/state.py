@@ -28,13 +28,13 @@ class UpdateMarks(msgspec.Struct, kw_only=True):
         before: all before this number are done.
         done: numbers behind it that are done too.
         unconfirmed_alerts: alerts that were marked, and then the sink died: sent or not.
-        tables: what the run's summary holds of its tables, by key.
+        tables: by key, the last row that holds a table, and what the run's summary says of it.
     """
 
     before: int = 0
     done: list[int] = []
     unconfirmed_alerts: int = 0
-    tables: dict[str, Any] = {}
+    tables: dict[str, tuple[int, dict[str, Any]]] = {}
 
 
 class RunState(msgspec.Struct, kw_only=True):

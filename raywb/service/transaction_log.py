@@ -24,11 +24,12 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 class Segment(NamedTuple):
-    """What one file holds: its rows, the number after its last one, and whether it was ended."""
+    """What one file holds: rows, the number after the last one, whether it was ended, alerts."""
 
     rows: int
     next_row: int
     ended: bool
+    alerts: int
 
 
 def find_segments(wandb_dir: Path, run_id: str) -> list[Path]:
@@ -73,6 +74,7 @@ def read_segment(path: Path) -> Segment:
     rows = 0
     next_row = 0
     ended = False
+    alerts = 0
     record = wandb_internal_pb2.Record()
     for message in _messages(path):
         try:
@@ -85,7 +87,8 @@ def read_segment(path: Path) -> Segment:
             next_row = record.history.step.num + 1
         elif kind == "exit":
             ended = True
-    return Segment(rows, next_row, ended)
+        alerts += kind == "alert"
+    return Segment(rows, next_row, ended, alerts)
 
 
 def read_artifacts(path: Path) -> Iterator[tuple[str, str]]:

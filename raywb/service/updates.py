@@ -3,7 +3,7 @@
 They are numbered in the outbox like rows, but W&B's step is no cursor over them: a row says
 nothing of the files that it refers to. So what is done is marked, one by one, in the run's state:
 an artifact, and that which holds a table, when W&B has it, until then it is handed over again and
-W&B knows it by its digest; an alert before it is sent.
+W&B knows it by its digest; an alert, online, before it is sent.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from raywb.service.outbox import OutAlert, OutArtifact, Outbox, OutRow
 from raywb.service.sink_messages import (
     AskUpdates,
     LogArtifact,
+    LoggedTable,
     LogTable,
     Request,
     SendAlert,
@@ -39,6 +40,10 @@ ASK_EVERY_S = 0.25
 #: Pauses before one that failed is tried again: first and longest, in seconds.
 FIRST_PAUSE_S = 1.0
 LONGEST_PAUSE_S = 60.0
+
+#: Time in which an alert leaves W&B's client, in seconds. If the client dies before, it counts
+#: as unconfirmed.
+ALERT_LEAVES_S = 10.0
 
 #: A run that is to end waits for one that fails until it was tried this often.
 ATTEMPTS_AT_FINISH = 4
@@ -89,28 +94,55 @@ class Updates:
         self._pending: dict[int, _Attempts] = {}
         self._again = outbox.updates_of(number)
         self._asked_at = 0.0
+        #: When the alerts of this session were sent that may still be on their way.
+        self._sent_at: list[float] = []
+        self._files_tell = False
 
     @property
     def tables(self) -> dict[str, Any]:
         """What the run's summary holds of its tables."""
-        return self._marks.tables
+        return {key: value for key, (_, value) in self._marks.tables.items()}
 
     @property
     def unconfirmed_alerts(self) -> int:
         """Alerts of which nobody knows whether W&B got them."""
-        return self._marks.unconfirmed_alerts
+        return self._marks.unconfirmed_alerts - len(self._sent_at)
 
-    def begin_session(self) -> None:
-        """Another child begins: what the one before had not finished is to be done again."""
+    def begin_session(self, alerts_in_files: int | None) -> None:
+        """Another child begins: what the one before had not finished is to be done again.
+
+        Args:
+            alerts_in_files: offline, the files tell how many alerts they hold, and these are the
+                first ones; None where nobody can tell.
+        """
         self._look()
         self._again = self._outbox.updates_of(self._run)
         for attempts in self._pending.values():
             attempts.state = "waiting"
+        self._sent_at.clear()
+        self._files_tell = alerts_in_files is not None
+        numbers = range(self._outbox.updates_of(self._run))
+        alerts = [n for n in numbers if self._outbox.update_type(self._run, n) is OutAlert]
+        self.note_done([n for n in alerts[: alerts_in_files or 0] if n in self._pending])
 
-    def note_tables(self, tables: dict[str, Any]) -> None:
-        """Remember what W&B's client put into the summary for tables."""
-        if tables:
-            self._marks.tables |= tables
+    def end_session(self, found: list[int]) -> None:
+        """The child has ended the run: all that it was handed is with W&B.
+
+        Args:
+            found: tables and artifacts that are in the run's files (offline).
+        """
+        if self._files_tell:
+            kinds = {n: self._outbox.update_type(self._run, n) for n in self._pending}
+            found = [*found, *(n for n, kind in kinds.items() if kind is OutAlert)]
+        self._settle_alerts(len(self._sent_at))
+        self.note_done(found)
+
+    def note_tables(self, tables: list[LoggedTable]) -> None:
+        """Remember what the summary says of tables; of each key, the last row's counts."""
+        known = self._marks.tables
+        newer = [one for one in tables if one.key not in known or known[one.key][0] < one.row]
+        if newer:
+            known |= {one.key: (one.row, one.value) for one in newer}
             self._save()
 
     def _look(self) -> None:
@@ -133,6 +165,8 @@ class Updates:
             OSError: the outbox cannot be read, or the marks not be written.
         """
         self._look()
+        now = time.monotonic()
+        self._settle_alerts(sum(now - sent_at > ALERT_LEAVES_S for sent_at in self._sent_at))
         await self._hear(ask)
         for number, attempts in list(self._pending.items()):
             if attempts.state == "waiting" and attempts.due_at <= time.monotonic():
@@ -148,7 +182,9 @@ class Updates:
             return
         self._asked_at = time.monotonic()
         done = []
-        for outcome in (await ask(AskUpdates(), Updated)).outcomes:
+        outcomes = (await ask(AskUpdates(), Updated)).outcomes
+        self.note_tables([outcome.table for outcome in outcomes if outcome.table is not None])
+        for outcome in outcomes:
             attempts = self._pending.get(outcome.number)
             if attempts is None:
                 continue
@@ -165,7 +201,7 @@ class Updates:
 
     async def _begin(self, number: int, attempts: _Attempts, ask: Ask, applied_rows: int) -> None:
         if self._outbox.update_type(self._run, number) is OutAlert:
-            await self._alert(number, ask)
+            await self._alert(number, attempts, ask)
             return
         if attempts.waits_for is not None and not self._blobs.has(attempts.waits_for):
             return
@@ -186,14 +222,27 @@ class Updates:
                     await ask(LogTable(number, table, again), Updated)
                     attempts.state = "working"
 
-    async def _alert(self, number: int, ask: Ask) -> None:
-        """Send an alert. It is marked first, so it may be lost in between, but never doubled."""
+    async def _alert(self, number: int, attempts: _Attempts, ask: Ask) -> None:
+        """Send an alert, at most once.
+
+        Offline the files tell which alerts there are. Online it is marked first: it may be lost
+        in between, and is counted then, but never sent twice.
+        """
         item = self._outbox.update(self._run, number).item
-        if isinstance(item, OutAlert):
+        if not isinstance(item, OutAlert):
+            return
+        if not self._files_tell:
             self._marks.unconfirmed_alerts += 1
+            self._sent_at.append(time.monotonic())
             self.note_done([number])
-            await ask(SendAlert(item.title, item.text, item.level), Updated)
-            self._marks.unconfirmed_alerts -= 1
+        await ask(SendAlert(item.title, item.text, item.level), Updated)
+        attempts.state = "handed"
+
+    def _settle_alerts(self, count: int) -> None:
+        """These have had the time to leave W&B's client."""
+        if count:
+            del self._sent_at[:count]
+            self._marks.unconfirmed_alerts -= count
             self._save()
 
     def _missing(self, artifact: OutArtifact) -> str | None:

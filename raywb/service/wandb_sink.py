@@ -67,6 +67,7 @@ class WandbSink:
         self._next_row = 0
         self._entity: str | None = None
         self._updates: WandbUpdates | None = None
+        self._alerts = 0
 
     def open(self, request: Open) -> Opened:
         """Start the run, or resume it behind the last row that W&B has."""
@@ -110,13 +111,14 @@ class WandbSink:
             next_row = self._online_rows(request)
         self._next_row = next_row
         segments = (lambda: self._segments(request)) if request.mode == "offline" else None
-        self._updates = WandbUpdates(self._run, self._base, segments)
+        self._updates = WandbUpdates(self._run, self._base, segments, self._alerts)
         self._take(request.config, {}, request.defines)
         return Opened(
             next_row=next_row,
             base=self._base,
             url=self._run.url if request.mode == "online" else None,
             entity=self._entity,
+            alerts=self._alerts if request.mode == "offline" else None,
         )
 
     @staticmethod
@@ -133,10 +135,11 @@ class WandbSink:
         return self._updates
 
     def _offline_rows(self, request: Open) -> int:
-        from raywb.service.transaction_log import find_segments, read_segment
+        from raywb.service.transaction_log import read_segment
 
-        segments = find_segments(Path(request.dir) / "wandb", request.run_id)
-        step = max((read_segment(path).next_row for path in segments), default=0)
+        segments = [read_segment(path) for path in self._segments(request)]
+        step = max((segment.next_row for segment in segments), default=0)
+        self._alerts = sum(segment.alerts for segment in segments)
         self._base = step if request.base is None else request.base
         return step - self._base
 
@@ -177,14 +180,14 @@ class WandbSink:
         """Log what is new in the request."""
         self._take(request.config, {}, request.defines)
         tables = {table.row: table for table in request.tables}
-        logged = {}
+        logged = []
         for number, time_s, metrics in request.rows:
             if number < self._next_row:
                 continue
             row: dict[str, Any] = {**metrics, "_timestamp": time_s}
             if table := tables.get(number):
-                value = row[table.key] = self.updates.value(table)
-                logged[table.key] = value.to_json(self._run)
+                row[table.key], of_summary = self.updates.value(table)
+                logged.append(of_summary)
             # The step is W&B's own row counter, which belongs to this sink alone. Without
             # commit=True a row with a step would wait for the next one and merge with it.
             self._run.log(row, step=self._base + number, commit=True)
@@ -199,7 +202,7 @@ class WandbSink:
             raise SinkError("finish came before open")
         self._take({}, request.summary, [])
         self._run.finish(exit_code=request.exit_code)
-        return Finished(self._confirmed(opened), self.updates.found_in_files())
+        return Finished(self._confirmed(opened), self.updates.found_in_files(CONFIRM_S))
 
     def _confirmed(self, opened: Open) -> int:
         """How many rows W&B really has, asked until it has all of them, or time is up.

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,11 +21,13 @@ from typing import Any, NamedTuple
 from raywb.errors import SinkError
 from raywb.service.sink_messages import (
     LogArtifact,
+    LoggedTable,
     LogTable,
     SendAlert,
     TableOfRow,
     UpdateOutcome,
 )
+from raywb.service.transaction_log import read_artifacts, read_segment
 
 __all__ = ["WandbUpdates"]
 
@@ -42,9 +46,13 @@ class WandbUpdates:
         run: W&B's run.
         base: W&B's own step of row 0.
         segments: finds the run's offline files; None online.
+        alerts: alerts in them.
     """
 
-    def __init__(self, run: Any, base: int, segments: Callable[[], list[Path]] | None) -> None:
+    def __init__(
+        self, run: Any, base: int, segments: Callable[[], list[Path]] | None, alerts: int
+    ) -> None:
+        self._alerts = alerts
         self._run = run
         self._base = base
         self._segments = segments
@@ -53,55 +61,55 @@ class WandbUpdates:
         self._outcomes: list[UpdateOutcome] = []
         self._handed: dict[int, _Logged] = {}
 
-    def value(self, table: TableOfRow) -> Any:
-        """The table as a value for ``run.log``, its file with W&B's client.
+    def value(self, table: TableOfRow) -> tuple[Any, LoggedTable]:
+        """The table as a value for ``run.log``, its file with W&B's client; and for the summary.
 
         The artifact that it refers to is logged apart, by :meth:`log_table`.
         """
         value, artifact = _make_table(self._run.id, table)
         _drop_staged(artifact)
-        self._bind(value, table)
-        return value
-
-    def _bind(self, value: Any, table: TableOfRow) -> None:
         value.bind_to_run(self._run, table.key, self._base + table.row)
+        # Through JSON, since W&B's own kinds of strings are among its values.
+        of_summary = json.loads(json.dumps(value.to_json(self._run)))
+        return value, LoggedTable(table.row, table.key, of_summary)
 
     def log_table(self, request: LogTable) -> None:
-        """Log the artifact that holds a table; its file too, where an earlier sink may not have."""
+        """Log the artifact that holds a table.
 
-        def make() -> Any:
-            return _make_table(self._run.id, request.table)[1]
+        Where an earlier sink logged the row, nobody knows whether it came to do the rest.
+        """
 
-        def hand_file() -> None:
-            if request.again:
-                value, artifact = _make_table(self._run.id, request.table)
-                _drop_staged(artifact)
-                self._bind(value, request.table)
+        def make() -> tuple[Any, LoggedTable | None]:
+            table = self.value(request.table)[1] if request.again else None
+            return _make_table(self._run.id, request.table)[1], table
 
-        self._begin(request.number, make, hand_file, again=request.again)
+        self._begin(request.number, make, again=request.again)
 
     def log_artifact(self, request: LogArtifact) -> None:
         """Log an artifact."""
         import wandb
 
-        def make() -> Any:
+        def make() -> tuple[Any, None]:
             artifact = wandb.Artifact(request.name, request.kind)
             for path, content in request.files:
                 # Nobody changes a blob, so W&B need not copy it.
                 artifact.add_file(content, name=path, policy="immutable", skip_cache=True)
             artifact.finalize()
-            return artifact
+            return artifact, None
 
-        self._begin(request.number, make, lambda: None, again=request.again)
+        self._begin(request.number, make, again=request.again)
 
     def _begin(
-        self, number: int, make: Callable[[], Any], before: Callable[[], None], *, again: bool
+        self, number: int, make: Callable[[], tuple[Any, LoggedTable | None]], *, again: bool
     ) -> None:
         """Log what ``make`` makes, in a thread that waits until the server has it."""
 
         def work() -> None:
             try:
-                outcome = UpdateOutcome(number, self._log(number, make(), before, again=again))
+                artifact, table = make()
+                outcome = UpdateOutcome(
+                    number, self._log(number, artifact, again=again), table=table
+                )
             except Exception as error:  # noqa: BLE001 - whatever it is, the service is told
                 text = f"{type(error).__name__}: {error}"
                 outcome = UpdateOutcome(number, "failed", text[:500])
@@ -110,12 +118,11 @@ class WandbUpdates:
 
         threading.Thread(target=work, name=f"update-{number}", daemon=True).start()
 
-    def _log(self, number: int, artifact: Any, before: Callable[[], None], *, again: bool) -> str:
+    def _log(self, number: int, artifact: Any, *, again: bool) -> str:
         logged = _Logged(artifact.name.partition(":")[0], artifact.digest)
         if again and logged in self._known_from_files():
             _drop_staged(artifact)
             return "done"
-        before()
         self._run.log_artifact(artifact)
         if self._segments is not None:
             with self._lock:
@@ -140,25 +147,34 @@ class WandbUpdates:
 
     def alert(self, request: SendAlert) -> None:
         """Send an alert."""
+        self._alerts += 1
         self._run.alert(request.title, request.text, level=request.level)
 
-    def found_in_files(self) -> list[int]:
-        """Numbers of what was handed over, all of which must be in the files after the end.
+    def found_in_files(self, timeout_s: float) -> list[int]:
+        """Numbers of what was handed over, all of which is in the files a moment after the end.
 
         Raises:
             SinkError: something is not; the next sink hands it over again.
         """
-        if not self._handed or self._segments is None:
-            return []
-        known = _artifacts_in(self._segments())
-        if missing := [logged.name for logged in self._handed.values() if logged not in known]:
-            raise SinkError(f"W&B's files do not hold {', '.join(missing)}; it is logged again")
+        deadline = time.monotonic() + timeout_s
+        while missing := self._missing_in_files():
+            if time.monotonic() > deadline:
+                raise SinkError(f"W&B's files do not hold {missing}; it is handed over again")
+            time.sleep(0.1)
         return list(self._handed)
+
+    def _missing_in_files(self) -> str:
+        if self._segments is None:
+            return ""
+        segments = self._segments()
+        if sum(read_segment(path).alerts for path in segments) < self._alerts:
+            return "all alerts"
+        known = _artifacts_in(segments) if self._handed else set()
+        missing = [logged.name for logged in self._handed.values() if logged not in known]
+        return ", ".join(missing)
 
 
 def _artifacts_in(segments: list[Path]) -> set[_Logged]:
-    from raywb.service.transaction_log import read_artifacts
-
     return {_Logged(name, digest) for path in segments for name, digest in read_artifacts(path)}
 
 
