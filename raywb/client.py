@@ -64,6 +64,7 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
             that begin with ``artifact_`` count artifacts.
         failed_requests: requests to the service that failed.
         last_error: why the last request failed; None while all is well.
+        waiting_files: files of artifacts that the service does not have.
     """
 
     logged: int
@@ -73,6 +74,7 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     lost: dict[str, int]
     failed_requests: int
     last_error: str | None
+    waiting_files: int = 0
 
 
 class Client:
@@ -347,7 +349,8 @@ class Client:
             rejected=connection.rejected,
             lost=connection.lost,
             failed_requests=shipper.failures if shipper else 0,
-            last_error=shipper.last_error if shipper else None,
+            last_error=(shipper.last_error or shipper.blob_error) if shipper else None,
+            waiting_files=shipper.blobs.left if shipper else 0,
         )
 
     def open_series(self, namespace: str, *, label: str, axis: str) -> Series:

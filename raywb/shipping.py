@@ -32,6 +32,9 @@ FIRST_PACE_S = 0.25
 #: Longest pause after failures, in seconds.
 LONGEST_PAUSE_S = 10.0
 
+#: Pause after a piece of a blob was not taken, in seconds.
+BLOB_PAUSE_S = 2.0
+
 #: Longest wait for one answer, in seconds.
 REQUEST_TIMEOUT_S = 15.0
 
@@ -198,6 +201,9 @@ class Shipper:
         #: Requests that failed, and what the last one said.
         self.failures = 0
         self.last_error: str | None = None
+        #: The same of the files of artifacts.
+        self.blob_error: str | None = None
+        self._blobs_at = 0.0
         self._thread = threading.Thread(target=self._run, name="raywb-shipper", daemon=True)
 
     def start(self) -> None:
@@ -253,8 +259,8 @@ class Shipper:
             try:
                 self._before_request()
                 self._ship()
-                self._ship_blobs()
                 self.last_error = None
+                self._ship_blobs()
                 pause_s = self._pace_s
             except OSError as error:
                 self.failures += 1
@@ -283,10 +289,23 @@ class Shipper:
                 return  # what came meanwhile waits for its time, so that the pace is kept
 
     def _ship_blobs(self) -> None:
-        """Send blobs piece by piece; whenever it is time for rows, these go first."""
+        """Send blobs piece by piece; whenever it is time for rows, these go first.
+
+        A service that takes no blobs may still take rows: these do not wait for better times.
+        """
         rows_at = time.monotonic() + self._pace_s
         while self._sender is not None and not self._stopping:
-            if not self.blobs.send_piece(self._sender, self._journal.acknowledged):
+            if time.monotonic() < self._blobs_at:
+                return
+            try:
+                more = self.blobs.send_piece(self._sender, self._journal.acknowledged)
+                self.blob_error = None
+            except OSError as error:
+                self.failures += 1
+                self.blob_error = str(error) or type(error).__name__
+                self._blobs_at = time.monotonic() + BLOB_PAUSE_S
+                return
+            if not more:
                 return
             with self._progress:
                 self._progress.notify_all()

@@ -412,20 +412,22 @@ def test_strangers_and_wrong_files_are_refused(
     assert after - before == ({service.directory / "blobs" / DIGEST} if status == 200 else set())
 
 
-@pytest.mark.parametrize(
-    ("path", "digest"),
-    [("../../../evil", DIGEST), ("/etc/evil", DIGEST), ("fine", "../../service.json")],
-)
-def test_a_hostile_artifact_goes_nowhere(service: LocalService, path: str, digest: str) -> None:
+def test_a_hostile_artifact_goes_nowhere(service: LocalService) -> None:
     """Paths and digests that lead elsewhere are damage, and reach no sink."""
     service.up()
     service.start()
     client = service.client("s")
-    client._connection.say(Artifact(0, "evil", "model", [ArtifactFile(path, digest, 5)]))
+    for path, digest in [
+        ("../../../evil", DIGEST),
+        ("/etc/evil", DIGEST),
+        ("a\\..\\evil", DIGEST),
+        ("fine", "../../service.json"),
+    ]:
+        client._connection.say(Artifact(0, "evil", "model", [ArtifactFile(path, digest, 5)]))
     assert client.flush()
     report = service.service.finish(60.0, 0)
     assert report.complete, report
-    assert report.lost == {"damaged_frames": 1}
+    assert report.lost == {"damaged_frames": 4}
     (run,) = read_runs(service.directory).values()
     assert run.artifacts == []
 

@@ -108,6 +108,11 @@ class BlobStore:
         """Whether the whole blob is here."""
         return digest in self._whole
 
+    def end_of(self, digest: str) -> int:
+        """How much of a blob that is not whole has come, as far as it is known without a look."""
+        partial = self._partials.get(digest)
+        return partial.end if partial is not None else 0
+
     @property
     def are_coming(self) -> bool:
         """Whether a piece of any blob came a moment ago."""

@@ -232,9 +232,9 @@ class Outbox:
                 number = self._rows.get(item.run, 0)
                 first_rows.setdefault(item.run, number)
                 self._rows[item.run] = number + 1
-            if isinstance(item, (OutArtifact, OutAlert)) or (
-                isinstance(item, OutRow) and item.table is not None
-            ):
+                if item.table is None:
+                    continue
+            if isinstance(item, (OutRow, OutArtifact, OutAlert)):
                 place = _Place(position, index, number, type(item))
                 self._updates.setdefault(item.run, []).append(place)
         for run, number in first_rows.items():

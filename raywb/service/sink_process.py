@@ -157,7 +157,7 @@ class SinkProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
-                env=sink_environment(process_environment()),
+                env=sink_environment(process_environment(), f"{self.run.dir}/wandb-data"),
             )
         opened = await self._ask(self._open_request(), Opened)
         emitted = self._outbox.rows_of(self._number)

@@ -93,6 +93,7 @@ class Updates:
         #: Numbers that are neither done nor given up; those before `_again` may be with W&B.
         self._pending: dict[int, _Attempts] = {}
         self._again = outbox.updates_of(number)
+        self._sessions = 0
         self._asked_at = 0.0
         #: When the alerts of this session were sent that may still be on their way.
         self._sent_at: list[float] = []
@@ -116,7 +117,9 @@ class Updates:
                 first ones; None where nobody can tell.
         """
         self._look()
-        self._again = self._outbox.updates_of(self._run)
+        if self._sessions:
+            self._again = self._outbox.updates_of(self._run)
+        self._sessions += 1
         for attempts in self._pending.values():
             attempts.state = "waiting"
         self._sent_at.clear()

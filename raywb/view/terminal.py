@@ -56,6 +56,8 @@ def render_status(status: Status) -> RenderableType:
         ("W&B", sink),
         ("lost", _losses(status.lost, status.rejected)),
     ]
+    if status.undelivered_updates:
+        facts.append(("not with W&B", "; ".join(status.undelivered_updates)))
     if status.after_finish_rows:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
