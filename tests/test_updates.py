@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import json
 import logging
+import math
 import os
 import signal
 import time
@@ -314,18 +315,22 @@ def test_a_journal_stays_until_its_files_are_home(
 ) -> None:
     """A sweep whose time is over in the middle of a file leaves the journal for the next one."""
     service.up(fsync="off")
+    service.start()
     client = service.client("s")
     path = tmp_path / "data.bin"
     path.write_bytes(os.urandom(100_000))
     monkeypatch.setattr("raywb.blobs.PIECE_BYTES", 1000)
     connection = client._connection
-    connection.shipper.stop()
-    connection.shipper._thread.join()
-    client.log_artifact(path, "data", "dataset")
     journal = connection.journal
-    connection.journal.close()
+    connection.shipper._blobs_at = math.inf  # the service takes rows, and no files
+    client.log_artifact(path, "data", "dataset")
+    until(lambda: journal.durable == journal.end)
+    assert client.stats.waiting_files == 1
+    connection.close(0.2)
     assert journal.directory.exists()
-    (report,) = [service.sweep(timeout_s=0.05)]
+    status = service.wait_for(lambda status: len(status.sources) == 1)
+    assert not status.sources[0].ended  # a sweep has to come for it
+    report = service.sweep(timeout_s=0.05)
     assert list(report.failed) == [journal.source_id]
     assert len(frozen.blobs_in(journal.directory)) == 1
     until(lambda: service.sweep().removed == 1)
