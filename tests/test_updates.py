@@ -241,6 +241,29 @@ def test_uploads_that_are_refused_arrive_in_the_end(
     assert {one.type for one in server.artifacts} == {"dataset", "run_table"}
 
 
+def test_what_a_dead_sink_was_working_on_is_handed_over_again(
+    service: LocalService, server: WandbServer, tmp_path: Path
+) -> None:
+    """The sink is killed in the middle of an upload: the next one of the same service does it."""
+    service.up()
+    start_online(service, server)
+    client = service.client("s")
+    service.wait_for(lambda status: status.sink.state == "running")
+    server.hang("files")
+    path = tmp_path / "data.bin"
+    path.write_bytes(b"1" * 1000)
+    client.log_artifact(path, "data", "dataset")
+    assert client.flush()
+    until(lambda: server.requests["graphql:CreateArtifactFiles"])
+    assert service.status().undelivered_updates == ["artifact 'data' (on its way)"]
+    kill_sink(service)
+    server.behave("files")
+    report = service.service.finish(60.0, 0)
+    assert (report.complete, service.status().sink.restarts) == (True, 1), report
+    (artifact,) = server.artifacts
+    assert (artifact.committed, artifact.files) == (True, {"data.bin": b"1" * 1000})
+
+
 def test_the_same_contents_are_one_version(
     service: LocalService, server: WandbServer, tmp_path: Path
 ) -> None:
