@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,10 +21,13 @@ from raywb.rows import ArtifactFile
 if TYPE_CHECKING:
     from raywb.shipping import Sender
 
-__all__ = ["BlobLane", "BlobRefused", "PieceAnswer", "deliver_blobs"]
+__all__ = ["BlobLane", "BlobRefused", "PieceAnswer", "bring_blobs_home"]
 
 #: Bytes in one request. Rows wait for at most one of them.
 PIECE_BYTES = 1024 * 1024
+
+#: Pause after a piece that the service had no place for, in seconds.
+BUSY_PAUSE_S = 0.1
 
 #: A blob that was refused is begun anew this often, in case its beginning was damaged there.
 ATTEMPTS = 3
@@ -120,13 +123,12 @@ class BlobLane:
         return True
 
 
-def deliver_blobs(sender: Sender, journal: Path, deadline: float) -> bool:
-    """Bring the frozen files in a journal's directory home; False when the time was over.
+def bring_blobs_home(sender: Sender, journal: Path) -> Iterator[None]:
+    """Send the frozen files in a journal's directory, one request at a time.
 
     Args:
         sender: the connection to use.
         journal: the directory; the service has the journal itself already.
-        deadline: monotonic time at which to stop.
 
     Raises:
         OSError: the service does not take them.
@@ -137,9 +139,10 @@ def deliver_blobs(sender: Sender, journal: Path, deadline: float) -> bool:
             size = path.stat().st_size
             answer = sender.send_piece(digest, size, 0, b"")
             while not answer.whole:
-                if time.monotonic() > deadline:
-                    return False
-                answer = sender.send_piece(digest, size, answer.end, _read(path, answer.end))
+                yield
+                before = answer.end
+                answer = sender.send_piece(digest, size, before, _read(path, before))
+                if answer.end == before and not answer.whole:
+                    time.sleep(BUSY_PAUSE_S)
         except FileNotFoundError:
             continue  # its process lives, and has brought it home itself
-    return True

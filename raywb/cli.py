@@ -1,14 +1,18 @@
-"""The ``raywb`` command: look at the service of a Ray cluster, and end its run."""
+"""The ``raywb`` command: look at a cluster's service, end its run, bring home what it left."""
 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from raywb import __version__
-from raywb.errors import NoClusterError, RaywbError, ServiceUnavailable
+from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["main"]
 
@@ -16,6 +20,7 @@ __all__ = ["main"]
 EXIT_NO_CLUSTER = 3
 EXIT_NO_SERVICE = 4
 EXIT_UNDELIVERED = 5
+EXIT_DIRECTORY = 6
 
 
 class _Errors(click.Group):
@@ -26,7 +31,11 @@ class _Errors(click.Group):
             return super().invoke(ctx)
         except RaywbError as error:
             click.echo(f"raywb: {error}", err=True)
-            codes = {NoClusterError: EXIT_NO_CLUSTER, ServiceUnavailable: EXIT_NO_SERVICE}
+            codes = {
+                NoClusterError: EXIT_NO_CLUSTER,
+                ServiceUnavailable: EXIT_NO_SERVICE,
+                DirectoryError: EXIT_DIRECTORY,
+            }
             sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
 
 
@@ -41,7 +50,7 @@ def main(address: str | None) -> None:
     """One W&B run for a whole Ray cluster.
 
     Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 no Ray cluster, 4 no service on it or
-    no answer, 5 rows are not with W&B.
+    no answer, 5 rows are not with W&B, 6 a directory is no service's or is in use.
     """
     click.get_current_context().obj = address or "auto"
 
@@ -98,6 +107,113 @@ def finish(timeout_s: float, exit_code: int, stop: bool) -> None:
         stop_service()
     if not report.complete:
         sys.exit(EXIT_UNDELIVERED)
+
+
+_directory = click.argument("directory", type=click.Path(path_type=Path))
+_timeout = click.option(
+    "--timeout-s", default=600.0, show_default=True, help="Longest that W&B is waited for."
+)
+_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+
+
+@main.command()
+@_directory
+@click.option(
+    "--exit-code",
+    type=int,
+    help="How a run ended that nobody finished: 0 well, else failed. By default it is left as "
+    "crashed.",
+)
+@click.option(
+    "--journals",
+    multiple=True,
+    metavar="DIR",
+    type=click.Path(path_type=Path),
+    help="Look for journals in this directory, too, for instance in copies from other nodes.",
+)
+@_timeout
+@_json
+def recover(
+    directory: Path,
+    exit_code: int | None,
+    journals: tuple[Path, ...],
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Bring home what a cluster left that is gone, and end its runs.
+
+    DIRECTORY is the service's: what start() printed as dir. No Ray is needed.
+    """
+    from raywb.service.recover import recover as recover_directory
+    from raywb.view.progress import show_progress
+    from raywb.view.terminal import render_recovery
+
+    with show_progress(_stderr()) as tell:
+        report = recover_directory(
+            directory.absolute(),
+            exit_code=exit_code,
+            journals=journals,
+            timeout_s=timeout_s,
+            tell=tell,
+        )
+    _answer(report, render_recovery(report), as_json=as_json)
+    if not report.complete:
+        sys.exit(EXIT_UNDELIVERED)
+
+
+@main.command()
+@_directory
+@click.option("--project", help="W&B project, if not the run's own.")
+@click.option("--entity", help="W&B team or user, if not the run's own.")
+@click.option("--base-url", help="W&B's server, if not the run's own.")
+@_timeout
+@_json
+def sync(
+    directory: Path,
+    project: str | None,
+    entity: str | None,
+    base_url: str | None,
+    timeout_s: float,
+    as_json: bool,
+) -> None:
+    """Send to W&B's server what an offline run, or a finish() that was cut short, left.
+
+    DIRECTORY is the service's: what start() printed as dir. What the server has is not sent
+    again. No Ray is needed, but a key is.
+    """
+    from raywb.service.sync import sync as sync_directory
+    from raywb.view.progress import show_progress
+    from raywb.view.terminal import render_sync
+
+    with show_progress(_stderr()) as tell:
+        report = sync_directory(
+            directory.absolute(),
+            project=project,
+            entity=entity,
+            base_url=base_url,
+            timeout_s=timeout_s,
+            tell=tell,
+        )
+    _answer(report, render_sync(report), as_json=as_json)
+    if not report.complete:
+        sys.exit(EXIT_UNDELIVERED)
+
+
+def _stderr() -> Console:
+    """Where progress goes, so that what a command prints can be piped on."""
+    from rich.console import Console
+
+    return Console(stderr=True)
+
+
+def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
+    import msgspec
+    from rich.console import Console
+
+    if as_json:
+        click.echo(msgspec.json.encode(report).decode())
+    else:
+        Console().print(rendered)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,9 @@ from raywb.errors import ArtifactError, MetricTypeError, ServiceUnavailable, Set
 from raywb.frozen import check_artifact_names, find_files
 from raywb.reports import RunInfo
 from raywb.rows import (
+    ACROSS_RANKS,
     MAX_MESSAGE_BYTES,
+    ROW_TAG,
     Alert,
     Artifact,
     ConfigUpdate,
@@ -31,6 +34,7 @@ from raywb.rows import (
     encode,
 )
 from raywb.settings import as_mapping
+from raywb.shapes import NO_SHAPE, Shape, shape_of
 from raywb.tables import plain_table
 from raywb.values import Refusal, flatten, plain
 
@@ -48,6 +52,11 @@ ALERT_LEVELS = ("INFO", "WARN", "ERROR")
 
 #: W&B takes titles of less than 64 characters.
 ALERT_TITLE_CHARACTERS = 63
+#: Shapes of rows that a client remembers; a training loop has a handful.
+MOST_SHAPES = 64
+
+_now = time.time
+_as_int = int.from_bytes
 
 _SUMMARIES = ("min", "max", "mean", "first", "last", "copy", "none")
 
@@ -98,8 +107,11 @@ class Client:
         self._strict = strict
         self._closed = False
         self._warned: set[str] = set()
-        self._logged = itertools.count(1)
-        self._logged_rows = 0
+        self._shapes: dict[int, Shape] = {}
+        # A row is counted without a lock: no thread can come between. To look counts as well.
+        self._count = itertools.count().__next__
+        self._looks = 0
+        self._look_lock = threading.RLock()
         #: Prefix of this client's keys, without the slash.
         self.stage = stage
         #: The run as it was known at ``attach()``.
@@ -122,23 +134,34 @@ class Client:
             MetricTypeError: a value cannot be charted, and the client is strict. Otherwise the
                 value is left out, counted, and warned about once per key.
         """
-        if (
-            type(metrics) is not dict
-            or not _PLAIN.issuperset(map(type, metrics.values()))
-            or not _TEXT.issuperset(map(type, metrics))
-            or type(step) not in _STEPS
-            or self._closed
-        ):
-            return self._log_with_care(metrics, step)
-        try:
-            payload = encode(Row(self._channel, time.time(), step, metrics))
-        except (OverflowError, UnicodeEncodeError):
-            return self._log_with_care(metrics, step)
-        if metrics and len(payload) <= MAX_MESSAGE_BYTES:
-            self._connection.append(payload)
-            self._logged_rows = next(self._logged)
-            return None
+        if type(metrics) is dict and not self._closed:
+            try:
+                # What a Row is encoded to, without making one.
+                payload = encode((ROW_TAG, self._channel, _now(), step, metrics))
+            except Exception:  # noqa: BLE001 - whatever it is, the look at each value tells
+                return self._log_with_care(metrics, step)
+            mask, fixed = self._shapes.get(len(payload), NO_SHAPE)
+            if _as_int(payload, "little") & mask == fixed or self._is_plain(payload, step, metrics):
+                self._connection.append(payload)
+                self._count()
+                return None
         return self._log_with_care(metrics, step)
+
+    def _is_plain(self, payload: bytes, step: Any, metrics: dict[Any, Any]) -> bool:
+        """Whether a row is good as it is; if so, rows of its shape are known from now on."""
+        types = set(map(type, metrics.values()))
+        good = (
+            bool(metrics)
+            and types <= _PLAIN
+            and _TEXT.issuperset(map(type, metrics))
+            and type(step) in _STEPS
+            and len(payload) <= MAX_MESSAGE_BYTES
+        )
+        # The first of two shapes of one length stays, so that rows in turn cause no work.
+        known = str in types or len(payload) in self._shapes or len(self._shapes) >= MOST_SHAPES
+        if good and not known and (shape := shape_of(payload, self._channel, step, metrics)):
+            self._shapes[len(payload)] = shape
+        return good
 
     def _log_with_care(self, metrics: Any, step: Any) -> None:
         if self._closed:
@@ -164,7 +187,7 @@ class Client:
             size = f"a row of {len(payload)} bytes"
             return self._refuse([Refusal(next(iter(row)), size, f"{MAX_MESSAGE_BYTES} are most")])
         self._connection.append(payload)
-        self._logged_rows = next(self._logged)
+        self._count()
         return None
 
     def _refuse(self, refused: list[Refusal]) -> None:
@@ -208,7 +231,7 @@ class Client:
             why = f"{MAX_MESSAGE_BYTES} are most; log_artifact() takes it as a file"
             return self._refuse([Refusal(name, f"a table of {len(payload)} bytes", why)])
         self._connection.append(payload)
-        self._logged_rows = next(self._logged)
+        self._count()
         return None
 
     def log_artifact(self, path: str | os.PathLike[str], name: str, type: str) -> None:
@@ -264,11 +287,15 @@ class Client:
         if len(title) > ALERT_TITLE_CHARACTERS:
             text = f"{title}\n\n{text}"
             title = title[: ALERT_TITLE_CHARACTERS - 1] + "…"
-        if not self._connection.say(Alert(self._channel, title, text, level)):
-            self._connection.count_loss("alert")
+        self._connection.say(Alert(self._channel, title, text, level))
 
     def define_metric(
-        self, name: str, step_metric: str | None = None, summary: str | None = None
+        self,
+        name: str,
+        step_metric: str | None = None,
+        summary: str | None = None,
+        *,
+        across_ranks: str | None = None,
     ) -> None:
         """Say how W&B is to chart a metric, as ``wandb.define_metric`` does.
 
@@ -277,9 +304,13 @@ class Client:
             step_metric: the metric that is its x-axis, without the stage.
             summary: ``min``, ``max``, ``mean``, ``first``, ``last``, ``copy`` or ``none``;
                 several with commas between.
+            across_ranks: how the values of several ranks at one step become one: ``mean`` (the
+                default), ``min``, ``max``, ``sum``, ``last`` (the one logged last) or
+                ``per_rank`` (each of them, as ``<name>/rank_<rank>``).
 
         Raises:
-            SettingsError: ``summary`` is none of these, or ``name`` has a ``*`` in the middle.
+            SettingsError: ``summary`` or ``across_ranks`` is none of these, or ``name`` has a
+                ``*`` in the middle.
         """
         if not name or "*" in name[:-1]:
             raise SettingsError(
@@ -291,7 +322,13 @@ class Client:
                 f"summary={summary!r} cannot be used: {', '.join(wrong)} is not among "
                 f"{', '.join(_SUMMARIES)}"
             )
-        self._connection.say(Define(self._channel, name, step_metric, ",".join(kinds) or None))
+        if across_ranks is not None and across_ranks not in ACROSS_RANKS:
+            raise SettingsError(
+                f"across_ranks={across_ranks!r} cannot be used: allowed are "
+                f"{', '.join(ACROSS_RANKS)}"
+            )
+        kind = ",".join(kinds) or None
+        self._connection.say(Define(self._channel, name, step_metric, kind, across_ranks))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the service has everything that was logged before this call.
@@ -343,7 +380,7 @@ class Client:
         connection = self._connection
         journal, shipper = connection.journal, connection.shipper
         return ClientStats(
-            logged=self._logged_rows,
+            logged=self._logged_rows(),
             acked_bytes=journal.acknowledged if journal else 0,
             backlog_bytes=journal.backlog_bytes if journal else 0,
             rejected=connection.rejected,
@@ -352,6 +389,11 @@ class Client:
             last_error=(shipper.last_error or shipper.blob_error) if shipper else None,
             waiting_files=shipper.blobs.left if shipper else 0,
         )
+
+    def _logged_rows(self) -> int:
+        with self._look_lock:
+            self._looks += 1
+            return self._count() - self._looks + 1
 
     def open_series(self, namespace: str, *, label: str, axis: str) -> Series:
         """Open one of several series that share a namespace in the run.

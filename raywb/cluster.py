@@ -33,6 +33,9 @@ DIRECTORY_KEY = b"raywb:directory"
 #: Calls that run at the same time in the actor; a finish may wait for minutes in one of them.
 MAX_CONCURRENCY = 32
 
+#: Longest that a join waits for a service that does not listen yet, in seconds.
+JOIN_WAIT_S = 5.0
+
 #: Pause before a call to a restarting actor is tried again, in seconds.
 RETRY_PAUSE_S = 0.25
 
@@ -52,6 +55,7 @@ class Joined(NamedTuple):
     run: RunInfo
     epoch: int
     finished: bool
+    complete: bool = False
 
 
 def connect(*, local_cluster: bool = False) -> Cluster:
@@ -117,7 +121,8 @@ def make_service(
 ) -> Any:
     """Make the service on the head node, or find the one that somebody else just made."""
     from raywb.service.actor import Boot, RaywbService
-    from raywb.service.runs import new_run_id
+    from raywb.service.run_settings import new_run_id
+    from raywb.sweep import RayNodes
 
     run_id = settings.run_id or new_run_id()
     boot = Boot(
@@ -127,6 +132,7 @@ def make_service(
         host=settings.listen_host or _head_address(),
         settings=settings,
         group=group,
+        session_dir=cluster.session_dir,
     )
     return (
         ray.remote(RaywbService)
@@ -141,7 +147,7 @@ def make_service(
             max_restarts=-1,
             max_concurrency=MAX_CONCURRENCY,
         )
-        .remote(boot, api_key)
+        .remote(boot, api_key, RayNodes())
     )
 
 
@@ -199,8 +205,16 @@ def call(service: Any, method: str, *args: Any, timeout_s: float) -> Any:
             )
 
 
-def join(service: Any, cluster: Cluster, *, timeout_s: float) -> Joined:
+def join(
+    service: Any, cluster: Cluster, *, timeout_s: float, source_id: str | None = None
+) -> Joined:
     """Ask the service for its address and its run.
+
+    Args:
+        service: the service's handle.
+        cluster: this process's cluster.
+        timeout_s: longest that it may take.
+        source_id: announces the caller as this source, which is about to write.
 
     Raises:
         VersionMismatch: it speaks another protocol.
@@ -208,7 +222,8 @@ def join(service: Any, cluster: Cluster, *, timeout_s: float) -> Joined:
     """
     from raywb import __version__
 
-    answer = call(service, "join", PROTOCOL, timeout_s=timeout_s)
+    announced = (source_id, cluster.node_id) if source_id is not None else None
+    answer = call(service, "join", PROTOCOL, JOIN_WAIT_S, announced, timeout_s=timeout_s)
     if answer["protocol"] != PROTOCOL:
         raise VersionMismatch(
             f"this process has raywb {__version__} (protocol {PROTOCOL}), the service on this "
@@ -220,4 +235,10 @@ def join(service: Any, cluster: Cluster, *, timeout_s: float) -> Joined:
         endpoint = Endpoint(
             address=answer["address"], token=answer["token"], cluster_id=cluster.cluster_id
         )
-    return Joined(endpoint, answer["run"], answer["epoch"], answer["finished"])
+    return Joined(
+        endpoint,
+        answer["run"],
+        answer["epoch"],
+        answer["finished"],
+        answer.get("complete", False),
+    )

@@ -25,6 +25,7 @@ from raywb.cluster import Cluster
 from raywb.errors import ArtifactError
 from raywb.frozen import Frozen
 from raywb.journal import Journal, new_source_id
+from raywb.orphans import Neighbours
 from raywb.rows import (
     MAX_MESSAGE_BYTES,
     Artifact,
@@ -39,12 +40,15 @@ from raywb.rows import (
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
-__all__ = ["Connection", "connection_for", "present_connection"]
+__all__ = ["Connection", "connection_for", "present_connection", "source_id_for"]
 
 _log = logging.getLogger(__name__)
 
 #: Time between two tries to make a journal where none can be made, in seconds.
 JOURNAL_RETRY_S = 1.0
+
+#: Most bytes of config, definitions and the like that wait in memory for room on the disk.
+UNSAID_BYTES = MAX_MESSAGE_BYTES
 
 #: Longest that the end of a process waits for its last rows to be taken, in seconds. What is
 #: not taken in this time stays on disk, and is brought home by a sweep.
@@ -54,18 +58,34 @@ EXIT_FLUSH_S = 2.0
 class Connection:
     """This process as a source of one cluster's service.
 
+    Args:
+        cluster: the cluster.
+        endpoint: where its service listens; None while nobody knows.
+        epoch: number of its run.
+        source_id: what the process announced itself as, if it did.
+
     Attributes:
+        source_id: under which the process writes, or will as soon as it has a journal.
         append: takes an encoded message; False when it had to be counted as lost.
         lost: what could not be kept, by reason.
     """
 
     append: Callable[..., bool]
 
-    def __init__(self, cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> None:
+    def __init__(
+        self,
+        cluster: Cluster,
+        endpoint: Endpoint | None,
+        epoch: int,
+        source_id: str | None = None,
+    ) -> None:
         self.cluster = cluster
+        self.source_id = source_id or new_source_id()
         self._endpoint = endpoint
         self._epoch = epoch
         self._channels: list[Channel] = []
+        #: Messages that are no rows, and wait for room on the disk; rows come after them.
+        self._unsaid: list[bytes] = []
         self._counters: dict[str, int] = {}
         self._written: tuple[int, dict[str, int]] = (0, {})
         self._lock = threading.RLock()
@@ -84,10 +104,12 @@ class Connection:
             if self._next_try == 0.0:
                 _log.warning("raywb: no journal can be made, rows are lost until it can: %s", error)
             self._next_try = time.monotonic() + JOURNAL_RETRY_S
+            self.source_id = new_source_id()  # a directory of the old name may be half made
             self.journal = None
             self.append = self._append_without_journal
             return
         self.append = self.journal.append
+        waiting, self._unsaid = self._unsaid, []
         self._say(
             Hello(
                 source_id=self.journal.source_id,
@@ -102,9 +124,14 @@ class Connection:
         )
         for channel in self._channels:
             self._say(channel)
+        for payload in waiting:
+            self._append_update(payload)
         self._frozen = Frozen(self.journal.directory)
         blobs = BlobLane(self._frozen, self.count_loss)
-        self.shipper = Shipper(self.journal, self._endpoint, self._write_counters, blobs)
+        neighbours = Neighbours(local_journals(self.cluster))
+        self.shipper = Shipper(
+            self.journal, self._endpoint, self._write_counters, blobs, neighbours.step
+        )
         try:
             self.shipper.start()
         except RuntimeError as error:
@@ -114,10 +141,13 @@ class Connection:
     def _make_journal(self) -> Journal:
         base = journal_base(self.cluster.session_dir, self.cluster.cluster_id)
         try:
-            return Journal(base, new_source_id())
+            return Journal(base, self.source_id)
         except OSError:
             # A session directory that is full or not ours need not be the end of it.
-            return Journal(journal_base(None, self.cluster.cluster_id), new_source_id())
+            elsewhere = journal_base(None, self.cluster.cluster_id)
+            if elsewhere == base:
+                raise
+            return Journal(elsewhere, self.source_id)
 
     def _append_without_journal(self, payload: bytes, *, counted: bool = True) -> bool:
         """Try again to make a journal, once a second; rows meanwhile are counted."""
@@ -131,8 +161,45 @@ class Connection:
             self.count_loss("no_journal")
         return False
 
+    def _append_behind_unsaid(self, payload: bytes, *, counted: bool = True) -> bool:
+        """First what waits, then this: a row before its channel would get the wrong name."""
+        with self._lock:
+            journal = self.journal
+            if self._say_unsaid() or journal is None:
+                return self.append(payload, counted=counted)
+        if counted:
+            journal.count_loss(journal.last_reason)
+        return False
+
+    def _say_unsaid(self) -> bool:
+        """Append what waits for room; True when nothing waits any more."""
+        with self._lock:
+            if self.journal is None:
+                return not self._unsaid
+            while self._unsaid:
+                # Taken out first: a signal handler that logs may come here too.
+                payload = self._unsaid.pop(0)
+                if not self.journal.append(payload, counted=False):
+                    self._unsaid.insert(0, payload)
+                    return False
+            self.append = self.journal.append
+            return True
+
+    def _append_update(self, payload: bytes) -> bool:
+        """Append a message that is no row, now or as soon as there is room."""
+        with self._lock:
+            if self.append(payload, counted=False):
+                return True
+            if sum(map(len, self._unsaid)) + len(payload) > UNSAID_BYTES:
+                self.count_loss("updates")
+                return False
+            self._unsaid.append(payload)
+            if self.journal is not None:
+                self.append = self._append_behind_unsaid
+            return True
+
     def _say(self, message: Message) -> bool:
-        return self.append(encode(message), counted=False)
+        return self._append_update(encode(message))
 
     def say(self, message: Message) -> bool:
         """Append a message that is no row; one that is too large is refused and counted."""
@@ -146,7 +213,7 @@ class Connection:
                 MAX_MESSAGE_BYTES,
             )
             return False
-        return self.append(payload, counted=False)
+        return self._append_update(payload)
 
     def log_artifact(self, message: Artifact, found: list[tuple[str, Path]]) -> bool:
         """Freeze the files, and append the message with what they were found to be.
@@ -174,7 +241,9 @@ class Connection:
             self.count_loss("artifact_disk_full" if full else "artifact_error")
             _log.warning("raywb: artifact %r cannot be kept on this node: %s", message.name, error)
             return False
-        if not self.say(msgspec.structs.replace(message, files=files)):
+        # Unlike other updates it does not wait for room: its files must not come before it.
+        payload = encode(msgspec.structs.replace(message, files=files))
+        if not self.append(payload, counted=False):
             for file in files:
                 frozen.release(file.digest)
             self.count_loss("artifact_error")
@@ -192,11 +261,19 @@ class Connection:
         label: str | None = None,
         axis: str | None = None,
     ) -> int:
-        """Open a channel for a stage; returns its number."""
+        """Open a channel for a stage; returns its number.
+
+        Who asks for the same stage again gets the same channel: a process may attach very often.
+        Each series has its own.
+        """
         with self._lock:
             channel = Channel(len(self._channels), stage, rank, world_size, label, axis)
+            for known in self._channels if label is None else ():
+                if known == msgspec.structs.replace(channel, channel=known.channel):
+                    return known.channel
             self._channels.append(channel)
-            self._say(channel)
+            if self.journal is not None:  # a new journal begins with all channels
+                self._say(channel)
             return channel.channel
 
     def use(self, endpoint: Endpoint | None, epoch: int) -> None:
@@ -210,7 +287,10 @@ class Connection:
     def count_loss(self, reason: str) -> None:
         """Count a row that could not even be appended."""
         with self._lock:
-            self._counters[reason] = self._counters.get(reason, 0) + 1
+            if self.journal is not None:
+                self.journal.count_loss(reason)
+            else:
+                self._counters[reason] = self._counters.get(reason, 0) + 1
 
     @property
     def lost(self) -> dict[str, int]:
@@ -223,8 +303,9 @@ class Connection:
 
     def _write_counters(self) -> None:
         """Tell the service the totals when they changed; called by the shipping thread."""
+        self._say_unsaid()
         totals = (self.rejected, self.lost)
-        if totals != self._written and self.say(Counters(*totals)):
+        if totals != self._written and self.append(encode(Counters(*totals)), counted=False):
             self._written = totals
 
     def flush(self, timeout_s: float) -> bool:
@@ -235,13 +316,16 @@ class Connection:
         return self.shipper.flush(timeout_s)
 
     def close(self, timeout_s: float) -> None:
-        """End this source in good order: say so, flush, and let go of the files."""
+        """End this source in good order: say so, flush, and let go of the files.
+
+        Files that hold what the service does not have stay for a sweep.
+        """
         if self.journal is None or self.shipper is None:
             return
         self._write_counters()
         self._end(timeout_s)
         self.shipper.stop()
-        self.journal.close()
+        self.journal.close(keep=bool(self._unsaid) or self._written[1] != self.lost)
 
     def _end(self, timeout_s: float) -> None:
         """Say that this source has ended, and flush.
@@ -274,7 +358,9 @@ class Connection:
         self.journal = None
         self.shipper = None
         self._frozen = None
+        self.source_id = new_source_id()
         self.rejected = 0
+        self._unsaid = []
         self._counters = {}
         self._written = (0, {})
         self._next_try = 0.0
@@ -282,6 +368,7 @@ class Connection:
 
 
 _present: Connection | None = None
+_announced: str | None = None
 _present_lock = threading.Lock()
 _hooks_installed = False
 
@@ -291,16 +378,31 @@ def present_connection() -> Connection | None:
     return _present
 
 
+def source_id_for(cluster: Cluster) -> str:
+    """The source that this process is, or will be once it connects to this cluster.
+
+    The service is told before there is a journal: whoever is killed before its first bytes are
+    shipped is looked for.
+    """
+    global _announced
+    with _present_lock:
+        if _present is not None and _present.cluster.cluster_id == cluster.cluster_id:
+            return _present.source_id
+        _announced = _announced or new_source_id()
+        return _announced
+
+
 def connection_for(cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> Connection:
     """The process's connection to this cluster; one to an earlier cluster is closed first."""
-    global _present
+    global _present, _announced
     with _present_lock:
         _install_hooks()
         if _present is not None and _present.cluster.cluster_id != cluster.cluster_id:
             _present.close(EXIT_FLUSH_S)
             _present = None
         if _present is None:
-            _present = Connection(cluster, endpoint, epoch)
+            _present = Connection(cluster, endpoint, epoch, _announced)
+            _announced = None
         else:
             _present.use(endpoint, epoch)
         return _present
@@ -321,8 +423,9 @@ def _at_exit() -> None:
 
 
 def _after_fork_in_child() -> None:
-    global _present_lock
+    global _present_lock, _announced
     _present_lock = threading.Lock()
+    _announced = None
     if _present is not None:
         _present.after_fork_in_child()
 

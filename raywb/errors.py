@@ -6,10 +6,13 @@
     ├── NoClusterError         there is no Ray cluster to attach to, and none may be started
     ├── ServiceUnavailable     the service cannot be reached in time
     │   └── VersionMismatch    client and service do not speak the same protocol
+    ├── DirectoryError         a directory is no service's, or cannot be worked in
+    │   └── DirectoryInUse     a service, or another command, is at work in it
     ├── MetricTypeError        log(strict=True) was given what W&B cannot chart (also a TypeError)
     ├── ArtifactError          log_artifact(strict=True) was given a path that cannot be taken
     ├── FrameError             bytes that are no whole, undamaged frame
     └── SinkError              W&B's side could not take what it was given
+        └── KeyMissing         a run is online, and the service has no key of W&B's
 
 ``attach``, ``start``, ``flush`` and ``finish`` raise; ``log`` raises only for the caller's own
 mistakes, and only with ``strict=True``; so do ``log_table`` and ``log_artifact``. A failure in the
@@ -20,7 +23,10 @@ from __future__ import annotations
 
 __all__ = [
     "ArtifactError",
+    "DirectoryError",
+    "DirectoryInUse",
     "FrameError",
+    "KeyMissing",
     "MetricTypeError",
     "NoClusterError",
     "RaywbError",
@@ -56,6 +62,14 @@ class VersionMismatch(ServiceUnavailable):
     """Raised when client and service speak different versions of the protocol."""
 
 
+class DirectoryError(RaywbError):
+    """Raised when a directory is no raywb service's, or cannot be worked in."""
+
+
+class DirectoryInUse(DirectoryError):
+    """Raised when a service, or another command, is at work in a directory."""
+
+
 class MetricTypeError(RaywbError, TypeError):
     """Raised by ``log()`` of a strict client for a value that W&B cannot chart."""
 
@@ -70,3 +84,7 @@ class FrameError(RaywbError):
 
 class SinkError(RaywbError):
     """Raised inside a sink when W&B's client or its files refuse what they are given."""
+
+
+class KeyMissing(SinkError):
+    """Raised when a run is online and its service has no key of W&B's, or no longer has it."""

@@ -5,6 +5,7 @@ One directory per source, that is per process::
     <base>/<source id>/lock                      held with flock for the life of the process
     <base>/<source id>/00000000000000000000.seg  frames; the name is the offset of the first byte
     <base>/<source id>/00000000000016777216.seg
+    <base>/<source id>/losses                    what could not be kept, written in place
     <base>/<source id>/blobs/                    frozen files of artifacts, see raywb.frozen
 
 The directory is made under a dot-name, locked, and then renamed into view, so nobody ever sees
@@ -23,20 +24,40 @@ import re
 import secrets
 import shutil
 import threading
-import zlib
-from collections.abc import Iterator
+import time
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from raywb.frozen import blobs_in
-from raywb.rows import HEADER, MARK, last_whole_frame
+from raywb.rows import (
+    HEADER,
+    MARK,
+    MAX_MESSAGE_BYTES,
+    Counters,
+    Frame,
+    checksum,
+    cut_behind_damage,
+    encode,
+    first_frame_is_whole,
+    frame,
+    holds_later_frame,
+    last_whole_frame,
+    scan,
+)
 
-__all__ = ["FoundJournal", "Journal", "find_journals", "new_source_id"]
+__all__ = ["FoundJournal", "Journal", "find_journals", "new_source_id", "sole_sweeper"]
 
 #: Size at which a new segment is begun; acknowledged segments are deleted whole.
 SEGMENT_BYTES = 16 * 1024 * 1024
 
 #: Most that one process keeps on disk without an acknowledgement.
 BACKLOG_CAP_BYTES = 4 * 1024 * 1024 * 1024
+
+#: The losses are written over this page, which has its place on the disk from the beginning: they
+#: are on disk also while it is full, and when the process is killed then.
+LOSSES_BYTES = 4096
+_pack_header = HEADER.pack
+_write = os.write
 
 _SOURCE_ID = re.compile(r"[0-9a-f]{32}")
 _SEGMENT_NAME = re.compile(r"(\d{20})\.seg")
@@ -66,27 +87,32 @@ class Segments:
         starts = self.starts()
         return starts[-1] + self.path(starts[-1]).stat().st_size if starts else 0
 
-    def read(self, offset: int, limit_bytes: int) -> tuple[int, bytes]:
+    def read(self, offset: int, limit_bytes: int, *, final: bool = False) -> tuple[int, bytes]:
         """Read whole frames at ``offset``, at most about ``limit_bytes``.
+
+        Args:
+            offset: where to begin.
+            limit_bytes: a frame longer than that is returned whole.
+            final: nobody writes any more, so what is torn at the very end is damage too.
 
         Returns:
             The offset at which the bytes begin, later than the one asked for where that part is
-            no longer on disk, and the bytes (empty at the end). A frame longer than the limit is
-            returned whole. A torn frame at the very end, which a process killed in the middle of
-            a write leaves, is not returned.
+            no longer on disk, and the bytes (empty at the end). Damage is returned like frames,
+            for the service to count. A torn frame at the very end, which a process killed in
+            the middle of a write leaves, is not returned, unless it is final.
         """
-        for start in self.starts():
-            path = self.path(start)
+        starts = self.starts()
+        for start in starts:
             begin = max(offset, start)
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            with contextlib.suppress(FileNotFoundError), open(self.path(start), "rb") as file:
                 if begin >= start + os.fstat(file.fileno()).st_size:
                     continue
                 data = os.pread(file.fileno(), limit_bytes, begin - start)
                 whole = last_whole_frame(data)
-                if whole == 0 and len(data) >= HEADER.size:
-                    _, length, _ = HEADER.unpack_from(data)
-                    data = os.pread(file.fileno(), HEADER.size + length, begin - start)
-                    whole = last_whole_frame(data)
+                if not whole:
+                    complete = final or start != starts[-1]
+                    data = _first_piece(file.fileno(), begin - start, limit_bytes, complete)
+                    whole = len(data)
                 if whole:
                     return begin, data[:whole]
         return offset, b""
@@ -97,6 +123,22 @@ class Segments:
         for start, following in itertools.pairwise(starts):
             if following <= offset:
                 self.path(start).unlink(missing_ok=True)
+
+
+def _first_piece(fd: int, position: int, limit_bytes: int, complete: bool) -> bytes:
+    """The frame at ``position``, which is longer than the limit, or damage up to the next one.
+
+    Empty when it may be that the frame is being written: nothing whole comes behind it, and the
+    segment is not ``complete``.
+    """
+    frame_bytes = HEADER.size + MAX_MESSAGE_BYTES
+    data = os.pread(fd, max(frame_bytes, limit_bytes) + HEADER.size, position)
+    if first_frame_is_whole(data):
+        return data[: HEADER.size + HEADER.unpack_from(data)[1]]
+    at_the_end = len(data) < frame_bytes
+    if at_the_end and not complete and not holds_later_frame(data):
+        return b""
+    return data[: cut_behind_damage(data)]
 
 
 class Journal:
@@ -125,24 +167,49 @@ class Journal:
         self.directory = base / self.source_id
         #: Frames that were not written, by reason; the sum of all is what this process lost.
         self.lost: dict[str, int] = {}
+        #: Why the last frame that was not written was not.
+        self.last_reason = ""
+        #: Rows that were written; with ``lost`` it is every row that came.
+        self.rows = 0
         #: Everything before this offset is safe with the service.
         self.acknowledged = 0
         #: Everything before this offset has been forced to the service's disk.
         self.durable = 0
         self._segment_bytes = segment_bytes
         self._cap = backlog_cap_bytes
+        self._disk_full = False
         # Re-entrant, so that a signal handler that logs cannot deadlock with the code that it
         # interrupted. Nothing is done under it but file operations on this machine.
         self._lock = threading.RLock()
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
-        hidden = base / f".{self.source_id}"
-        hidden.mkdir(mode=0o700)
-        self._lock_fd = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
-        fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
         self._start = 0
         self._size = 0
-        self._fd = self._open_segment(hidden, 0)
-        hidden.rename(self.directory)
+        self._lock_fd = self._fd = -1
+        self._make_directory(base)
+        self.segments = Segments(self.directory)
+
+    def _make_directory(self, base: Path) -> None:
+        """Make the directory, locked and with its first segment; or leave nothing behind."""
+        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        hidden = base / f".{self.source_id}"
+        self._start = 0
+        self._size = 0
+        self._fd = self._lock_fd = self._losses_fd = -1
+        hidden.mkdir(mode=0o700)
+        try:
+            self._lock_fd = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+            fcntl.flock(self._lock_fd, fcntl.LOCK_EX)
+            self._losses_fd = _make_losses(hidden / "losses")
+            self._fd = self._open_segment(hidden, 0)
+            hidden.rename(self.directory)
+        except BaseException:
+            # It is tried again as long as the process lives: nothing may be left each time.
+            self._let_go()
+            # Not by rmtree, which needs descriptors: there may be none left.
+            with contextlib.suppress(OSError):
+                for name in ("lock", "losses", f"{0:020d}.seg"):
+                    (hidden / name).unlink(missing_ok=True)
+                hidden.rmdir()
+            raise
         self.segments = Segments(self.directory)
 
     @staticmethod
@@ -154,7 +221,11 @@ class Journal:
     def end(self) -> int:
         """Offset after the last frame."""
         with self._lock:
-            return self._start + self._size
+            return self._start + self._written()
+
+    def _written(self) -> int:
+        """Size of the present segment. The file knows: an interrupt may come before we count."""
+        return self._size if self.closed else os.fstat(self._fd).st_size
 
     @property
     def backlog_bytes(self) -> int:
@@ -162,10 +233,15 @@ class Journal:
         return self.end - self.acknowledged
 
     @property
+    def wants_room(self) -> bool:
+        """Its disk was full, and what it holds there may be deleted as soon as it is durable."""
+        return self._disk_full and self._size > 0 and not self.closed
+
+    @property
     def closed(self) -> bool:
         return self._fd < 0
 
-    def append(self, payload: bytes, *, counted: bool = True) -> bool:
+    def append(self, payload: bytes, counted: bool = True) -> bool:
         """Append one message; True when it is in the kernel's hands, False when it is lost.
 
         Never raises: a full disk, a removed directory and a closed journal are losses by reason.
@@ -174,25 +250,36 @@ class Journal:
             payload: an encoded message.
             counted: it is a row, whose loss counts.
         """
-        data = HEADER.pack(MARK, len(payload), zlib.crc32(payload)) + payload
-        with self._lock:
+        data = _pack_header(MARK, len(payload), checksum(payload)) + payload
+        lock = self._lock
+        try:
+            # A ``with`` takes twice as long. Inside the ``try``, since an interrupt may come as
+            # soon as the lock is held.
+            lock.acquire()
             if self._fd < 0:
                 return self._lose("after_close", counted)
             if self._size >= self._segment_bytes and not self._roll():
                 return self._lose("backlog_cap", counted)
-            try:
-                written = os.write(self._fd, data)
-            except OSError as error:
-                return self._lose(_reason(error), counted)
-            if written != len(data):
-                os.ftruncate(self._fd, self._size)
-                return self._lose("disk_full", counted)
-            self._size += written
-            return True
+            written = _write(self._fd, data)
+            if written == len(data):
+                self._size += written
+                self.rows += counted
+                return True
+            os.ftruncate(self._fd, self._written() - written)
+            return self._lose("disk_full", counted)
+        except OSError as error:
+            return self._lose(_reason(error), counted)
+        finally:
+            lock.release()
+
+    def count_loss(self, reason: str) -> None:
+        """Count a row that could not even be offered to ``append``."""
+        with self._lock:
+            self._lose(reason, counted=True)
 
     def _roll(self) -> bool:
         """Begin a new segment; False when the backlog has reached its cap."""
-        start = self._start + self._size
+        start = self.end
         if start - self.acknowledged > self._cap:
             return False
         try:
@@ -201,13 +288,19 @@ class Journal:
             # The present segment grows on; if the disk is the trouble, the write that follows
             # meets it too and is counted there.
             return True
-        os.close(self._fd)
+        full = self._fd
         self._fd, self._start, self._size = fd, start, 0
+        os.close(full)
         return True
 
     def _lose(self, reason: str, counted: bool) -> bool:
+        self.last_reason = reason
+        self._disk_full = self._disk_full or reason == "disk_full"
         if counted:
             self.lost[reason] = self.lost.get(reason, 0) + 1
+            if self._losses_fd >= 0:
+                with contextlib.suppress(OSError):  # they are also told by frames, later
+                    os.pwrite(self._losses_fd, frame(encode(Counters(0, self.lost))), 0)
         return False
 
     def acknowledge(self, offset: int, durable: int) -> None:
@@ -222,19 +315,33 @@ class Journal:
                 return
             self.acknowledged = max(self.acknowledged, min(offset, self.end))
             self.durable = max(self.durable, min(durable, self.end))
+            if self.wants_room and self.durable >= self.end:
+                # What fills the disk may be ours, and nobody needs it any more.
+                self._roll()
+                self._disk_full = False
             self.segments.delete_before(durable)
 
-    def close(self) -> None:
-        """Stop writing, and let go of the directory; remove it when all of it is home."""
+    def close(self, *, keep: bool = False) -> None:
+        """Stop writing, and let go of the directory; remove it when all of it is home.
+
+        Args:
+            keep: leave it in any case, for a sweep: it holds losses that nobody was told of.
+        """
         with self._lock:
             if self.closed:
                 return
-            done = self.durable >= self.end and not blobs_in(self.directory)
-            os.close(self._fd)
-            self._fd = -1
+            done = self.durable >= self.end and not keep and not blobs_in(self.directory)
+            self._size = self._written()
             if done:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            os.close(self._lock_fd)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """Close the descriptors, that of the lock last."""
+        for fd in (self._fd, self._losses_fd, self._lock_fd):
+            if fd >= 0:
+                os.close(fd)
+        self._fd = self._losses_fd = self._lock_fd = -1
 
     def abandon_in_child(self) -> None:
         """Forget the files after a fork: they belong to the parent.
@@ -242,10 +349,21 @@ class Journal:
         The descriptors are closed, never unlocked: ``LOCK_UN`` in a child would free the parent.
         """
         self._lock = threading.RLock()
-        if not self.closed:
-            os.close(self._fd)
-            os.close(self._lock_fd)
-            self._fd = -1
+        self._let_go()
+
+
+def _make_losses(path: Path) -> int:
+    """Take the place for the losses; returns the descriptor."""
+    fd = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    written = 0
+    try:
+        written = os.write(fd, bytes(LOSSES_BYTES))
+    finally:
+        if written < LOSSES_BYTES:
+            os.close(fd)
+    if written < LOSSES_BYTES:
+        raise OSError(errno.ENOSPC, "the disk is full", str(path))
+    return fd
 
 
 def _reason(error: OSError) -> str:
@@ -264,30 +382,86 @@ class FoundJournal:
         self.directory = directory
         self.segments = Segments(directory)
         self._lock_fd = lock_fd
+        self._pid = os.getpid()
 
     @property
     def is_free(self) -> bool:
         return self._lock_fd is not None
+
+    def losses(self) -> bytes:
+        """The frame that says what its process could not keep; empty when nothing was lost."""
+        try:
+            found = next(scan((self.directory / "losses").read_bytes()), None)
+        except FileNotFoundError:
+            return b""
+        return frame(bytes(found.payload)) if isinstance(found, Frame) else b""
 
     def release(self, *, delete: bool = False) -> None:
         """Unlock; with ``delete`` remove the directory first, all of it being delivered."""
         if self._lock_fd is not None:
             if delete:
                 shutil.rmtree(self.directory, ignore_errors=True)
-            os.close(self._lock_fd)
+            _unlock(self._lock_fd, self._pid)
 
 
-def find_journals(base: Path) -> Iterator[FoundJournal]:
+def _unlock(fd: int, pid: int) -> None:
+    """Unlock and close, in the process ``pid``.
+
+    A child that was forked meanwhile has the descriptor too: that neither keeps the lock, nor does
+    the child free it, which only closes what it inherited.
+    """
+    if os.getpid() == pid:
+        fcntl.flock(fd, fcntl.LOCK_UN)
+    os.close(fd)
+
+
+@contextlib.contextmanager
+def sole_sweeper(base: Path, interval_s: float) -> Iterator[bool]:
+    """Say whether to sweep ``base`` now: nobody else does, and nobody did within ``interval_s``.
+
+    Of all processes of a machine that ask, one at a time is told to.
+
+    Raises:
+        OSError: the directory is there, but cannot be written to.
+    """
+    try:
+        fd = os.open(base / ".sweep", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except FileNotFoundError:
+        yield False  # nobody ever had a journal here
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        yield False
+        return
+    pid = os.getpid()
+    try:
+        found = os.fstat(fd)
+        # A file that was just made has no content; a clock that was set back must not stop us.
+        due = found.st_size == 0 or abs(time.time() - found.st_mtime) >= interval_s
+        if due:
+            os.pwrite(fd, b"%d" % os.getpid(), 0)
+        yield due
+    finally:
+        _unlock(fd, pid)
+
+
+def find_journals(base: Path, source_ids: Container[str] | None = None) -> Iterator[FoundJournal]:
     """Yield the journals under ``base``, those of dead processes locked by us.
 
     The caller releases each one before it asks for the next.
+
+    Args:
+        base: directory of a machine's journals.
+        source_ids: look at these only.
     """
     try:
         names = sorted(os.listdir(base))
     except FileNotFoundError:
         return
     for name in names:
-        if not _SOURCE_ID.fullmatch(name):
+        if not _SOURCE_ID.fullmatch(name) or (source_ids is not None and name not in source_ids):
             continue
         try:
             lock_fd = os.open(base / name / "lock", os.O_RDWR | os.O_CLOEXEC)

@@ -7,12 +7,11 @@ import sys
 import time
 from typing import Any, NamedTuple
 
-import msgspec
 import ray
 
 from raywb import cluster as ray_side
 from raywb.client import Client
-from raywb.connection import connection_for, present_connection
+from raywb.connection import connection_for, present_connection, source_id_for
 from raywb.errors import NoClusterError, ServiceUnavailable, SettingsError
 from raywb.groups import Group, resolve_group
 from raywb.reports import FinishReport, RunInfo, Status
@@ -133,7 +132,9 @@ def attach(
     service = ray_side.find_service()
     if service is None:
         service = ray_side.make_service(cluster, *_origin(resolve(cfg=cfg), cluster))
-    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
+    joined = ray_side.join(
+        service, cluster, timeout_s=ATTACH_TIMEOUT_S, source_id=source_id_for(cluster)
+    )
     if joined.finished:
         _log.warning(
             "raywb: run %s is finished; rows logged from here on wait for the next raywb.start()",
@@ -164,7 +165,9 @@ def running_client() -> Client | None:
     if service is None:
         return None
     cluster = ray_side.connect()
-    joined = ray_side.join(service, cluster, timeout_s=ATTACH_TIMEOUT_S)
+    joined = ray_side.join(
+        service, cluster, timeout_s=ATTACH_TIMEOUT_S, source_id=source_id_for(cluster)
+    )
     return _open_client(cluster, joined, None, None, None)
 
 
@@ -214,8 +217,9 @@ def status(*, timeout_s: float = 15.0) -> Status:
 def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     """End the cluster's run: take in what is still in journals, deliver it, close the run.
 
-    It never hangs: at the limit the report says what is not with W&B, and where it lies. A
-    second call returns the same report.
+    It never hangs: at the limit the report says what is not with W&B, where it lies, and that
+    ``raywb sync DIR`` delivers it. A second call after a complete one returns the same report;
+    after one that was not, it takes in what it can reach now, and tries again.
 
     Args:
         timeout_s: longest that all of it may take.
@@ -231,20 +235,16 @@ def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     joined = ray_side.join(service, cluster, timeout_s=timeout_s)
     if (connection := present_connection()) is not None:
         connection.flush(min(timeout_s / 4, 10.0))
-    missing: list[str] = []
-    if joined.endpoint is not None and not joined.finished:
-        swept = sweep_cluster(cluster, joined.endpoint, min(timeout_s / 4, 60.0))
-        for source_id, reason in swept.failed.items():
-            missing.append(f"the journal of source {source_id[:8]} is not home ({reason})")
-        missing += [f"node {node_id[:8]} did not answer" for node_id in swept.unreached]
+    swept = None
+    if joined.endpoint is not None and not joined.complete:
+        outstanding = ray_side.call(service, "outstanding", timeout_s=timeout_s / 4)
+        limit_s = min(timeout_s / 4, 60.0)
+        swept = sweep_cluster(cluster, joined.endpoint, limit_s, outstanding)
     remaining = max(deadline - time.monotonic(), 1.0)
     report: FinishReport = ray_side.call(
-        service, "finish", remaining, exit_code, timeout_s=remaining + 10.0
+        service, "finish", remaining, exit_code, swept, timeout_s=remaining + 10.0
     )
-    if not missing:
-        return report
-    texts = [*missing, *filter(None, [report.message])]
-    return msgspec.structs.replace(report, complete=False, message="; ".join(texts))
+    return report
 
 
 def stop_service() -> None:

@@ -8,7 +8,18 @@ from __future__ import annotations
 
 import msgspec
 
-__all__ = ["FinishReport", "RunInfo", "SinkStatus", "SourceStatus", "Status"]
+__all__ = [
+    "FinishReport",
+    "RecoveryReport",
+    "RunInfo",
+    "SinkStatus",
+    "SourceStatus",
+    "Status",
+    "SweepReport",
+    "SyncReport",
+    "SyncedRun",
+    "UnconfirmedSource",
+]
 
 
 class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,6 +32,8 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
         group_source: where the group's name came from, as a person would say it.
         epoch: counts the runs of one service, from 1.
         provisional: True while no ``start()`` has brought settings.
+        began_offline: it was offline for want of a key, and went online when one came; the
+            files of that time lie in ``<dir>/superseded`` and need not be uploaded.
     """
 
     project: str
@@ -35,6 +48,7 @@ class RunInfo(msgspec.Struct, frozen=True, kw_only=True):
     url: str | None = None
     epoch: int = 1
     provisional: bool = False
+    began_offline: bool = False
 
 
 class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,7 +57,8 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         heard_ago_s: seconds since its last request; None when it has not been heard since the
             service was started again, or has ended.
-        ended: it said that it ends.
+        ended: it is over, and all that it logged is here.
+        killed: it ended without saying so; its journal was brought home.
     """
 
     source_id: str
@@ -55,15 +70,73 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     received_rows: int
     heard_ago_s: float | None
     ended: bool
+    killed: bool = False
+
+
+class UnconfirmedSource(msgspec.Struct, frozen=True, kw_only=True):
+    """One process that fell silent, and whose journal cannot be had: its node may be lost.
+
+    Attributes:
+        hostname, pid: empty and 0 when nothing of it ever arrived.
+        acknowledged_bytes: what had been taken from its journal: the offset after the last row
+            that is safe.
+        received_rows: rows in those bytes.
+        unacknowledged_rows: rows that it had in its journal when it was last heard, and that
+            never arrived; None when nobody knows.
+        quiet: when it was last heard, all that it had was here, and it had logged nothing for a
+            while: most likely nothing is missing.
+        reason: why its journal cannot be had.
+    """
+
+    source_id: str
+    node_id: str
+    hostname: str = ""
+    pid: int = 0
+    acknowledged_bytes: int = 0
+    received_rows: int = 0
+    unacknowledged_rows: int | None = None
+    quiet: bool = False
+    reason: str = ""
+
+
+class SweepReport(msgspec.Struct):
+    """What a sweep of journals found.
+
+    Attributes:
+        journals: journals that were seen.
+        removed: those of dead processes that are home now.
+        alive: sources whose process holds its journal; what it had in there was read.
+        failed: journals that could not be brought home, with the reason.
+        unreached: nodes that did not answer in time.
+        gone: nodes that were to be swept, and are no longer part of the cluster.
+    """
+
+    journals: int = 0
+    removed: int = 0
+    alive: list[str] = []
+    failed: dict[str, str] = {}
+    unreached: list[str] = []
+    gone: list[str] = []
+
+    def add(self, other: SweepReport) -> None:
+        """Add another node's report."""
+        self.journals += other.journals
+        self.removed += other.removed
+        self.alive += other.alive
+        self.failed |= other.failed
+        self.unreached += other.unreached
+        self.gone += other.gone
 
 
 class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     """How W&B's side keeps up.
 
     Attributes:
-        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``finished``,
-            ``disabled``.
+        state: ``waiting`` (no run yet), ``opening``, ``running``, ``retrying``, ``no key``,
+            ``resting`` (left, since nobody has the run any more), ``finished``, ``disabled``.
         applied_rows: rows that W&B's client has taken.
+        confirmed_rows: rows that W&B has shown to have: online its server, asked at intervals;
+            offline its files, read when the run is opened and when it is ended.
         restarts: how often the child process had to be started again.
         last_error: what went wrong last, in one sentence.
     """
@@ -71,6 +144,7 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     state: str
     applied_rows: int
     restarts: int
+    confirmed_rows: int = 0
     last_error: str | None = None
 
 
@@ -82,10 +156,12 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         address: ``host:port`` that sources send to.
         received_rows: rows in the ledger that belong to the present run.
         outbox_rows: finished rows, numbered for W&B.
-        backlog_rows: finished rows that W&B has not taken.
+        backlog_rows: finished rows that W&B does not have yet: online those that its server has
+            not shown, offline those that its client has not taken.
         lost: rows that could not be kept, by reason, over all sources.
         rejected: values that ``log()`` refused, over all sources.
         after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
+        unconfirmed: sources that fell silent, and whose journal cannot be had.
         problems: what is wrong at present, each in one sentence.
         undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
     """
@@ -104,21 +180,26 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sink: SinkStatus
     sources: list[SourceStatus]
     problems: list[str]
+    unconfirmed: list[UnconfirmedSource] = []
     undelivered_updates: list[str] = []
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How a run ended, in numbers; a second ``finish()`` returns the same one.
+    """How a run ended, in numbers; once complete, a second ``finish()`` returns the same one.
 
     Attributes:
+        state: what W&B shows: ``finished``, ``failed``, ``crashed``, or ``running`` while the
+            run is not ended there.
         received_rows: rows logged by all sources up to the cut.
         delivered_rows: rows that are in W&B's files (offline) or with its server (online).
         undelivered_rows: rows that are safe on disk in ``run.dir``, but not with W&B.
         undelivered_updates: tables, artifacts and alerts that are not, each with the reason.
         lost: rows that could not be kept, by reason.
         rejected: values that ``log()`` refused.
-        complete: nothing is undelivered, and W&B has closed the run.
+        complete: nothing is undelivered, no update either, W&B has closed the run, and no source
+            is unconfirmed but quiet ones.
         message: what is undelivered and where it lies, when something is.
+        unconfirmed: sources whose last rows may be missing: their journal could not be had.
     """
 
     run: RunInfo
@@ -130,4 +211,76 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     rejected: int
     complete: bool
     message: str | None = None
+    unconfirmed: list[UnconfirmedSource] = []
+    state: str = "finished"
     undelivered_updates: list[str] = []
+
+
+class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``raywb recover`` found in a directory, and what it did.
+
+    Attributes:
+        runs: the runs that it brought to W&B, each with how it ended.
+        ledger_rows: rows in the ledger, over all runs of the directory.
+        new_rows: those among them that journals on this machine brought.
+        after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
+        journals: journals of this cluster that were found.
+        foreign_journals: journals of other clusters that were passed over.
+        failed: journals that could not be brought home, by source, with the reason.
+        damage: what could not be read, by kind.
+        unconfirmed: see :class:`FinishReport`.
+    """
+
+    directory: str
+    runs: list[FinishReport]
+    ledger_rows: int
+    new_rows: int
+    after_finish_rows: int
+    journals: int
+    foreign_journals: int
+    failed: dict[str, str]
+    damage: dict[str, int]
+    unconfirmed: list[UnconfirmedSource]
+
+    @property
+    def nothing_to_do(self) -> bool:
+        """Every run was with W&B before, and no journal had anything new."""
+        return not self.runs and not self.new_rows and not self.failed
+
+    @property
+    def complete(self) -> bool:
+        """Everything that was found is with W&B."""
+        return not self.failed and not any(
+            run.undelivered_rows or run.undelivered_updates for run in self.runs
+        )
+
+
+class SyncedRun(msgspec.Struct, frozen=True, kw_only=True):
+    """One run of a directory at W&B's server.
+
+    Attributes:
+        rows: rows that the server is to have.
+        rows_before: those that it had.
+        rows_sent: those that were sent now.
+        state: what W&B shows; ``running`` while the run is not ended there.
+        error: why it is not there.
+    """
+
+    run: RunInfo
+    rows: int
+    rows_before: int
+    rows_sent: int
+    state: str
+    error: str | None = None
+
+
+class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What ``raywb sync`` did for each run of a directory."""
+
+    directory: str
+    runs: list[SyncedRun]
+
+    @property
+    def complete(self) -> bool:
+        """The server has all rows, tables, artifacts and alerts of all runs."""
+        return all(run.error is None for run in self.runs)

@@ -1,7 +1,7 @@
 """What travels from a worker to the service: typed messages, packed into frames.
 
 A message is a msgpack array whose first element is its tag. A frame is ten bytes of header and
-one message: a two-byte mark, the message's length and its CRC-32 (little endian). The bytes of a
+one message: a two-byte mark, the message's length and its checksum (little endian). The bytes of a
 journal, of a request to the service and of a ledger entry are the same frames, so nothing is
 encoded twice on its way.
 
@@ -21,6 +21,7 @@ import msgspec
 from raywb.errors import FrameError
 
 __all__ = [
+    "ACROSS_RANKS",
     "HEADER",
     "MAX_ARTIFACT_BYTES",
     "MAX_MESSAGE_BYTES",
@@ -43,9 +44,14 @@ __all__ = [
     "Scalar",
     "SummaryUpdate",
     "Table",
+    "checksum",
+    "cut_behind_damage",
     "decode",
     "encode",
+    "end_of_source",
+    "first_frame_is_whole",
     "frame",
+    "holds_later_frame",
     "is_digest",
     "is_plain_path",
     "last_whole_frame",
@@ -64,12 +70,19 @@ MAX_ARTIFACT_BYTES = 16 * 1024 * 1024 * 1024
 MARK = 0x5752
 HEADER = struct.Struct("<HII")
 
+#: The checksum of a message. Adler-32 takes 0.1 µs for a row where CRC-32 takes 0.2; it finds
+#: every change of one or two bytes, and misses a few in 10⁸ of the others.
+checksum = zlib.adler32
+
 #: How many bytes may be check-summed in search of the next whole frame after damage. It bounds
 #: the work that a hostile or badly damaged batch can cause.
 RESYNC_BUDGET_BYTES = 16 * 1024 * 1024
 
 Scalar = float | int | bool | str
 
+#: How the values of several ranks at one step become one; ``last`` is the one logged last, and
+#: ``per_rank`` keeps each as ``<key>/rank_<rank>``.
+ACROSS_RANKS = ("mean", "min", "max", "sum", "last", "per_rank")
 #: A value in a table; None where there is none.
 Cell = Scalar | None
 
@@ -150,12 +163,16 @@ class SummaryUpdate(msgspec.Struct, array_like=True, tag=4, frozen=True):
 
 
 class Define(msgspec.Struct, array_like=True, tag=5, frozen=True):
-    """A metric definition as ``wandb.define_metric`` takes it; names are relative."""
+    """A metric definition as ``wandb.define_metric`` takes it; names are relative.
+
+    ``across_ranks`` says how the values of several ranks at one step become one.
+    """
 
     channel: int
     name: str
     step_metric: str | None
     summary: str | None
+    across_ranks: str | None = None
 
 
 class Counters(msgspec.Struct, array_like=True, tag=6, frozen=True):
@@ -166,9 +183,18 @@ class Counters(msgspec.Struct, array_like=True, tag=6, frozen=True):
 
 
 class End(msgspec.Struct, array_like=True, tag=7, frozen=True):
-    """Last frame of a source that ended in good order."""
+    """Last frame of a source: it ended in good order, or was killed and is all here.
+
+    Whoever brings home the journal of a killed process writes the frame in its place.
+
+    Attributes:
+        failed: of the driver that owns the run: whether an exception that nobody caught ended it.
+            None of all others, and where ``finish()`` was called before.
+    """
 
     time_s: float
+    killed: bool = False
+    failed: bool | None = None
 
 
 class Table(msgspec.Struct, array_like=True, tag=TABLE_TAG, frozen=True):
@@ -245,7 +271,25 @@ def decode(payload: bytes | memoryview) -> Message:
 
 def frame(payload: bytes) -> bytes:
     """Wrap an encoded message into a frame."""
-    return HEADER.pack(MARK, len(payload), zlib.crc32(payload)) + payload
+    return HEADER.pack(MARK, len(payload), checksum(payload)) + payload
+
+
+_END_FRAME_BYTES = len(frame(encode(End(0.0))))
+
+
+def end_of_source(data: bytes) -> End | None:
+    """The :class:`End` with which a batch ends, or None when it ends with anything else.
+
+    It looks at the last few bytes only, so it may be asked for every batch.
+    """
+    found = _frame_at(memoryview(data), max(len(data) - _END_FRAME_BYTES, 0))
+    if found is None or found.end != len(data):
+        return None
+    try:
+        message = decode(found.payload)
+    except FrameError:
+        return None  # damage, which whoever reads the batch counts
+    return message if isinstance(message, End) else None
 
 
 class Frame(NamedTuple):
@@ -266,12 +310,12 @@ class Damage(NamedTuple):
 def _frame_at(view: memoryview, start: int) -> Frame | None:
     if start + HEADER.size > len(view):
         return None
-    mark, length, crc = HEADER.unpack_from(view, start)
+    mark, length, expected = HEADER.unpack_from(view, start)
     end = start + HEADER.size + length
     if mark != MARK or length > MAX_MESSAGE_BYTES or end > len(view):
         return None
     payload = view[start + HEADER.size : end]
-    return Frame(start, end, payload) if zlib.crc32(payload) == crc else None
+    return Frame(start, end, payload) if checksum(payload) == expected else None
 
 
 def scan(data: bytes | memoryview) -> Iterator[Frame | Damage]:
@@ -281,16 +325,23 @@ def scan(data: bytes | memoryview) -> Iterator[Frame | Damage]:
     within a bound on the work; what lies beyond the bound is one more stretch of damage.
     """
     view = memoryview(data)
-    position = 0
-    while position < len(view):
-        found = _frame_at(view, position)
-        if found is None:
-            resumed = _resync(view, position + 1)
-            yield Damage(position, resumed)
-            position = resumed
-        else:
-            yield found
-            position = found.end
+    position, size = 0, len(view)
+    unpack, header_bytes = HEADER.unpack_from, HEADER.size
+    while position < size:
+        begin = position + header_bytes
+        if begin <= size:
+            # What _frame_at does, in place: this is the service's path for every single row.
+            mark, length, expected = unpack(view, position)
+            end = begin + length
+            if mark == MARK and length <= MAX_MESSAGE_BYTES and end <= size:
+                payload = view[begin:end]
+                if checksum(payload) == expected:
+                    yield Frame(position, end, payload)
+                    position = end
+                    continue
+        resumed = _resync(view, position + 1)
+        yield Damage(position, resumed)
+        position = resumed
 
 
 def _resync(view: memoryview, position: int) -> int:
@@ -310,19 +361,58 @@ def _resync(view: memoryview, position: int) -> int:
 
 
 def last_whole_frame(data: bytes | memoryview) -> int:
-    """Length of the leading part of ``data`` that ends where a frame ends.
+    """Length of the leading part of ``data`` that ends where a frame ends; 0 when none is whole.
 
-    Only headers are read: this is for cutting a batch, not for checking it. Damage travels, and
-    is counted by the service: the cut falls before it, or where it begins the buffer, behind it.
+    Headers are read, and the last frame's checksum: this is for cutting a batch, not for checking
+    it. Damage travels, and is counted by the service: the cut falls before it, or where it begins
+    the buffer, behind it. No whole frame is ever cut in two.
     """
-    position = 0
+    position = previous = 0
     size = len(data)
+    damaged = False
     while position + HEADER.size <= size:
         mark, length, _ = HEADER.unpack_from(data, position)
-        if mark != MARK or length > MAX_MESSAGE_BYTES:
-            return position or _resync(memoryview(data), 1)
+        damaged = mark != MARK or length > MAX_MESSAGE_BYTES
         end = position + HEADER.size + length
-        if end > size:
+        if damaged or end > size:
             break
-        position = end
-    return position
+        previous, position = position, end
+    view = memoryview(data)
+    if position and _frame_at(view, previous) is None:
+        # Its length may be what is damaged, and have led into the middle of another frame.
+        position, damaged = previous, True
+    return position if position or not damaged else cut_behind_damage(view)
+
+
+def first_frame_is_whole(data: bytes | memoryview) -> bool:
+    """Whether ``data`` begins with a frame whose checksum holds."""
+    return _frame_at(memoryview(data), 0) is not None
+
+
+def holds_later_frame(data: bytes | memoryview) -> bool:
+    """Whether a whole frame begins somewhere behind the first byte."""
+    return _resync(memoryview(data), 1) < len(data)
+
+
+def cut_behind_damage(data: bytes | memoryview) -> int:
+    """Where, behind the first byte, a frame begins: one that is whole, or goes beyond the end.
+
+    Returns the length of ``data`` when no frame begins in it any more.
+    """
+    view = memoryview(data)
+    raw = bytes(view)
+    mark = MARK.to_bytes(2, "little")
+    budget = RESYNC_BUDGET_BYTES
+    position = 1
+    while budget > 0 and (position := raw.find(mark, position)) >= 0:
+        if position + HEADER.size > len(raw):
+            return position
+        _, length, _ = HEADER.unpack_from(raw, position)
+        if length <= MAX_MESSAGE_BYTES:
+            beyond = position + HEADER.size + length > len(raw)
+            if beyond or _frame_at(view, position) is not None:
+                return position
+            budget -= length + HEADER.size
+        position += 1
+    half_a_mark = position < 0 and len(raw) > 1 and raw.endswith(mark[:1])
+    return len(raw) - 1 if half_a_mark else len(raw)

@@ -76,7 +76,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         listen_host: address that the service listens on; by default the head node's own.
         fsync: when the ledger is forced to the disk itself: ``off``, ``every_second``, ``each``.
         provisional_wait_s: how long a service that an ``attach()`` made waits for a ``start()``.
+        rank_wait_s: longest that the row of a step waits for a rank that is silent; a rank that
+            was silent so long is waited for again when it logs.
         sink_deadline_s: longest that W&B's client may take for one step before it is replaced.
+        silent_after_s: a process that was not heard for longer may be gone, and what it left on
+            its node is brought home.
     """
 
     project: str | None = None
@@ -95,7 +99,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     listen_host: str | None = None
     fsync: Fsync = "every_second"
     provisional_wait_s: float = 10.0
+    rank_wait_s: float = 15.0
     sink_deadline_s: float = 90.0
+    silent_after_s: float = 30.0
 
     def __post_init__(self) -> None:
         for key in ("project", "entity", "run_id"):
@@ -107,7 +113,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                 )
         for key in _CHOICES:
             _check_choice(key, getattr(self, key))
-        for key in ("provisional_wait_s", "sink_deadline_s"):
+        for key in ("provisional_wait_s", "rank_wait_s", "sink_deadline_s", "silent_after_s"):
             if not 0 < getattr(self, key) < 86_400:
                 raise SettingsError(
                     f"{key}={getattr(self, key)!r} cannot be used: "
@@ -263,6 +269,12 @@ def journal_base(
     if session_dir and os.access(session_dir, os.W_OK):
         return Path(session_dir) / "raywb" / str(os.getuid())
     return Path(environment.get("TMPDIR") or "/tmp") / f"raywb-{os.getuid()}" / cluster_id
+
+
+def left_journals(session_dir: str | None, cluster_id: str) -> list[Path]:
+    """Directories on this machine where journals of a cluster lie that may be gone by now."""
+    bases = [journal_base(session_dir, cluster_id), journal_base(None, cluster_id)]
+    return list(dict.fromkeys(bases))
 
 
 def process_environment() -> Mapping[str, str]:

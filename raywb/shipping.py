@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable
@@ -34,6 +35,8 @@ LONGEST_PAUSE_S = 10.0
 
 #: Pause after a piece of a blob was not taken, in seconds.
 BLOB_PAUSE_S = 2.0
+#: Most requests for other processes' journals between two of our own.
+REQUESTS_FOR_OTHERS = 4
 
 #: Longest wait for one answer, in seconds.
 REQUEST_TIMEOUT_S = 15.0
@@ -57,11 +60,17 @@ class Answer(msgspec.Struct, frozen=True):
         end: where this source's journal ends there.
         durable: what lies before it may be deleted here.
         pace_s: how long to wait before the next request.
+        keep_alive_s: longest time without a request, also when there is nothing to send.
+        ended: the last that the service has of this source is its end.
+        home: that end was written in its place, so its journal has nothing more to give.
     """
 
     end: int
     durable: int
     pace_s: float
+    keep_alive_s: float = 10.0
+    ended: bool = False
+    home: bool = False
 
 
 class Sender:
@@ -78,13 +87,30 @@ class Sender:
             "Content-Type": "application/octet-stream",
         }
 
-    def send(self, source_id: str, offset: int, data: bytes, *, gap: bool = False) -> Answer:
+    def send(
+        self,
+        source_id: str,
+        offset: int,
+        data: bytes,
+        *,
+        gap: bool = False,
+        rows: int | None = None,
+    ) -> Answer:
         """Offer bytes to the service.
+
+        Args:
+            source_id: whose journal they are from.
+            offset: where they begin in it.
+            data: whole frames, or nothing, to ask where the service is.
+            gap: what lies before is no longer there.
+            rows: how many rows the source has logged; only the source itself says that.
 
         Raises:
             OSError: no answer, or one that is no acceptance; its text says which.
         """
         path = f"/v1/frames?source={source_id}&offset={offset}{'&gap=1' if gap else ''}"
+        if rows is not None:
+            path += f"&rows={rows}"
         body = self._request("POST", path, data)
         try:
             return msgspec.json.decode(body, type=Answer)
@@ -121,10 +147,19 @@ class Sender:
             raise BlobRefused(text) if response.status in (409, 413) else ConnectionError(text)
         return body
 
-    def deliver(self, source_id: str, segments: Segments, offset: int) -> Delivered:
+    def deliver(
+        self,
+        source_id: str,
+        segments: Segments,
+        offset: int,
+        *,
+        batch_bytes: int = BATCH_BYTES,
+        rows: int | None = None,
+        final: bool = False,
+    ) -> Delivered:
         """Offer one batch from ``offset`` on, or ask where the service is when there is none."""
-        begin, data = segments.read(offset, BATCH_BYTES)
-        answer = self.send(source_id, begin, data, gap=begin > offset)
+        begin, data = segments.read(offset, batch_bytes, final=final)
+        answer = self.send(source_id, begin, data, gap=begin > offset, rows=rows)
         return Delivered(answer, begin, len(data))
 
     def close(self) -> None:
@@ -140,35 +175,6 @@ class Delivered(NamedTuple):
     length: int
 
 
-def deliver_all(
-    sender: Sender, source_id: str, segments: Segments, deadline: float | None = None
-) -> bool:
-    """Bring a journal home, as far as it goes now; True when the service has all of that.
-
-    A living process may append faster than its journal is read here, so what it logs after the
-    call began is not waited for.
-
-    Args:
-        sender: the connection to use.
-        source_id: whose journal it is.
-        segments: the journal's files.
-        deadline: monotonic time at which to stop.
-
-    Raises:
-        OSError: the service does not take it.
-    """
-    target = segments.end()
-    offset = sender.send(source_id, 0, b"").end
-    while deadline is None or time.monotonic() < deadline:
-        if offset >= target:
-            return True
-        delivered = sender.deliver(source_id, segments, offset)
-        if delivered.length == 0:
-            return True
-        offset = delivered.answer.end
-    return False
-
-
 class Shipper:
     """The background thread of a process: ships its journal at the service's pace.
 
@@ -177,6 +183,8 @@ class Shipper:
         endpoint: where to; None while nobody knows, which :meth:`use` changes.
         before_request: called in the thread before each look at the journal.
         blobs: frozen files that are sent as well, in pieces between the rows.
+        for_others: makes one request for another process's journal, and says whether there is
+            more to do at once; called when ours is shipped.
     """
 
     def __init__(
@@ -185,6 +193,7 @@ class Shipper:
         endpoint: Endpoint | None,
         before_request: Callable[[], None],
         blobs: BlobLane,
+        for_others: Callable[[Sender], bool] = lambda sender: False,
     ) -> None:
         #: The contents of artifacts that are to go.
         self.blobs = blobs
@@ -193,12 +202,15 @@ class Shipper:
         #: The thread's own: another one only says, in ``_endpoint``, where it is to lead.
         self._sender: Sender | None = None
         self._before_request = before_request
+        self._for_others = for_others
         self._pace_s = FIRST_PACE_S
+        self._keep_alive_s = math.inf
+        self._heard_at = time.monotonic()
         self._offset = 0
         self._stopping = False
         self._wake = threading.Event()
         self._progress = threading.Condition()
-        #: Requests that failed, and what the last one said.
+        #: Requests that failed, also those for others; and what our last one said.
         self.failures = 0
         self.last_error: str | None = None
         #: The same of the files of artifacts.
@@ -257,11 +269,13 @@ class Shipper:
             if self._stopping:
                 return
             try:
+                began = time.monotonic()
                 self._before_request()
                 self._ship()
                 self.last_error = None
                 self._ship_blobs()
-                pause_s = self._pace_s
+                self._ship_for_others()
+                pause_s = max(self._pace_s - (time.monotonic() - began), 0.0)
             except OSError as error:
                 self.failures += 1
                 if self.last_error is None:
@@ -275,18 +289,29 @@ class Shipper:
             return
         if self._sender is None or self._sender.endpoint != endpoint:
             self._sender = Sender(endpoint)
-        while not self._stopping and self._journal.acknowledged < self._journal.end:
+        journal = self._journal
+        while not self._stopping and journal.acknowledged < journal.end:
             delivered = self._sender.deliver(
-                self._journal.source_id, self._journal.segments, self._offset
+                journal.source_id, journal.segments, self._offset, rows=journal.rows
             )
-            answer = delivered.answer
-            self._pace_s = answer.pace_s
-            self._offset = answer.end
-            with self._progress:
-                self._journal.acknowledge(answer.end, answer.durable)
-                self._progress.notify_all()
-            if delivered.length < BATCH_BYTES // 2 and answer.end >= delivered.offset:
-                return  # what came meanwhile waits for its time, so that the pace is kept
+            self._take(delivered.answer)
+            if delivered.length < BATCH_BYTES // 2 and self._offset >= delivered.offset:
+                break  # what came meanwhile waits for its time, so that the pace is kept
+        silent_s = time.monotonic() - self._heard_at
+        if not self._stopping and (journal.wants_room or silent_s >= self._keep_alive_s):
+            # Whoever has nothing to log says that it lives, or its node would be swept. And no
+            # row brings news of what may be deleted, as long as none can be written.
+            rows = journal.rows
+            self._take(self._sender.send(journal.source_id, self._offset, b"", rows=rows))
+
+    def _take(self, answer: Answer) -> None:
+        self._heard_at = time.monotonic()
+        self._pace_s = answer.pace_s
+        self._keep_alive_s = answer.keep_alive_s
+        self._offset = answer.end
+        with self._progress:
+            self._journal.acknowledge(answer.end, answer.durable)
+            self._progress.notify_all()
 
     def _ship_blobs(self) -> None:
         """Send blobs piece by piece; whenever it is time for rows, these go first.
@@ -313,3 +338,15 @@ class Shipper:
                 self._before_request()
                 self._ship()
                 rows_at = time.monotonic() + self._pace_s
+
+    def _ship_for_others(self) -> None:
+        """A few requests for others, unless somebody waits for ours."""
+        try:
+            for _ in range(REQUESTS_FOR_OTHERS):
+                if self._sender is None or self._stopping or self._wake.is_set():
+                    return
+                if not self._for_others(self._sender):
+                    return
+        except OSError as error:
+            self.failures += 1
+            _log.info("raywb: the journal of a dead process is not home yet: %s", error)

@@ -1,131 +1,94 @@
-"""Bring home what lies in journals: those of dead processes, and at a finish everybody's.
+"""The sweep of a whole cluster: journals of nodes that have nobody to bring them home.
 
-A journal whose lock is free belongs to a process that is gone: the normal end of a killed
-worker. Its bytes are offered to the service, which takes what it does not have, and the
-directory is removed. The journal of a living process is read from outside in the same way and
-left in place; its own thread may send the same bytes, which changes nothing.
+This is the Ray side of ``raywb.orphans``. It runs in the thread of whoever called ``finish``,
+and in a thread of the service's own process; never in a thread of ours in a user's process.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from pathlib import Path
+from collections.abc import Collection
 from typing import Any
 
-import msgspec
 import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from raywb.blobs import deliver_blobs
 from raywb.cluster import Cluster, connect
 from raywb.connection import local_journals
-from raywb.journal import FoundJournal, find_journals
-from raywb.shipping import Endpoint, Sender, deliver_all
+from raywb.orphans import sweep_node
+from raywb.reports import SweepReport
+from raywb.shipping import Endpoint
 
-__all__ = ["SweepReport", "sweep_cluster", "sweep_node"]
+__all__ = ["RayNodes", "SweepReport", "sweep_cluster", "sweep_node"]
 
 _log = logging.getLogger(__name__)
 
-#: Longest that a sweep waits for the ledger to be forced to the disk, in seconds.
-DURABLE_WAIT_S = 3.0
 
-
-class SweepReport(msgspec.Struct):
-    """What a sweep found.
-
-    Attributes:
-        journals: journals that were seen.
-        removed: those of dead processes that are home now.
-        failed: journals that could not be brought home, with the reason.
-        unreached: nodes that did not answer in time.
-    """
-
-    journals: int = 0
-    removed: int = 0
-    failed: dict[str, str] = {}
-    unreached: list[str] = []
-
-    def add(self, other: SweepReport) -> None:
-        """Add another node's report."""
-        self.journals += other.journals
-        self.removed += other.removed
-        self.failed |= other.failed
-        self.unreached += other.unreached
-
-
-def sweep_node(bases: list[Path], endpoint: Endpoint, deadline: float) -> SweepReport:
-    """Bring home every journal on this node, until the monotonic time ``deadline``."""
-    report = SweepReport()
-    sender = Sender(endpoint, timeout_s=min(max(deadline - time.monotonic(), 1.0), 10.0))
-    for base in bases:
-        for journal in find_journals(base):
-            report.journals += 1
-            home = False
-            try:
-                if time.monotonic() > deadline:
-                    raise TimeoutError("the time was over before its turn")
-                home = _bring_home(sender, journal, deadline, report)
-            except FileNotFoundError:
-                pass  # its process ended in good order meanwhile, and left nothing behind
-            except OSError as error:
-                report.failed[journal.source_id] = str(error)
-            finally:
-                journal.release(delete=home)
-                report.removed += home
-    sender.close()
-    return report
-
-
-def _bring_home(
-    sender: Sender, journal: FoundJournal, deadline: float, report: SweepReport
-) -> bool:
-    """Deliver one journal; True when it may be removed."""
-    if not deliver_all(sender, journal.source_id, journal.segments, deadline):
-        report.failed[journal.source_id] = "the time was over"
-        return False
-    if not deliver_blobs(sender, journal.directory, deadline):
-        report.failed[journal.source_id] = "the time was over for the files of its artifacts"
-        return False
-    return journal.is_free and _is_durable(sender, journal)
-
-
-def _is_durable(sender: Sender, journal: FoundJournal) -> bool:
-    """Wait a moment for the ledger to be synced; until then the journal is the safer copy."""
-    end = journal.segments.end()
-    deadline = time.monotonic() + DURABLE_WAIT_S
-    while sender.send(journal.source_id, 0, b"").durable < end:
-        if time.monotonic() > deadline:
-            return False  # it stays for the next sweep
-        time.sleep(0.1)
-    return True
-
-
-def sweep_cluster(cluster: Cluster, endpoint: Endpoint, timeout_s: float) -> SweepReport:
-    """Sweep this node in this process, and every other one with a task there.
+def sweep_cluster(
+    cluster: Cluster,
+    endpoint: Endpoint,
+    timeout_s: float,
+    node_ids: Collection[str] | None = None,
+) -> SweepReport:
+    """Sweep this node in this process, and other ones with a task there.
 
     A task asks for no CPU, so it runs when all are taken. A node that does not answer in time
-    is named in the report and costs the others nothing.
+    is named in the report and costs the others nothing. A task resets the idle time that Ray's
+    autoscaler goes by: only nodes where something is outstanding are to be swept.
+
+    Args:
+        cluster: this process's cluster.
+        endpoint: where the service listens.
+        timeout_s: longest that all of it may take.
+        node_ids: the other nodes to sweep; all that are alive by default.
     """
     deadline = time.monotonic() + timeout_s
+    alive = _alive()
+    wanted = alive if node_ids is None else set(node_ids)
+    # Through Ray Client this process is outside the cluster, and shares no node's disk.
+    here = {cluster.node_id} if cluster.session_dir is not None else set()
     pending: dict[Any, str] = {}
-    for node in ray.nodes():
-        if node["Alive"] and node["NodeID"] != cluster.node_id:
-            strategy = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            task = ray.remote(_sweep_here).options(
-                num_cpus=0, scheduling_strategy=strategy, max_retries=0
-            )
-            pending[task.remote(endpoint, timeout_s)] = node["NodeID"]
+    for node_id in (wanted & alive) - here:
+        strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        task = ray.remote(_sweep_here).options(
+            num_cpus=0, scheduling_strategy=strategy, max_retries=0
+        )
+        pending[task.remote(endpoint, timeout_s)] = node_id
     report = sweep_node(local_journals(cluster), endpoint, deadline)
+    report.gone = sorted(wanted - alive)
     for reference, node_id in pending.items():
         try:
             report.add(ray.get(reference, timeout=max(deadline - time.monotonic(), 0.1)))
         except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError) as error:
             report.unreached.append(node_id)
             _log.warning("raywb: node %s could not be swept: %s", node_id, error)
+            # Started later, it would only wake a node that has become idle.
+            ray.cancel(reference)
+    if report.unreached:
+        # One that was lost a moment ago looked alive before.
+        unreached, alive = set(report.unreached), _alive()
+        report.unreached = sorted(unreached & alive)
+        report.gone = sorted({*report.gone, *(unreached - alive)})
     return report
+
+
+def _alive() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _sweep_here(endpoint: Endpoint, timeout_s: float) -> SweepReport:
     return sweep_node(local_journals(connect()), endpoint, time.monotonic() + timeout_s)
+
+
+class RayNodes:
+    """The way of the service to the journals of silent nodes; made by whoever makes its actor."""
+
+    def sweep(
+        self, node_ids: Collection[str], address: str, token: str, timeout_s: float
+    ) -> SweepReport:
+        """Sweep these nodes and the one that this process runs on."""
+        cluster = connect()
+        endpoint = Endpoint(address=address, token=token, cluster_id=cluster.cluster_id)
+        return sweep_cluster(cluster, endpoint, timeout_s, node_ids)

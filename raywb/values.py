@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,6 +17,9 @@ _INT_RANGE = (-(2**63), 2**64 - 1)
 #: Deepest nesting of dicts that is joined into one key.
 MAX_DEPTH = 16
 
+#: Deepest nesting of a config; what lies deeper becomes dots.
+MAX_CONFIG_DEPTH = 64
+
 
 class Refusal(NamedTuple):
     """A value that W&B cannot chart: its key, its type's name, and why."""
@@ -28,7 +32,8 @@ class Refusal(NamedTuple):
 def flatten(metrics: Mapping[Any, Any]) -> tuple[dict[str, Scalar], list[Refusal]]:
     """Make a flat dict of scalars; nested dicts join their keys with a slash.
 
-    numpy and torch scalars (and arrays of one element) become Python's. NaN and infinities stay
+    numpy and torch scalars (and arrays of one element) become Python's, a member of an
+    enumeration becomes its value. NaN and infinities stay
     as they are. What is refused does not keep the rest from being taken.
     """
     row: dict[str, Scalar] = {}
@@ -66,6 +71,8 @@ def scalar(value: Any) -> Scalar | Refusal:
         return float(value)
     if isinstance(value, str):
         return _text(value)
+    if isinstance(value, enum.Enum):
+        return scalar(value.value)
     why = "log() takes numbers, bools, strings, and dicts of these"
     if _has_one_element(value):
         try:
@@ -95,12 +102,19 @@ def _has_one_element(value: Any) -> bool:
     return shape is not None and all(size == 1 for size in shape)
 
 
-def plain(value: Any) -> Any:
-    """A config value as msgpack can carry it; what has no plain form becomes its text."""
+def plain(value: Any, depth: int = 0) -> Any:
+    """A config value as msgpack can carry it; what has no plain form becomes its text.
+
+    Args:
+        value: anything; it may also hold itself.
+        depth: how deep in a config it lies.
+    """
+    if isinstance(value, (Mapping, list, tuple, set, frozenset)) and depth >= MAX_CONFIG_DEPTH:
+        return "..."
     if isinstance(value, Mapping):
-        return {_text(str(key)): plain(inner) for key, inner in value.items()}
+        return {_text(str(key)): plain(inner, depth + 1) for key, inner in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
-        return [plain(inner) for inner in value]
+        return [plain(inner, depth + 1) for inner in value]
     if value is None:
         return None
     taken = scalar(value)

@@ -123,7 +123,7 @@ def _end_xenna_actors() -> None:
             for actor in ray.util.state.list_actors(
                 filters=[mine, ("class_name", "=", name)], limit=XENNA_ACTOR_LIMIT
             ):
-                if actor.pid:
+                if actor.pid and actor.node_id:
                     pids.setdefault(actor.node_id, []).append(actor.pid)
     except CLUSTER_GONE as error:
         _log.warning("cannot ask for left-over processes: %s", error)

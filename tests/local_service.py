@@ -12,25 +12,34 @@ from raywb.client import Client
 from raywb.cluster import Cluster
 from raywb.connection import Connection
 from raywb.groups import Group
-from raywb.reports import Status
+from raywb.orphans import sweep_node
+from raywb.reports import Status, SweepReport
 from raywb.rows import PROTOCOL
 from raywb.service.actor import Boot, RaywbService
+from raywb.service.sweeps import Nodes
 from raywb.settings import Settings, explicit_settings
 from raywb.shipping import Endpoint
-from raywb.sweep import SweepReport, sweep_node
 
 CLUSTER = Cluster("c" * 56, "n" * 56, None)
 
 
 class LocalService:
-    """One service directory, and the incarnations of the service that work in it."""
+    """One service directory, and the incarnations of the service that work in it.
 
-    def __init__(self, directory: Path) -> None:
+    Args:
+        directory: the service's directory.
+        make: makes an incarnation, in this process or in one of its own.
+    """
+
+    def __init__(self, directory: Path, make: Callable[..., Any] = RaywbService) -> None:
         self.directory = directory
         self.service: RaywbService | None = None
+        self._make = make
         self._connections: list[Connection] = []
 
-    def up(self, *, join_s: float = 20.0, **settings: Any) -> RaywbService:
+    def up(
+        self, *, join_s: float = 20.0, nodes: Nodes | None = None, **settings: Any
+    ) -> RaywbService:
         """Make the service, again after :meth:`down`, and wait until it listens."""
         boot = Boot(
             directory=str(self.directory),
@@ -40,16 +49,16 @@ class LocalService:
             settings=Settings(mode="offline", **settings),
             group=Group("group", "the test"),
         )
-        self.service = RaywbService(boot)
+        self.service = self._make(boot, nodes=nodes) if nodes is not None else self._make(boot)
         assert self.service.join(PROTOCOL, join_s)["address"]
         return self.service
 
-    def start(self, **settings: Any) -> Any:
-        """Open a run, or join the open one."""
+    def start(self, *, api_key: str | None = None, **settings: Any) -> Any:
+        """Open a run, or join the open one, and bring a key."""
         assert self.service is not None
         wanted = Settings(**{"mode": "offline", **settings})
         return self.service.start(
-            wanted, explicit_settings(wanted), Group("group", "the test"), None
+            wanted, explicit_settings(wanted), Group("group", "the test"), api_key
         )
 
     def down(self) -> None:
@@ -66,12 +75,19 @@ class LocalService:
             address=answer["address"], token=answer["token"], cluster_id=CLUSTER.cluster_id
         )
 
-    def client(self, stage: str | None = None, *, strict: bool = False) -> Client:
+    def client(
+        self,
+        stage: str | None = None,
+        *,
+        rank: int | None = None,
+        world_size: int | None = None,
+        strict: bool = False,
+    ) -> Client:
         """A client as another process would have it, with a journal of its own."""
         assert self.service is not None
         connection = Connection(CLUSTER, self.endpoint, 1)
         self._connections.append(connection)
-        channel = connection.open_channel(stage, None, None)
+        channel = connection.open_channel(stage, rank, world_size)
         run = self.service.join(PROTOCOL)["run"]
         return Client(connection, channel, stage, run, strict=strict)
 
@@ -103,9 +119,11 @@ class LocalService:
 
 
 @contextlib.contextmanager
-def local_service(directory: Path) -> Iterator[LocalService]:
+def local_service(
+    directory: Path, make: Callable[..., Any] = RaywbService
+) -> Iterator[LocalService]:
     """A service directory under ``directory``; everything that was started in it is ended."""
-    service = LocalService(directory / "service")
+    service = LocalService(directory / "service", make)
     try:
         yield service
     finally:

@@ -183,7 +183,7 @@ class RayCluster:
         address: what drivers connect to; they find it in ``RAY_ADDRESS``.
     """
 
-    def __init__(self, root: Path, num_cpus: int) -> None:
+    def __init__(self, root: Path, num_cpus: int, journals: str | None = None) -> None:
         self.root = root
         self.home = root / "home"
         self.home.mkdir()
@@ -196,7 +196,7 @@ class RayCluster:
             f"--ray-client-server-port={_free_port()}",
         ]
         try:
-            said = self._start_node(*head)
+            said = self._start_node(*head, journals=journals)
         except BaseException:
             self.close()
             raise
@@ -205,9 +205,9 @@ class RayCluster:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, num_cpus: int = 4) -> Iterator[RayCluster]:
-        """Start a cluster, and end it with the block."""
-        cluster = cls._try(num_cpus) or cls._try(num_cpus, last=True)
+    def start(cls, num_cpus: int = 4, journals: str | None = None) -> Iterator[RayCluster]:
+        """Start a cluster, and end it with the block; for ``journals`` see :meth:`add_node`."""
+        cluster = cls._try(num_cpus, journals) or cls._try(num_cpus, journals, last=True)
         assert cluster is not None
         try:
             yield cluster
@@ -215,23 +215,37 @@ class RayCluster:
             cluster.close()
 
     @classmethod
-    def _try(cls, num_cpus: int, *, last: bool = False) -> RayCluster | None:
+    def _try(cls, num_cpus: int, journals: str | None, *, last: bool = False) -> RayCluster | None:
         """A cluster, or None: on a machine that is very busy Ray at times does not come up."""
         # Ray's socket paths have 107 characters at most, so pytest's directories are too deep.
         root = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
         try:
-            return cls(root, num_cpus)
+            return cls(root, num_cpus, journals)
         except RayDidNotStart as error:
             if last:
                 raise
             print(f"{error}\nanother try")
             return None
 
-    def add_node(self, num_cpus: int) -> None:
-        """Add a node, which is another raylet on this machine."""
-        self._start_node(f"--address={self.address}", f"--num-cpus={num_cpus}")
+    def add_node(self, num_cpus: int, journals: str | None = None) -> psutil.Popen:
+        """Add a node, which is another raylet on this machine.
 
-    def _start_node(self, *arguments: str) -> str:
+        Args:
+            num_cpus: how many it says that it has.
+            journals: a name for the node's disk, as far as journals are concerned; nodes without
+                one share theirs.
+
+        Returns:
+            The process that all of the node's others descend from.
+        """
+        self._start_node(f"--address={self.address}", f"--num-cpus={num_cpus}", journals=journals)
+        return self._nodes[-1]
+
+    def disk(self, journals: str) -> dict[str, str]:
+        """Environment of processes that keep their journals on this disk."""
+        return {"RAYWB_JOURNAL_DIR": str(self.root / "journals" / journals)}
+
+    def _start_node(self, *arguments: str, journals: str | None = None) -> str:
         """Run ``ray start`` in the foreground; returns what it said when it was up."""
         log = self.root / f"node_{len(self._nodes)}.log"
         with open(log, "wb") as output:
@@ -245,7 +259,7 @@ class RayCluster:
                     *arguments,
                 ],
                 cwd=self.root,
-                env=self._environment,
+                env={**self._environment, **(self.disk(journals) if journals else {})},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

@@ -170,6 +170,39 @@ def test_a_service_made_anew_takes_no_row_again(cluster: RayCluster) -> None:
         assert run.values("task/i") == [first]
 
 
+def test_ranks_meet_in_one_row_and_a_killed_one_is_missing(cluster: RayCluster) -> None:
+    """Training workers of one stage: a row for each step, with the ranks that logged it."""
+    finished = cluster.run_driver("""
+        import os, ray, raywb, signal
+        from msgspec import to_builtins
+        from ray_cluster import report, without_service
+
+        @ray.remote(num_cpus=0, max_retries=0)
+        def train(rank):
+            client = raywb.attach("train", rank=rank, world_size=3)
+            client.define_metric("x", across_ranks="per_rank")
+            for step in range(30):
+                client.log({"x": 100 * rank + step, "loss": rank}, step=step)
+                if (rank, step) == (2, 10):
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        ray.init()
+        without_service()
+        raywb.start(project="ranks")
+        workers = [train.remote(rank) for rank in range(3)]
+        ray.wait(workers, num_returns=3)
+        report(to_builtins(raywb.finish()))
+    """)
+    assert (finished["received_rows"], finished["delivered_rows"]) == (71, 71)
+    run = read_runs(finished["run"]["dir"])[finished["run"]["id"]]
+    ranks = dict(zip(run.values("train/step"), run.values("train/ranks"), strict=True))
+    assert ranks == {step: 3 if step <= 10 else 2 for step in range(30)}
+    for rank, steps in ((0, 30), (1, 30), (2, 11)):
+        expected = [100 * rank + step for step in range(steps)]
+        assert sorted(run.values(f"train/x/rank_{rank}")) == expected
+    assert set(run.values("train/loss")) == {1.0, 0.5}
+
+
 def test_a_run_ends_while_its_clients_go_on(cluster: RayCluster) -> None:
     """finish() takes a cut: what is logged after it waits, and begins the next run."""
     after_finish, rows, reports = cluster.run_driver("""

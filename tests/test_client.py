@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import logging
 import os
 import threading
@@ -9,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy
 import pytest
 from local_service import CLUSTER, LocalService, local_service
 from wandb_file import read_runs
@@ -23,6 +25,11 @@ from raywb.shipping import Endpoint
 
 #: The lane for the newest cosmos-xenna has no torch; the first one always does.
 torch = pytest.importorskip("torch")
+
+
+class Answer(enum.Enum):
+    NO = False
+
 
 RUN = RunInfo(project="p", id="i", name="n", mode="offline", dir="/d")
 
@@ -110,6 +117,32 @@ def test_odd_calls_do_not_raise(alone: Client, caplog: pytest.LogCaptureFixture)
     texts = [record.getMessage() for record in caplog.records]
     assert any("a step is a number" in text for text in texts)
     assert any("bytes" in text and "'huge'" in text for text in texts)
+
+
+def test_a_known_shape_changes_nothing(alone: Client) -> None:
+    """Rows like one that was logged before are looked at as closely as the first one."""
+    good = {"loss": 1.5, "epoch": 3, "done": False}
+    alone.log(good, step=1)
+    alone.log({**good, "loss": -0.0, "epoch": 4}, step=2)
+    # Each is encoded to as many bytes as its like in the first row.
+    alone.log({**good, "loss": [1, 2, 3, 4, 5, 6, 7, 8]}, step=3)
+    alone.log({**good, "epoch": None}, step=4)
+    alone.log({**good, "done": Answer.NO}, step=5)
+    alone.log({**good, "loss": numpy.float64(2.5)}, step=6)
+    alone.log(good, step=True)
+    alone.log({**good, "loss": 2}, step=[])
+    rows = [m for m in messages_of(alone._connection.journal.segments) if isinstance(m, Row)]
+    assert [(row.step, row.metrics) for row in rows] == [
+        (1, good),
+        (2, {"loss": 0.0, "epoch": 4, "done": False}),
+        (3, {"epoch": 3, "done": False}),
+        (4, {"loss": 1.5, "done": False}),
+        (5, {"loss": 1.5, "epoch": 3, "done": False}),
+        (6, {"loss": 2.5, "epoch": 3, "done": False}),
+        (1, good),
+        (None, {"loss": 2, "epoch": 3, "done": False}),
+    ]
+    assert (alone.stats.rejected, alone.stats.logged, alone.stats.logged) == (3, 8, 8)
 
 
 def test_after_close_rows_are_counted(alone: Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -247,3 +280,15 @@ def test_the_token_is_not_in_a_repr(service: LocalService) -> None:
     endpoint = service.endpoint
     assert endpoint.token not in repr(endpoint)
     assert endpoint.address in repr(endpoint)
+
+
+def test_many_attaches_are_one_channel(alone: Client) -> None:
+    """Whoever attaches again for the same stage and rank gets the same channel."""
+    connection = alone._connection
+    numbers = {connection.open_channel("s", None, None) for _ in range(10_000)}
+    assert numbers == {connection.open_channel("s", None, None)}
+    others = [("s", 0, 2), ("s", 1, 2), ("t", None, None)]
+    assert len({connection.open_channel(*other) for other in others} | numbers) == 4
+    series = {connection.open_channel("s", None, None, label="a", axis="t") for _ in range(3)}
+    assert len(series) == 3
+    assert len(messages_of(connection.journal.segments)) < 10

@@ -7,6 +7,8 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,77 @@ def test_a_directory_that_cannot_be_made_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match="file"):
         Journal(tmp_path / "file" / "below")
+
+
+def test_an_interrupt_in_the_middle_tears_nothing(tmp_path: Path) -> None:
+    """Exceptions out of signal handlers neither shift an offset nor keep the lock."""
+
+    class Interrupted(Exception):
+        pass
+
+    armed = False
+
+    def interrupt(*_: object) -> None:
+        nonlocal armed
+        if armed:
+            armed = False
+            raise Interrupted
+
+    journal = Journal(tmp_path, segment_bytes=SMALL)
+    before = signal.signal(signal.SIGALRM, interrupt)
+    returned: list[int] = []
+    interrupted = 0
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        number = len(returned) + interrupted
+        try:
+            armed = True
+            # Just long enough to come anywhere in the middle of an append. It comes again, since
+            # Python at times forgets a signal until there is another one.
+            signal.setitimer(signal.ITIMER_REAL, 2e-6 + number % 50 * 4e-7, 0.01)
+            journal.append(b"%d" % number)
+            returned.append(number)
+            while True:
+                pass
+        except Interrupted:
+            interrupted += number not in returned[-1:]
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+    assert journal.end == journal.segments.end()
+    ends: list[int] = []
+    thread = threading.Thread(target=lambda: ends.append(journal.end))
+    thread.start()
+    thread.join(10.0)
+    assert ends == [journal.end], "the lock is free for another thread"
+    found = [int(row) for row in payloads_of(journal.segments, limit=4096) if row.isdigit()]
+    assert found == sorted(set(found)), "each once, in order"
+    assert set(returned) <= set(found)
+    assert interrupted > 100, "this machine's timers are too slow for the test"
+
+
+def test_a_journal_that_cannot_be_made_leaves_nothing(tmp_path: Path) -> None:
+    """Without a descriptor for its lock or its segment, neither files nor descriptors stay."""
+
+    def descriptors() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    before = descriptors()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for free in range(2):
+        # The lowest numbers that are free, so that exactly so many can be opened.
+        highest = max(int(name) for name in os.listdir("/proc/self/fd"))
+        fillers = []
+        while (fd := os.dup(0)) < highest:
+            fillers.append(fd)
+        os.close(fd)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (fd + free, hard))
+        try:
+            with pytest.raises(OSError, match="Too many open files"):
+                Journal(tmp_path / "base")
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            for filler in fillers:
+                os.close(filler)
+        assert descriptors() == before
+        assert list((tmp_path / "base").iterdir()) == []
+    assert Journal(tmp_path / "base").append(b"x")

@@ -86,7 +86,7 @@ def test_rows_of_killed_workers_and_drivers_are_in_the_run(cluster: RayCluster) 
     assert run.values("task/i") == list(range(300))
     assert run.values("driver/i") == list(range(500))
     assert len({source["pid"] for source in sources}) == 5
-    left = list((cluster.root / "ray").glob("session_2*/raywb/*/*"))
+    left = list((cluster.root / "ray").glob("session_2*/raywb/*/*/lock"))
     assert left == [], "journals of dead processes were not cleared away"
 
 

@@ -154,6 +154,44 @@ def test_what_the_user_defined_stays() -> None:
     ]
 
 
+def test_a_definition_without_an_axis_gets_the_stages() -> None:
+    """W&B would chart a metric that is defined by name, and without an axis, on its own counter."""
+    items = items_of(
+        Channel(0, "s", None, None),
+        Define(0, "best", None, "max"),
+        Define(0, "lr", None, None, "last"),
+        Row(0, 1.0, 1, {"best": 0, "lr": 1}),
+        Row(0, 1.0, 2, {"best": 0, "lr": 1}),
+    )
+    assert [item for item in items if isinstance(item, OutDefine)] == [
+        OutDefine(1, "s/best", None, "max"),
+        OutDefine(1, "s/step", None, None),
+        OutDefine(1, "s/*", "s/step", None, False),
+        OutDefine(1, "s/best", "s/step", "max", False),
+    ]
+
+
+def test_adjacent_rows_of_one_step_become_one() -> None:
+    """Rows that follow each other at one step, without a key in common, are one row of the run."""
+    items = items_of(
+        Channel(0, "s", None, None),
+        Channel(1, "t", None, None),
+        Row(0, 1.0, 1, {"x": 0}),
+        Row(0, 2.0, 1, {"y": 1}),
+        Row(0, 3.0, 1, {"x": 2}),
+        Row(1, 3.0, 1, {"x": 3}),
+        Row(1, 4.0, None, {"y": 4}),
+        Row(1, 5.0, None, {"z": 5}),
+    )
+    assert [item for item in items if isinstance(item, OutRow)] == [
+        OutRow(1, 2.0, {"s/x": 0, "s/step": 1, "s/y": 1}, logged=2),
+        OutRow(1, 3.0, {"s/x": 2, "s/step": 1}),
+        OutRow(1, 3.0, {"t/x": 3, "t/step": 1}),
+        OutRow(1, 4.0, {"t/y": 4}),
+        OutRow(1, 5.0, {"t/z": 5}),
+    ]
+
+
 def test_a_new_run_begins_anew() -> None:
     """In the next run namespaces are defined again, series count from one, losses from zero."""
     merge = Merge()

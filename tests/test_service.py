@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import json
 import logging
 import math
 import os
@@ -30,6 +31,8 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    # Online, W&B's client sends every 15 s unless it is told otherwise.
+    monkeypatch.setenv("WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL", "1")
     with local_service(tmp_path) as local:
         yield local
 
@@ -480,6 +483,24 @@ def test_strangers_are_refused(
     assert after == before
     if status in (400, 401, 403, 426):
         assert any("refused" in problem for problem in service.status().problems)
+
+
+def test_the_fsync_of_a_start_counts(service: LocalService) -> None:
+    """A start() sets how a service that an attach() made syncs, also after a restart."""
+    service.up(fsync="every_second", provisional_wait_s=3600.0)
+    body = frame(encode(Row(0, 1.0, None, {"x": 1})))
+    ends = []
+    for number in range(3):
+        path = f"/v1/frames?source={'a' * 32}&offset={number * len(body)}"
+        answer = json.loads(request(service, path, body)[1])
+        ends.append((answer["end"] // len(body), answer["durable"] // len(body)))
+        if number == 0:
+            service.start(fsync="each")
+        else:
+            service.down()
+            service.up(fsync="every_second")
+    # Only the first request was answered before its bytes were on the disk itself.
+    assert ends == [(1, 0), (2, 2), (3, 3)]
 
 
 def test_a_huge_request_is_refused(service: LocalService) -> None:

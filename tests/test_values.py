@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from decimal import Decimal
 from pathlib import Path
@@ -100,3 +101,16 @@ def test_config_values_become_plain() -> None:
     assert plain(
         {"a": (1, np.int32(2)), "path": Path("/x"), "none": None, 3: {"t": torch.float32}}
     ) == {"a": [1, 2], "path": "/x", "none": None, "3": {"t": "torch.float32"}}
+
+
+def test_a_config_without_end_ends() -> None:
+    """A config that holds itself, or is nested very deep, becomes dots where it is too deep."""
+    endless: dict[str, object] = {"x": 1}
+    endless["self"] = endless
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    for value in (endless, deep):
+        text = json.dumps(plain(value))
+        assert "..." in text
+        assert len(text) < 10_000

@@ -149,6 +149,11 @@ class WandbServer:
         with self.store.changed:
             return list(self.store.artifacts)
 
+    @property
+    def listens(self) -> bool:
+        """Whether it can be reached at all."""
+        return self._runner is not None
+
     def wait_until(self, holds: Callable[[], bool], timeout_s: float = 30.0) -> None:
         """Wait for something to become true, looking after each request that was taken in.
 

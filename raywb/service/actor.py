@@ -3,7 +3,7 @@
 The class is plain Python, so it is tested without Ray; ``raywb.cluster`` makes an actor of it.
 Everything happens on one event loop in a thread of its own. The methods below are what callers
 reach through Ray: they hand a coroutine to that loop and wait for it. Nothing here ever calls
-Ray.
+Ray, but for the sweeps of silent nodes, which have a thread to themselves.
 
 ``__init__`` cannot fail and waits for nothing: Ray would not restart an actor whose
 ``__init__`` raised once. A full disk or a taken port becomes a problem in the status, and is
@@ -13,12 +13,13 @@ tried again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
 import threading
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -28,13 +29,15 @@ import msgspec
 from raywb import __version__
 from raywb.errors import ServiceUnavailable, SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, Status
+from raywb.reports import FinishReport, RunInfo, Status, SweepReport
 from raywb.rows import PROTOCOL
 from raywb.service.append_log import sync_and_close
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
-from raywb.service.runs import Runs, check_settings, describe_run, resolve_mode
+from raywb.service.run_settings import describe_run, resolve_mode, settings_of
+from raywb.service.runs import Runs
 from raywb.service.state import (
+    Origin,
     RunState,
     ServiceState,
     load_state,
@@ -42,6 +45,7 @@ from raywb.service.state import (
     save_state,
 )
 from raywb.service.status import make_status
+from raywb.service.sweeps import Nodes, Sweeps
 from raywb.settings import Settings
 
 __all__ = ["Boot", "RaywbService"]
@@ -56,8 +60,16 @@ RETRY_PAUSE_S = 1.0
 #: The same port is asked for this often before another one is taken, once a second.
 PORT_ATTEMPTS = 30
 
+#: How often a run that is offline for want of a key looks for one, in seconds.
+KEY_INTERVAL_S = 10.0
+
 #: Pause between two steps of the merge, in seconds.
 MERGE_PAUSE_S = 0.02
+
+#: How often rows that wait for other ranks are looked at, in seconds.
+RANK_LOOK_S = 0.25
+#: Time after which a step of the merge begins no further entry, in seconds.
+MERGE_STEP_S = 0.05
 
 #: How often losses that grew are written into the run, in seconds.
 LOSS_INTERVAL_S = 10.0
@@ -71,6 +83,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         run_id: id of the first run, unless the settings name one.
         settings: settings of whoever made the service.
         group: the group of the first run, and where its name came from.
+        session_dir: Ray's session directory, when whoever made the service knew it.
     """
 
     directory: str
@@ -79,6 +92,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     host: str
     settings: Settings
     group: Group
+    session_dir: str | None = None
 
 
 class RaywbService:
@@ -87,10 +101,16 @@ class RaywbService:
     Args:
         boot: see :class:`Boot`.
         api_key: W&B's key, when only the driver has it; it stays in memory.
+        nodes: the way to the journals of other nodes; without it nobody looks after silent ones
+            before the run's end.
     """
 
-    def __init__(self, boot: Boot, api_key: str | None = None) -> None:
+    def __init__(self, boot: Boot, api_key: str | None = None, nodes: Nodes | None = None) -> None:
         self._boot = boot
+        self._nodes = nodes
+        self._sweeps: Sweeps | None = None
+        #: Sources that announced themselves before the ledger was open, and their nodes.
+        self._announced: dict[str, str] = {}
         self._api_key = api_key
         self._directory = Path(boot.directory)
         self._state: ServiceState | None = None
@@ -107,14 +127,29 @@ class RaywbService:
 
     # -- what callers reach ---------------------------------------------------------------------
 
-    def join(self, protocol: int, timeout_s: float = 5.0) -> dict[str, Any]:
+    def join(
+        self, protocol: int, timeout_s: float = 5.0, announced: tuple[str, str] | None = None
+    ) -> dict[str, Any]:
         """What a client needs to send: address, token, incarnation; and the run it writes to.
 
         ``address`` is None while the service does not listen yet.
+
+        Args:
+            protocol: what the client speaks.
+            timeout_s: longest that it may take, in seconds.
+            announced: the source that the client is about to write as, and its node.
         """
         if protocol != PROTOCOL:
             return {"protocol": PROTOCOL, "version": __version__}
-        return self._call(self._join(timeout_s), timeout_s + 5)
+        return self._call(self._join(announced, timeout_s), timeout_s + 5)
+
+    def outstanding(self, timeout_s: float = 10.0) -> list[str] | None:
+        """Nodes with sources that have not ended; None when there may be others.
+
+        A source that was killed before any of its bytes came is known from its announcement only,
+        and a restart of the service forgets those.
+        """
+        return self._call(self._outstanding(), timeout_s)
 
     def start(
         self,
@@ -138,9 +173,20 @@ class RaywbService:
         """The service at this moment."""
         return self._call(self._status(), timeout_s)
 
-    def finish(self, timeout_s: float, exit_code: int) -> FinishReport:
-        """End the present run with what has been received; bounded by ``timeout_s``."""
-        return self._call(self._finish(timeout_s, exit_code), timeout_s + 10)
+    def finish(
+        self, timeout_s: float, exit_code: int, swept: SweepReport | None = None
+    ) -> FinishReport:
+        """End the present run with what has been received; bounded by ``timeout_s``.
+
+        Again after a report that was not complete, it takes in what has come since and tries
+        again; the exit code is that of the first call.
+
+        Args:
+            timeout_s: longest that it may take, in seconds.
+            exit_code: 0 for success; anything else marks the run as failed.
+            swept: what a sweep of the outstanding nodes found just before.
+        """
+        return self._call(self._finish(timeout_s, exit_code, swept), timeout_s + 10)
 
     def close(self) -> None:
         """Stop everything and leave the run open on disk; for tests without Ray."""
@@ -153,7 +199,7 @@ class RaywbService:
 
     def _run_loop(self) -> None:
         asyncio.set_event_loop(self._loop)
-        self._spawn(self._bring_up())
+        self._keep_running("the start", self._bring_up)
         self._loop.run_forever()
 
     def _call(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
@@ -177,6 +223,26 @@ class RaywbService:
         if not task.cancelled() and (error := task.exception()) is not None:
             self._problems["a part that failed"] = f"a part of the service failed: {error!r}"
             _log.error("raywb: a part of the service failed", exc_info=error)
+
+    def _keep_running(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Run a part, and start it again when it fails: without it the service would only seem
+        to work. How often it failed stays in the status."""
+        self._spawn(self._run_again(name, part))
+
+    async def _run_again(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        failures = 0
+        while True:
+            try:
+                await part()
+                return
+            except Exception as error:  # noqa: BLE001 - whatever it is, the part has to go on
+                failures += 1
+                times = "once" if failures == 1 else f"{failures} times"
+                self._problems[name] = (
+                    f"{name} failed {times} and was started again; the last reason: {error!r}"
+                )
+                _log.error("raywb: %s", self._problems[name], exc_info=error)
+            await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _bring_up(self) -> None:
         """Open the directory and the port, then serve; try again until it works."""
@@ -203,35 +269,58 @@ class RaywbService:
             state.incarnation += 1
             # A directory that is used again on another cluster takes that one's rows from now on.
             state.cluster_id = self._boot.cluster_id
+            state.origin = Origin(
+                settings=self._boot.settings.explicit(),
+                group=self._boot.group,
+                run_id=self._boot.run_id,
+                session_dir=self._boot.session_dir,
+            )
             self._state = state
         state = self._state
         if self._delivery is None:
             self._delivery = Delivery(self._directory)
         delivery = self._delivery
-        fsync = self._boot.settings.fsync
         ingest = Ingest(
             delivery.ledger,
             delivery.blobs,
             state.token,
             state.cluster_id,
-            fsync,
+            self._fsync(state),
             on_append=self._new_entries.set,
-            has_ended=delivery.merge.has_ended,
+            liveness=delivery.liveness,
+            silent_after_s=self._boot.settings.silent_after_s,
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
         state.port = await ingest.listen(self._boot.host, port)
-        save_state(self._directory, state)
-        runs = Runs(self._directory, state, delivery, self._spawn, self._api_key)
+        try:
+            save_state(self._directory, state)
+        except OSError:
+            await ingest.close()  # the next attempt wants the port
+            raise
+        runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
         delivery.blobs.on_home = runs.wake
-        self._parts = _Parts(state, delivery, ingest, runs)
+        parts = self._parts = _Parts(state, delivery, ingest, runs)
+        for source_id, node_id in self._announced.items():
+            delivery.liveness.announce(source_id, node_id)
         runs.resume()
         if runs.last is None:
-            self._spawn(self._open_provisional(runs))
-        self._spawn(self._merge(self._parts))
-        if fsync != "off":
-            self._spawn(self._sync(delivery))
-        self._new_entries.set()
+            self._keep_running("the first run's opening", lambda: self._open_provisional(runs))
+        self._keep_running("the merge", lambda: self._merge(parts))
+        if self._nodes is not None:
+            self._sweeps = Sweeps(
+                delivery.liveness,
+                self._nodes,
+                lambda: ingest.silence_s,
+                lambda: (self._address, state.token),
+            )
+            self._keep_running("the look for silent sources", self._sweeps.serve)
+        self._keep_running("the sync", lambda: self._sync(parts))
+        self._keep_running("the look for a key", lambda: self._look_for_key(runs))
         self._up.set()
+
+    def _fsync(self, state: ServiceState) -> str:
+        """The last run's setting; before the first one, that of whoever made the service."""
+        return (settings_of(state.runs[-1]) if state.runs else self._boot.settings).fsync
 
     def _ready(self) -> _Parts:
         if self._parts is None or not self._up.is_set():
@@ -259,7 +348,9 @@ class RaywbService:
             )
 
     def _begin_run(self, settings: Settings, group: Group, *, provisional: bool) -> RunState:
-        run = self._ready().runs.begin(settings, group, self._boot.run_id, provisional=provisional)
+        parts = self._ready()
+        run = parts.runs.begin(settings, group, self._boot.run_id, provisional=provisional)
+        parts.ingest.fsync = self._fsync(parts.state)
         self._new_entries.set()
         return run
 
@@ -267,11 +358,13 @@ class RaywbService:
         """Turn what arrives into finished rows, and write losses into the run when they grow."""
         written: dict[str, int] = {}
         looked_at = time.monotonic()
+        self._new_entries.set()
         while True:
-            await self._new_entries.wait()
-            self._new_entries.clear()
+            await self._work(parts)
+            began = time.monotonic()
             try:
-                parts.runs.advance()
+                if parts.runs.advance(MERGE_STEP_S, pace_s=parts.ingest.pace_s):
+                    self._new_entries.set()
                 # To add up over all sources is too much for every step.
                 if time.monotonic() - looked_at > LOSS_INTERVAL_S:
                     looked_at = time.monotonic()
@@ -283,28 +376,76 @@ class RaywbService:
                 self._problems["outbox"] = f"the outbox takes nothing: {error}"
                 self._new_entries.set()
                 await asyncio.sleep(RETRY_PAUSE_S)
-            # A breath, so that many small arrivals become one step.
-            await asyncio.sleep(MERGE_PAUSE_S)
+            await self._take_breath(parts.delivery, time.monotonic() - began)
 
-    async def _sync(self, delivery: Delivery) -> None:
+    async def _take_breath(self, delivery: Delivery, step_s: float) -> None:
+        """Pause, so that many small arrivals become one step of the merge.
+
+        While more and more arrives, the listener has as much time as the merge had: whoever waits
+        for an acknowledgement keeps his rows on disk, and what is here already can wait.
+        """
+        deadline = time.monotonic() + step_s
+        while True:
+            end = delivery.ledger.end
+            await asyncio.sleep(MERGE_PAUSE_S)
+            if delivery.ledger.end == end or time.monotonic() > deadline:
+                return
+
+    async def _work(self, parts: _Parts) -> None:
+        """Wait for something to merge: new entries, or rows whose time to wait is over."""
+        waits_s = RANK_LOOK_S if parts.delivery.merge.waiting_rows else None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(waits_s):
+                await self._new_entries.wait()
+        self._new_entries.clear()
+
+    async def _sync(self, parts: _Parts) -> None:
         """Force ledger and outbox to the disk every second, off the loop."""
+        delivery = parts.delivery
         while True:
             await asyncio.sleep(1.0)
+            if parts.ingest.fsync == "off":
+                continue
             try:
-                sync = delivery.ledger.begin_sync()
-                if sync.fd is not None:
-                    await asyncio.to_thread(sync_and_close, sync.fd)
-                delivery.ledger.end_sync(sync)
-                if (fd := delivery.outbox.unsynced()) is not None:
-                    await asyncio.to_thread(sync_and_close, fd)
+                await self._sync_once(delivery)
                 self._problems.pop("sync", None)
             except OSError as error:
                 self._problems["sync"] = f"the disk refuses to sync: {error}"
 
+    async def _sync_once(self, delivery: Delivery) -> None:
+        sync = delivery.ledger.begin_sync()
+        try:
+            if sync.fd is not None:
+                await asyncio.to_thread(sync_and_close, sync.fd)
+        except OSError:
+            delivery.ledger.sync_failed(sync)
+            raise
+        delivery.ledger.end_sync(sync)
+        try:
+            if (fd := delivery.outbox.unsynced()) is not None:
+                await asyncio.to_thread(sync_and_close, fd)
+        except OSError:
+            delivery.outbox.not_synced()
+            raise
+
+    async def _look_for_key(self, runs: Runs) -> None:
+        """A run that is offline only for want of a key goes online when one lies there."""
+        while True:
+            await asyncio.sleep(KEY_INTERVAL_S)
+            try:
+                runs.go_online()
+                self._problems.pop("key", None)
+            except OSError as error:
+                self._problems["key"] = f"the run cannot go online: {error}"
+
     # -- answers --------------------------------------------------------------------------------
 
-    async def _join(self, timeout_s: float) -> dict[str, Any]:
+    async def _join(self, announced: tuple[str, str] | None, timeout_s: float) -> dict[str, Any]:
         answer = {"protocol": PROTOCOL, "version": __version__}
+        if announced is not None and self._parts is not None:
+            self._parts.delivery.liveness.announce(*announced)
+        elif announced is not None:
+            self._announced.update([announced])
         try:
             async with asyncio.timeout(timeout_s):
                 await self._up.wait()
@@ -319,6 +460,7 @@ class RaywbService:
             "token": parts.state.token,
             "epoch": len(parts.state.runs),
             "finished": last is not None and last.exit_code is not None,
+            "complete": last is not None and last.report is not None and last.report.complete,
             "run": last.info if last else self._unopened(),
         }
 
@@ -343,7 +485,8 @@ class RaywbService:
     ) -> tuple[RunInfo, bool]:
         await self._up.wait()
         runs = self._ready().runs
-        runs.api_key = api_key or runs.api_key
+        if api_key:
+            runs.take_key(api_key)
         if settings.dir and settings.dir != str(self._directory):
             raise SettingsConflict(
                 f"dir={settings.dir!r} conflicts with the running service, which keeps its files "
@@ -351,8 +494,7 @@ class RaywbService:
             )
         if runs.open is None:
             return self._begin_run(settings, group, provisional=False).info, False
-        check_settings(runs.open, explicit)
-        return runs.open.info, True
+        return runs.join(runs.open, explicit), True
 
     async def _status(self) -> Status:
         parts = self._ready()
@@ -363,26 +505,63 @@ class RaywbService:
             info=parts.runs.last.info if parts.runs.last else self._unopened(),
             address=self._address,
             incarnation=parts.state.incarnation,
-            problems=self._problems,
+            restored=parts.state.restored,
+            problems=self._problems | self._sweep_problem(),
         )
 
-    async def _finish(self, timeout_s: float, exit_code: int) -> FinishReport:
+    def _sweep_problem(self) -> dict[str, str]:
+        problem = self._sweeps.problem if self._sweeps else None
+        return {"sweeps": problem} if problem else {}
+
+    async def _outstanding(self) -> list[str] | None:
+        await self._up.wait()
+        parts = self._ready()
+        if parts.state.incarnation > 1:
+            return None
+        return sorted(parts.delivery.liveness.outstanding)
+
+    async def _finish(
+        self, timeout_s: float, exit_code: int, swept: SweepReport | None
+    ) -> FinishReport:
         deadline = self._loop.time() + timeout_s
         await self._up.wait()
+        while True:
+            try:
+                return await self._end_run(deadline, exit_code, swept)
+            except OSError as error:
+                if self._loop.time() + RETRY_PAUSE_S > deadline:
+                    raise ServiceUnavailable(
+                        f"the run cannot be ended: {error}. What was received is safe in "
+                        f"{self._directory}; make room there, and call raywb.finish() again"
+                    ) from error
+            await asyncio.sleep(RETRY_PAUSE_S)
+
+    async def _end_run(
+        self, deadline: float, exit_code: int, swept: SweepReport | None
+    ) -> FinishReport:
         runs = self._ready().runs
         run = runs.last or self._begin_run(self._boot.settings, self._boot.group, provisional=True)
-        if run.report is not None:
+        if run.report is not None and run.report.complete:
             return run.report
-        runs.end(run, exit_code)
+        if swept is not None:
+            self._judge(swept)
+        runs.end(run, exit_code, swept)
         sink = runs.sink_of(run)
         if sink is not None:
-            sink.finish(run.exit_code or 0)
             try:
                 async with asyncio.timeout_at(deadline):
                     await sink.done.wait()
             except TimeoutError:
                 return runs.report(run, closed=False)
         return runs.report(run, closed=True)
+
+    def _judge(self, swept: SweepReport) -> None:
+        """A sweep of all that was outstanding tells of each source whether it can be had."""
+        parts = self._ready()
+        liveness = parts.delivery.liveness
+        # Rows of the last moments count here, so only who spoke in them is taken for alive.
+        since = time.monotonic() - 2 * parts.ingest.pace_s - 1.0
+        liveness.judge(list(liveness.open), swept, since)
 
     async def _close(self) -> None:
         for task in list(self._tasks):

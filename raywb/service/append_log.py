@@ -2,9 +2,9 @@
 
 A record is a header (mark, length, CRC-32) and its bytes. Positions are counted over all
 segments, and a segment's file name is the position of its first byte. Reading never stops at
-damage: a record that fails its checksum is skipped and counted, and the search goes on at the
-next one that is whole. Only what is torn at the very end, where a killed process stopped
-writing, is cut off when the log is opened.
+damage: a record that fails its checksum is counted, and the search goes on at the next one that is
+whole; who can make something of the damaged bytes is given them. Only what is torn at the very
+end, where a killed process stopped writing, is cut off when the log is opened.
 """
 
 from __future__ import annotations
@@ -15,14 +15,18 @@ import os
 import re
 import struct
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["AppendLog", "Record", "sync_and_close"]
+__all__ = ["AppendLog", "Damage", "Record", "sync_and_close"]
 
 #: Size at which a new segment begins.
 SEGMENT_BYTES = 64 * 1024 * 1024
+
+#: How many bytes may be check-summed in search of the next whole record after damage. It bounds
+#: the work that bytes which look like records can cause.
+RESYNC_BUDGET_BYTES = 1024 * 1024 * 1024
 
 _HEADER = struct.Struct("<4sII")
 _MARK = b"RWL1"
@@ -36,27 +40,75 @@ class Record(NamedTuple):
     data: bytes
 
 
+class Damage(NamedTuple):
+    """A stretch that holds no whole record, headers and all, and the position after it."""
+
+    next_position: int
+    data: bytes
+
+
 class AppendLog:
     """Append records, and read them from any position that an earlier read returned.
+
+    Args:
+        directory: where the segments lie.
+        segment_bytes: size at which a new one begins.
+        is_complete: says of the bytes behind the last whole record whether they are a damaged
+            record, which is kept, or a torn one, which is cut off.
+        read_only: change nothing, since somebody else may be writing; the log ends where it
+            ended at this moment.
 
     Raises:
         OSError: the directory cannot be made or read, or a write fails. A write that fails
             leaves the log as it was.
     """
 
-    def __init__(self, directory: Path, *, segment_bytes: int = SEGMENT_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        segment_bytes: int = SEGMENT_BYTES,
+        is_complete: Callable[[bytes], bool] = lambda _: False,
+        read_only: bool = False,
+    ) -> None:
         self.directory = directory
-        #: Stretches of the log that hold no whole record.
-        self.damaged = 0
+        self._damage: set[int] = set()
+        #: Bytes of an unfinished record that were cut off its end when it was opened.
+        self.torn_bytes = 0
         self._segment_bytes = segment_bytes
+        self._dirty = False
+        if read_only:
+            self._fd = -1
+            self._start = self._starts()[-1]
+            with open(self._path(self._start), "rb") as file:
+                self._size = _end_of_last_record(file.fileno())
+            return
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         starts = self._starts()
         self._start = starts[-1] if starts else 0
         self._fd = self._open(self._start)
-        self._size = self._cut_torn_tail()
-        # What an earlier process wrote and did not sync counts as durable from here on.
-        os.fdatasync(self._fd)
-        self._dirty = False
+        try:
+            self._size = os.fstat(self._fd).st_size
+            self._dirty = True
+            whole_end = _end_of_last_record(self._fd)
+            if whole_end < self._size:
+                tail = os.pread(self._fd, self._size - whole_end, whole_end)
+                if is_complete(tail):
+                    self._roll()  # behind damage, so that what comes now is found
+                else:
+                    self.torn_bytes = len(tail)
+                    os.ftruncate(self._fd, whole_end)
+                    self._size = whole_end
+            # What an earlier process wrote and did not sync counts as durable from here on.
+            self.sync()
+        except OSError:
+            os.close(self._fd)
+            raise
+
+    @property
+    def damaged(self) -> int:
+        """Stretches, among those that were read so far, that hold no whole record."""
+        return len(self._damage)
 
     def _path(self, start: int) -> Path:
         return self.directory / f"{start:020d}.log"
@@ -94,7 +146,11 @@ class AppendLog:
     def _roll(self) -> None:
         following = self.end
         fd = self._open(following)
-        self.sync()
+        try:
+            self.sync()
+        except OSError:
+            os.close(fd)
+            raise
         os.close(self._fd)
         self._fd, self._start, self._size = fd, following, 0
 
@@ -102,7 +158,11 @@ class AppendLog:
         """Force what was appended to the disk itself."""
         fd = self.unsynced()
         if fd is not None:
-            sync_and_close(fd)
+            try:
+                sync_and_close(fd)
+            except OSError:
+                self.not_synced()
+                raise
 
     def unsynced(self) -> int | None:
         """A descriptor for :func:`sync_and_close` when something was appended since the last one.
@@ -116,6 +176,10 @@ class AppendLog:
         self._dirty = False
         return fd
 
+    def not_synced(self) -> None:
+        """The sync that :meth:`unsynced` began has failed: the next one is to try again."""
+        self._dirty = True
+
     def close(self) -> None:
         """Sync and close; reading and appending are over."""
         if self._fd >= 0:
@@ -125,6 +189,10 @@ class AppendLog:
 
     def read(self, position: int) -> Iterator[Record]:
         """Yield the records from ``position`` to the end as it is at the start of the call."""
+        return (piece for piece in self.read_all(position) if isinstance(piece, Record))
+
+    def read_all(self, position: int) -> Iterator[Record | Damage]:
+        """Yield the records, as :meth:`read` does, and what is damaged between them."""
         end = self.end
         for start in self._starts():
             path = self._path(start)
@@ -139,31 +207,30 @@ class AppendLog:
                 while offset < size:
                     length = _whole_record(view, offset)
                     if length is None:
-                        self.damaged += 1
-                        offset = _next_record(view, offset + 1)
+                        self._damage.add(start + offset)
+                        begin, offset = offset, _next_record(view, offset + 1)
+                        yield Damage(start + offset, view[begin:offset])
                         continue
                     begin = offset + _HEADER.size
                     offset = begin + length
                     yield Record(start + offset, view[begin:offset])
 
-    def _cut_torn_tail(self) -> int:
-        """Size of the last segment without what a killed writer left unfinished at its end."""
-        size = os.fstat(self._fd).st_size
-        if size == 0:
-            return 0
-        with mmap.mmap(self._fd, size, access=mmap.ACCESS_READ) as view:
-            offset = 0
-            whole_end = 0
-            while offset < size:
-                length = _whole_record(view, offset)
-                if length is None:
-                    offset = _next_record(view, offset + 1)
-                else:
-                    offset += _HEADER.size + length
-                    whole_end = offset
-        if whole_end < size:
-            os.ftruncate(self._fd, whole_end)
-        return whole_end
+
+def _end_of_last_record(fd: int) -> int:
+    size = os.fstat(fd).st_size
+    if size == 0:
+        return 0
+    with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as view:
+        offset = 0
+        whole_end = 0
+        while offset < size:
+            length = _whole_record(view, offset)
+            if length is None:
+                offset = _next_record(view, offset + 1)
+            else:
+                offset += _HEADER.size + length
+                whole_end = offset
+    return whole_end
 
 
 def sync_and_close(fd: int) -> None:
@@ -187,8 +254,12 @@ def _whole_record(view: mmap.mmap, offset: int) -> int | None:
 
 def _next_record(view: mmap.mmap, offset: int) -> int:
     """Offset of the next whole record at or after ``offset``, or the end."""
-    while (offset := view.find(_MARK, offset)) >= 0:
+    budget = RESYNC_BUDGET_BYTES
+    while budget > 0 and (offset := view.find(_MARK, offset)) >= 0:
         if _whole_record(view, offset) is not None:
             return offset
+        if offset + _HEADER.size <= len(view):
+            length = _HEADER.unpack_from(view, offset)[1]
+            budget -= length if offset + length <= len(view) else 0
         offset += 1
     return len(view)

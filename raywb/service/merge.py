@@ -1,16 +1,22 @@
 """From ledger entries to finished rows: the merge's state, and no I/O.
 
-``consume`` takes an entry's bytes and returns what a batch is made of. ``replay`` takes a batch
-that was written before a restart, and brings the state to where it was. Between the two, every
-frame of every source is used exactly once: per source, what was consumed is a set of ranges, and
-a frame inside it is passed over.
+``consume`` takes an entry's bytes and returns what a batch is made of; ``due`` and ``flush`` do so
+for rows that waited for other ranks. ``replay`` takes a batch that was written before a restart,
+and brings the state to where it was. Between them, every frame of every source is used exactly
+once: per source, what was consumed is a set of ranges, and a frame inside it is passed over.
+
+Rows that wait are in no batch. After a restart they are found again in the ledger, which is read
+from the position that the last batch named.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
+from typing import TypeGuard
 
 from raywb.errors import FrameError
 from raywb.rows import (
@@ -29,11 +35,12 @@ from raywb.rows import (
     SummaryUpdate,
     Table,
     decode,
-    is_digest,
-    is_plain_path,
     scan,
 )
+from raywb.service.bounds import MAX_REASONS, check
+from raywb.service.definitions import Definitions
 from raywb.service.outbox import (
+    AttemptNumber,
     Batch,
     Item,
     OutAlert,
@@ -45,9 +52,24 @@ from raywb.service.outbox import (
     OutTable,
     Range,
     SeriesName,
+    State,
 )
+from raywb.service.ranges import Ranges
+from raywb.service.ranks import Group, Part, RankMerge, Waiting
 
 __all__ = ["Merge", "Source"]
+
+#: Most ranks of one stage that are merged.
+MAX_WORLD_SIZE = 1_000_000
+
+
+def _later(one: Counters, other: Counters) -> Counters:
+    """Running totals of one source, which may come by two ways: the higher one is the later."""
+    lost = {
+        reason: max(one.lost.get(reason, 0), other.lost.get(reason, 0))
+        for reason in one.lost | other.lost
+    }
+    return Counters(max(one.rejected, other.rejected), lost)
 
 
 @dataclasses.dataclass
@@ -58,8 +80,53 @@ class Source:
     channels: dict[int, Channel] = dataclasses.field(default_factory=dict)
     counters: Counters = dataclasses.field(default_factory=lambda: Counters(0, {}))
     rows: int = 0
+    #: Everything before it was seen since the service's start, and what before that was used.
     consumed: int = 0
+    used: Ranges = dataclasses.field(default_factory=Ranges)
+    #: The last run for which something of it was consumed.
+    run: int = 0
     ended: bool = False
+
+
+@dataclasses.dataclass
+class _Entry:
+    """The ledger entry under way, and the last row in it that waited for nobody."""
+
+    source_id: str
+    source: Source
+    position: int
+    now_s: float
+    batch: Batch
+    last: Row | None = None
+    last_keys: set[str] = dataclasses.field(default_factory=set)
+    last_item: int = 0
+
+
+def _is_ordered(step: int | float | None) -> TypeGuard[int | float]:
+    """Whether ranks can meet at this step: it is there, and a number."""
+    return step is not None and step == step
+
+
+def _has_rank(channel: Channel) -> bool:
+    """Whether rows of this channel meet those of other ranks; senseless numbers do not."""
+    rank, world_size = channel.rank, channel.world_size
+    return rank is not None and world_size is not None and 0 <= rank < world_size <= MAX_WORLD_SIZE
+
+
+def _stage_prefix(channel: Channel | None) -> str:
+    return channel.stage + "/" if channel is not None and channel.stage is not None else ""
+
+
+def _joined(ranges: Sequence[Range]) -> list[Range]:
+    """The same bytes in as few ranges as possible."""
+    joined: list[Range] = []
+    for found in sorted(ranges, key=lambda r: (r.source_id, r.start)):
+        last = joined[-1] if joined else None
+        if last is not None and last.source_id == found.source_id and last.end == found.start:
+            joined[-1] = Range(last.source_id, last.start, found.end, last.rows + found.rows)
+        else:
+            joined.append(found)
+    return joined
 
 
 class Merge:
@@ -67,8 +134,9 @@ class Merge:
 
     Attributes:
         run: number of the run that rows belong to now.
-        rows: rows consumed for that run.
+        rows: rows received for that run, those that wait for other ranks among them.
         damaged: stretches of journals that held no whole frame, and frames of no known message.
+        late: rows of that run whose step had been finished without their rank.
     """
 
     def __init__(self) -> None:
@@ -76,13 +144,14 @@ class Merge:
         self.run = 0
         self.rows = 0
         self.damaged = 0
-        self._defined: set[str] = set()
-        self._axes: dict[str, str] = {}
-        self._nested: set[str] = set()
+        self.late = 0
+        self._ranks = RankMerge()
+        self._definitions = Definitions()
         self._series: dict[tuple[str, int], str] = {}
         self._series_count: Counter[str] = Counter()
         self._lost_before: Counter[str] = Counter()
         self._rejected_before = 0
+        self._reasons: set[str] = set()
 
     def open_run(self, run: int) -> None:
         """Rows from here on belong to ``run``: its namespaces and counters begin anew."""
@@ -92,9 +161,8 @@ class Merge:
         self._rejected_before = self._all_rejected()
         self.run = run
         self.rows = 0
-        self._defined.clear()
-        self._axes.clear()
-        self._nested.clear()
+        self.late = 0
+        self._definitions.open_run(run)
         self._series.clear()
         self._series_count.clear()
 
@@ -124,7 +192,16 @@ class Merge:
     def _all_rejected(self) -> int:
         return sum(source.counters.rejected for source in self.sources.values())
 
-    def consume(self, source_id: str, offset: int, data: bytes, next_position: int) -> Batch | None:
+    def consume(
+        self,
+        source_id: str,
+        offset: int,
+        data: bytes,
+        next_position: int,
+        *,
+        position: int = 0,
+        now_s: float = 0.0,
+    ) -> Batch | None:
         """Use the frames of one ledger entry that were not used before.
 
         Args:
@@ -132,9 +209,11 @@ class Merge:
             offset: where ``data`` begins there.
             data: the entry's bytes.
             next_position: the ledger position after the entry.
+            position: the ledger position of the entry.
+            now_s: the present on a monotonic clock, from which its rows wait for other ranks.
 
         Returns:
-            The batch to be written, or None when nothing in the entry is new.
+            The batch to be written, or None when there is nothing to write.
         """
         source = self.sources.setdefault(source_id, Source())
         start = max(source.consumed, offset)
@@ -142,46 +221,119 @@ class Merge:
         if start >= end:
             return None
         batch = Batch(self.run, next_position)
-        rows_before = source.rows
+        entry = _Entry(source_id, source, position, now_s, batch)
+        begin, rows = start, 0
         for found in scan(memoryview(data)[start - offset :]):
-            if not isinstance(found, Frame):
-                batch.damaged += 1
+            at, after = start + found.start, start + found.end
+            if source.used.covers(at):
                 continue
-            try:
-                message = decode(found.payload)
-            except FrameError:
+            message = None
+            if isinstance(found, Frame):
+                with contextlib.suppress(FrameError):
+                    decoded = decode(found.payload)
+                    check(decoded)
+                    message = decoded
+            if message is None:
                 batch.damaged += 1
-                continue
-            self._use(source_id, source, message, batch)
-        rows = source.rows - rows_before
-        batch.consumed.append(Range(source_id, start, end, rows))
+            elif isinstance(message, Row):
+                self.rows += 1
+                source.rows += 1
+                if self._use_row(entry, message, (source_id, at, after)):
+                    rows += 1
+                else:
+                    if begin < at:
+                        batch.consumed.append(Range(source_id, begin, at, rows))
+                    begin, rows = after, 0
+            else:
+                rows += self._use(source_id, source, message, batch)
+        if begin < end:
+            batch.consumed.append(Range(source_id, begin, end, rows))
         source.consumed = end
-        self.rows += rows
+        source.used.forget_before(end)
+        source.run = self.run
         self.damaged += batch.damaged
+        return self._closed(batch)
+
+    def due(self, now_s: float, waiting: Waiting, position: int) -> Batch | None:
+        """The rows that have waited long enough for other ranks, as a batch to be written."""
+        return self._batch_of(self._ranks.due(now_s, waiting), position)
+
+    def flush(self, position: int) -> Batch | None:
+        """All rows that wait for other ranks, since the run is about to end."""
+        return self._batch_of(self._ranks.flush(), position)
+
+    @property
+    def waiting_rows(self) -> int:
+        """Rows that wait for other ranks."""
+        return self._ranks.rows
+
+    def position(self, otherwise: int) -> int:
+        """The ledger position from which a restarted service has to read again."""
+        return self._ranks.position(otherwise)
+
+    def _batch_of(self, groups: list[Group], position: int) -> Batch | None:
+        batch = Batch(self.run, position)
+        self._use_groups(groups, batch)
+        return self._closed(batch)
+
+    def _closed(self, batch: Batch) -> Batch | None:
+        """The batch with its ranges put together; None when it says nothing."""
+        if not batch.consumed and not batch.items:
+            return None
+        batch.consumed = _joined(batch.consumed)
+        batch.ledger_position = self._ranks.position(batch.ledger_position)
+        self.late += batch.late
         return batch
 
     def replay(self, batch: Batch) -> None:
         """Take over what a batch on disk says, without producing anything."""
         self.open_run(batch.run)
         self.damaged += batch.damaged
+        self.late += batch.late
         for item in batch.items:
             if isinstance(item, OutDefine):
-                self._defined.add(item.name)
-                if item.name.endswith("/*") and item.step_metric and item.step_sync is False:
-                    self._remember_axis(item.name[:-1], item.step_metric)
+                self._definitions.note(item)
         for source_id, message in batch.state:
             self._note(source_id, self.sources.setdefault(source_id, Source()), message)
         for consumed in batch.consumed:
             source = self.sources.setdefault(consumed.source_id, Source())
-            source.consumed = max(source.consumed, consumed.end)
+            source.used.add(consumed.start, consumed.end)
+            source.run = batch.run
             source.rows += consumed.rows
             self.rows += consumed.rows
 
-    def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
+    def recall(self, source_id: str, data: bytes) -> None:
+        """Take over who a source is, and what its channels are, from bytes that were consumed."""
+        source = self.sources.setdefault(source_id, Source())
+        for found in scan(data):
+            with contextlib.suppress(FrameError):  # counted when they were consumed
+                message = decode(found.payload) if isinstance(found, Frame) else None
+                if isinstance(message, (Hello, Channel, Counters, End)):
+                    check(message)
+                    self._note(source_id, source, message)
+
+    def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> int:
+        """Make items of a message that is no plain row; returns how many rows it is."""
         match message:
-            case Row():
+            case Table():
+                # Also one of a rank: what several say in tables cannot be made into one.
+                self.rows += 1
                 source.rows += 1
-                self._use_row(source_id, source, message, batch)
+                prefix = self._prefix(source_id, source, message.channel, batch)
+                table = OutTable(prefix + message.name, message.columns, message.rows)
+                batch.items.append(OutRow(self.run, message.time_s, {}, table=table))
+                return 1
+            case Artifact():
+                name, kind, files = message.name, message.kind, message.files
+                batch.items.append(OutArtifact(self.run, name, kind, files))
+            case Alert():
+                batch.items.append(OutAlert(self.run, message.title, message.text, message.level))
+            case _:
+                self._use_plain(source_id, source, message, batch)
+        return 0
+
+    def _use_plain(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
+        match message:
             case ConfigUpdate():
                 batch.items.append(OutConfig(self.run, message.values))
             case SummaryUpdate():
@@ -192,30 +344,35 @@ class Merge:
                 prefix = self._prefix(source_id, source, message.channel, batch)
                 name = prefix + message.name
                 axis = message.step_metric and prefix + message.step_metric
-                self._defined.add(name)
-                batch.items.append(OutDefine(self.run, name, axis, message.summary))
-            case Table():
-                source.rows += 1
-                prefix = self._prefix(source_id, source, message.channel, batch)
-                table = OutTable(prefix + message.name, message.columns, message.rows)
-                batch.items.append(OutRow(self.run, message.time_s, {}, table))
-            case Artifact():
-                # The digests become names of files here, the paths wherever it is downloaded.
-                if all(
-                    is_digest(file.digest) and is_plain_path(file.path) for file in message.files
-                ):
-                    name, kind, files = message.name, message.kind, message.files
-                    batch.items.append(OutArtifact(self.run, name, kind, files))
-                else:
-                    batch.damaged += 1
-            case Alert():
-                batch.items.append(OutAlert(self.run, message.title, message.text, message.level))
-            case Hello() | Channel() | Counters() | End():
+                if message.step_metric or message.summary or message.across_ranks is None:
+                    item = OutDefine(self.run, name, axis, message.summary)
+                    self._definitions.note(item)
+                    batch.items.append(item)
+                if message.across_ranks is not None:
+                    self._note(source_id, source, message)
+                    batch.state.append((source_id, message))
+            case End():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
+                self._use_groups(self._ranks.end_source(source_id), batch)
+            case Hello() | Channel() | Counters():
+                self._note(source_id, source, message)
+                batch.state.append((source_id, message))
+                if isinstance(message, Channel) and _has_rank(message):
+                    number = self._attempt(source_id, message)
+                    batch.state.append((source_id, AttemptNumber(message.channel, number)))
 
-    def _note(self, source_id: str, source: Source, message: Message | SeriesName) -> None:
+    def _note(self, source_id: str, source: Source, message: State) -> None:
         match message:
+            case AttemptNumber():
+                channel = source.channels[message.channel]
+                rank, world_size = channel.rank or 0, channel.world_size or 1
+                prefix = _stage_prefix(channel)
+                self._ranks.assign(prefix, source_id, rank, world_size, message.number)
+            case Define():
+                of = source.channels.get(message.channel)
+                name = _stage_prefix(of) + message.name
+                self._definitions.set_across_ranks(name, message.across_ranks or "mean")
             case SeriesName():
                 self._series[source_id, message.channel] = message.name
                 self._series_count[message.namespace] += 1
@@ -224,73 +381,109 @@ class Merge:
             case Channel():
                 source.channels[message.channel] = message
             case Counters():
-                source.counters = message
+                known = self._known_reasons(message)
+                source.counters = _later(source.counters, known)
             case End():
                 source.ended = True
 
-    def _use_row(self, source_id: str, source: Source, row: Row, batch: Batch) -> None:
-        items = batch.items
+    def _known_reasons(self, counters: Counters) -> Counters:
+        """The same counts; reasons beyond those that are told apart become one."""
+        lost: Counter[str] = Counter()
+        for reason, count in counters.lost.items():
+            if len(self._reasons) < MAX_REASONS:
+                self._reasons.add(reason)
+            lost[reason if reason in self._reasons else "other"] += count
+        return Counters(counters.rejected, dict(lost))
+
+    def _use_row(self, entry: _Entry, row: Row, frame: tuple[str, int, int]) -> bool:
+        """Make an item of a row; False when it waits for other ranks instead."""
+        source, batch = entry.source, entry.batch
         channel = source.channels.get(row.channel)
-        prefix = self._prefix(source_id, source, row.channel, batch)
-        metrics: dict[str, Scalar] = {prefix + key: value for key, value in row.metrics.items()}
-        time_s = row.time_s
-        stamp = metrics.pop(prefix + "_timestamp", None)
-        if isinstance(stamp, (int, float)):
-            time_s = float(stamp)
-        if channel is not None and channel.axis is not None:
-            self._define_axis(items, prefix, prefix + channel.axis, metrics)
-        elif row.step is not None:
-            self._put_steps(items, prefix, metrics, row.step)
-        items.append(OutRow(self.run, time_s, metrics))
+        time_s, values = row.time_s, row.metrics
+        if "_timestamp" in values:
+            values = dict(values)
+            stamp = values.pop("_timestamp")
+            if not isinstance(stamp, str) and math.isfinite(stamp):
+                time_s = float(stamp)
+        if channel is not None and _has_rank(channel) and _is_ordered(row.step):
+            self._use_ranked(entry, channel, row.step, Part(time_s, values), frame)
+            return False
+        prefix = self._prefix(entry.source_id, source, row.channel, batch)
+        metrics: dict[str, Scalar] = {prefix + key: value for key, value in values.items()}
+        last, entry.last = entry.last, row
+        if (
+            last is not None
+            and row.step is not None
+            and (last.channel, last.step) == (row.channel, row.step)
+            and values.keys().isdisjoint(entry.last_keys)
+        ):
+            entry.last_keys |= values.keys()
+            self._put_axes(batch.items, channel, prefix, metrics, row.step)
+            before = batch.items[entry.last_item]
+            if isinstance(before, OutRow):
+                metrics = before.metrics | metrics
+                joined = OutRow(self.run, time_s, metrics, before.logged + 1)
+                # Definitions of the new keys go before the row.
+                del batch.items[entry.last_item]
+                batch.items.append(joined)
+        else:
+            entry.last_keys = set(values)
+            self._put_axes(batch.items, channel, prefix, metrics, row.step)
+            batch.items.append(OutRow(self.run, time_s, metrics))
+        entry.last_item = len(batch.items) - 1
+        return True
 
-    def _put_steps(
-        self, items: list[Item], prefix: str, metrics: dict[str, Scalar], step: int | float
+    def _put_axes(
+        self,
+        items: list[Item],
+        channel: Channel | None,
+        prefix: str,
+        metrics: dict[str, Scalar],
+        step: int | float | None,
     ) -> None:
-        """Add the step as data, on the axis of the stage, or of each key's own namespace."""
-        if prefix:
-            metrics[prefix + "step"] = step
-            self._define_axis(items, prefix, prefix + "step", metrics)
-            return
-        for key in list(metrics):
-            namespace = key.rpartition("/")[0]
-            axis = f"{namespace}/step" if namespace else "step"
-            if key == axis:
-                continue
-            if namespace:
-                self._define_axis(items, namespace + "/", axis, (key,))
-            else:
-                self._define(items, axis)
-                self._define(items, key, axis)
-            metrics.setdefault(axis, step)
+        """Define the row's axis, and put its step among the values."""
+        if channel is not None and channel.axis is not None:
+            self._definitions.define_axis(items, prefix, prefix + channel.axis, metrics)
+        elif step is not None:
+            self._definitions.put_steps(items, prefix, metrics, step)
 
-    def _define_axis(self, items: list[Item], prefix: str, axis: str, keys: Iterable[str]) -> None:
-        """Define a namespace's axis on first sight.
+    def _use_ranked(
+        self,
+        entry: _Entry,
+        channel: Channel,
+        step: int | float,
+        part: Part,
+        frame: tuple[str, int, int],
+    ) -> None:
+        number = self._attempt(entry.source_id, channel)
+        groups = self._ranks.add(
+            _stage_prefix(channel),
+            number,
+            channel.rank or 0,
+            step,
+            part,
+            frame,
+            entry.position,
+            entry.now_s,
+        )
+        self._use_groups(groups, entry.batch)
 
-        ``a/*`` also matches the keys of ``a/b/``. W&B does not say which of two globs counts, so
-        the keys of a namespace that lies within another one are defined by their full names.
-        """
-        self._remember_axis(prefix, axis)
-        self._define(items, axis)
-        self._define(items, prefix + "*", axis)
-        if prefix in self._nested:
-            for key in keys:
-                if key != axis:
-                    self._define(items, key, axis)
+    def _attempt(self, source_id: str, channel: Channel) -> int:
+        """The attempt of a channel with a rank; decided when it is opened."""
+        rank, world_size = channel.rank or 0, channel.world_size or 1
+        return self._ranks.number_of(_stage_prefix(channel), source_id, rank, world_size)
 
-    def _remember_axis(self, prefix: str, axis: str) -> None:
-        if prefix not in self._axes:
-            self._axes[prefix] = axis
-            self._nested = {
-                inner
-                for inner in self._axes
-                if any(inner != outer and inner.startswith(outer) for outer in self._axes)
-            }
-
-    def _define(self, items: list[Item], name: str, axis: str | None = None) -> None:
-        """Define a name of ours once in a run, unless the user has defined it."""
-        if name not in self._defined:
-            self._defined.add(name)
-            items.append(OutDefine(self.run, name, axis, None, None if axis is None else False))
+    def _use_groups(self, groups: list[Group], batch: Batch) -> None:
+        """One row for each group, and the ranges of those that it was made of."""
+        for group in groups:
+            prefix = group.prefix
+            merged = group.metrics(self._definitions.across_ranks)
+            metrics = {prefix + key: value for key, value in merged.items()}
+            self._definitions.put_steps(batch.items, prefix, metrics, group.step)
+            batch.items.append(OutRow(self.run, group.time_s, metrics, len(group.frames)))
+            batch.consumed += [Range(*frame, 1) for frame in group.frames]
+            if group.late:
+                batch.late += len(group.frames)
 
     def _prefix(self, source_id: str, source: Source, number: int, batch: Batch) -> str:
         """What stands before the keys of a channel: nothing, or its name and a slash."""

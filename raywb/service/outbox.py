@@ -14,9 +14,11 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import errno
+import operator
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
 
@@ -24,6 +26,7 @@ from raywb.rows import ArtifactFile, Cell, Message, Scalar
 from raywb.service.append_log import AppendLog
 
 __all__ = [
+    "AttemptNumber",
     "Batch",
     "Cursor",
     "Item",
@@ -37,7 +40,10 @@ __all__ = [
     "Outbox",
     "Range",
     "SeriesName",
+    "State",
 ]
+
+_run_of = operator.attrgetter("run")
 
 
 class OutTable(msgspec.Struct, array_like=True, frozen=True):
@@ -49,11 +55,15 @@ class OutTable(msgspec.Struct, array_like=True, frozen=True):
 
 
 class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
-    """One row as W&B gets it; its number is its place among the rows of its run."""
+    """One row as W&B gets it; its number is its place among the rows of its run.
+
+    ``logged`` is the number of ``log()`` calls that it was made of; 0 for a row of raywb's own.
+    """
 
     run: int
     time_s: float
     metrics: dict[str, Scalar]
+    logged: int = 1
     table: OutTable | None = None
 
 
@@ -107,6 +117,11 @@ class OutAlert(msgspec.Struct, array_like=True, tag=5, frozen=True):
 Item = OutRow | OutDefine | OutConfig | OutSummary | OutArtifact | OutAlert
 
 
+def _is_update(item: Item) -> TypeGuard[OutRow | OutArtifact | OutAlert]:
+    table = isinstance(item, OutRow) and item.table is not None
+    return table or isinstance(item, (OutArtifact, OutAlert))
+
+
 class Update(NamedTuple):
     """A table, an artifact or an alert, and the number of its row if it is a table."""
 
@@ -140,25 +155,43 @@ class SeriesName(msgspec.Struct, array_like=True, tag=32, frozen=True):
     name: str
 
 
+class AttemptNumber(msgspec.Struct, array_like=True, tag=33, frozen=True):
+    """Which attempt of its stage a source's channel takes part in, with its rank."""
+
+    channel: int
+    number: int
+
+
+State = Message | SeriesName | AttemptNumber
+
+
 class Batch(msgspec.Struct, array_like=True):
     """One step of the merge, whole or not at all.
 
     Attributes:
         run: the run that rows belonged to at this step.
-        ledger_position: everything in the ledger before it is consumed.
+        ledger_position: everything in the ledger before it is consumed; behind it, the ranges
+            of this and of earlier batches are.
         consumed: the source ranges that this batch is made of.
         items: what the sinks are to do, in order.
         state: messages that change how later rows are read (who a source is, which channel is
             which stage, its counters), with their source.
         damaged: stretches of the journals that held nothing readable.
+        late: rows of ranks whose step had been finished without them.
+        first_rows: number of the first row of each run that has rows here; they are numbered
+            when they are written, so that a damaged batch moves no other row.
+        first_updates: the same of tables, artifacts and alerts.
     """
 
     run: int
     ledger_position: int
     consumed: list[Range] = []
     items: list[Item] = []
-    state: list[tuple[str, Message | SeriesName]] = []
+    state: list[tuple[str, State]] = []
     damaged: int = 0
+    late: int = 0
+    first_rows: dict[int, int] = {}
+    first_updates: dict[int, int] = {}
 
 
 @dataclasses.dataclass
@@ -177,8 +210,20 @@ class Cursor:
     first_row: int
 
 
+class _Mark(NamedTuple):
+    """A row's number, its batch's position, and the ``log()`` calls before it."""
+
+    number: int
+    position: int
+    logged: int
+
+
 class Outbox:
     """Append batches; read a run's items from any row number.
+
+    Args:
+        directory: where its log lies.
+        read_only: see :class:`AppendLog`.
 
     Raises:
         OSError: the directory cannot be made or read, or a write fails.
@@ -190,13 +235,17 @@ class Outbox:
     #: A read ends when it has found this much: a row may hold a table of some megabytes.
     READ_BYTES = 8 * 1024 * 1024
 
-    def __init__(self, directory: Path) -> None:
-        self._log = AppendLog(directory)
+    def __init__(self, directory: Path, *, read_only: bool = False) -> None:
+        self._log = AppendLog(directory, read_only=read_only)
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(Batch)
         self._rows: dict[int, int] = {}
-        self._index: dict[int, list[tuple[int, int]]] = {}
-        self._updates: dict[int, list[_Place]] = {}
+        self._logged: dict[int, int] = {}
+        self._undecodable: set[int] = set()
+        #: Rows that were in damaged batches, by run; rows that say so stand in their place.
+        self.lost_rows: Counter[int] = Counter()
+        self._index: dict[int, list[_Mark]] = {}
+        self._updates: dict[int, list[_Place | None]] = {}
 
     @property
     def end(self) -> int:
@@ -206,40 +255,72 @@ class Outbox:
     @property
     def damaged(self) -> int:
         """Stretches of the outbox that could not be read."""
-        return self._log.damaged
+        return self._log.damaged + len(self._undecodable)
+
+    @property
+    def torn_bytes(self) -> int:
+        """See :class:`AppendLog`."""
+        return self._log.torn_bytes
 
     def recover(self) -> Iterator[Batch]:
         """Yield every batch on disk, oldest first, and rebuild the index on the way."""
         position = 0
-        for next_position, record in self._log.read(0):
-            batch = self._decoder.decode(record)
+        for next_position, batch in self._batches(0):
             self._note(batch, position)
             position = next_position
             yield batch
 
+    def _batches(self, position: int) -> Iterator[tuple[int, Batch]]:
+        for next_position, record in self._log.read(position):
+            try:
+                yield next_position, self._decoder.decode(record)
+            except msgspec.DecodeError:
+                self._undecodable.add(next_position)
+
     def append(self, batch: Batch) -> None:
-        """Write one batch down."""
+        """Write one batch down; its rows and updates get their numbers."""
         position = self._log.end
+        rows = {item.run for item in batch.items if isinstance(item, OutRow)}
+        batch.first_rows = {run: self._rows.get(run, 0) for run in rows}
+        updates = {item.run for item in batch.items if _is_update(item)}
+        batch.first_updates = {run: self.updates_of(run) for run in updates}
         self._log.append(self._encoder.encode(batch))
         self._note(batch, position)
 
     def _note(self, batch: Batch, position: int) -> None:
-        first_rows: dict[int, int] = {}
-        for index, item in enumerate(batch.items):
-            self._index.setdefault(item.run, [(0, position)])
+        for run in set(map(_run_of, batch.items)):
+            self._index.setdefault(run, [_Mark(0, position, 0)])
+        if batch.first_updates:
+            self._note_updates(batch, position)
+        rows: Counter[int] = Counter()
+        logged: Counter[int] = Counter()
+        for item in batch.items:
+            if isinstance(item, OutRow):
+                rows[item.run] += 1
+                logged[item.run] += item.logged
+        for run, count in rows.items():
+            known = self._rows.get(run, 0)
+            before = self._logged.get(run, 0)
+            first_row = batch.first_rows.get(run, known)
+            self.lost_rows[run] += first_row - known
+            if known - self._index[run][-1].number >= self.INDEX_EVERY_ROWS:
+                self._index[run].append(_Mark(known, position, before))
+            self._rows[run] = first_row + count
+            self._logged[run] = before + logged[run]
+
+    def _note_updates(self, batch: Batch, position: int) -> None:
+        for run, first in batch.first_updates.items():
+            places = self._updates.setdefault(run, [])
+            places += [None] * (first - len(places))  # of a damaged batch
+        rows = dict(batch.first_rows)
+        for nth, item in enumerate(batch.items):
             number = None
             if isinstance(item, OutRow):
-                number = self._rows.get(item.run, 0)
-                first_rows.setdefault(item.run, number)
-                self._rows[item.run] = number + 1
-                if item.table is None:
-                    continue
-            if isinstance(item, (OutRow, OutArtifact, OutAlert)):
-                place = _Place(position, index, number, type(item))
-                self._updates.setdefault(item.run, []).append(place)
-        for run, number in first_rows.items():
-            if number - self._index[run][-1][0] >= self.INDEX_EVERY_ROWS:
-                self._index[run].append((number, position))
+                number = rows[item.run]
+                rows[item.run] += 1
+            if _is_update(item):
+                place = _Place(position, nth, number, type(item))
+                self._updates[item.run].append(place)
 
     def rows_of(self, run: int) -> int:
         """How many rows the run has."""
@@ -249,9 +330,13 @@ class Outbox:
         """How many tables, artifacts and alerts the run has; they are numbered from 0."""
         return len(self._updates.get(run, ()))
 
-    def update_type(self, run: int, number: int) -> type[OutRow | OutArtifact | OutAlert]:
-        """What kind of update it is; a table is in a row. Reads nothing."""
-        return self._updates[run][number].type
+    def update_type(self, run: int, number: int) -> type[OutRow | OutArtifact | OutAlert] | None:
+        """What kind of update it is, without a look at the disk; None for one that is damaged.
+
+        A table is in a row.
+        """
+        place = self._updates[run][number]
+        return place.type if place is not None else None
 
     def update(self, run: int, number: int) -> Update:
         """Read one table, artifact or alert.
@@ -260,18 +345,37 @@ class Outbox:
             OSError: the outbox cannot be read there any more.
         """
         place = self._updates[run][number]
-        found = next(self._log.read(place.position), None)
-        items = self._decoder.decode(found.data).items if found else []
-        item = items[place.nth] if place.nth < len(items) else None
-        if not isinstance(item, place.type):
-            raise OSError(errno.EIO, f"update {number} of run {run} is damaged in the outbox")
-        return Update(place.row, item)
+        if place is not None:
+            _, batch = next(self._batches(place.position), (0, Batch(run, 0)))
+            # Behind damage comes another batch, with other numbers.
+            mine = batch.first_updates.get(run, number + 1) <= number
+            item = batch.items[place.nth] if mine and place.nth < len(batch.items) else None
+            if isinstance(item, place.type):
+                return Update(place.row, item)
+        raise OSError(errno.EIO, f"update {number} of run {run} is damaged in the outbox")
 
     def cursor(self, run: int, row: int) -> Cursor:
         """A cursor that will yield row number ``row`` of ``run``, and what comes with it."""
-        index = self._index.get(run, [(0, self.end)])
-        number, position = index[bisect.bisect_right(index, (row, self.end)) - 1]
-        return Cursor(run, position, number, row)
+        mark = self._mark_before(run, row)
+        return Cursor(run, mark.position, mark.number, row)
+
+    def _mark_before(self, run: int, row: int) -> _Mark:
+        index = self._index.get(run, [_Mark(0, self.end, 0)])
+        return index[bisect.bisect_right(index, row, key=lambda mark: mark.number) - 1]
+
+    def logged_rows(self, run: int, rows: int | None = None) -> int:
+        """How many ``log()`` calls the run's first ``rows`` rows stand for; all by default."""
+        if rows is None or rows >= self.rows_of(run):
+            return self._logged.get(run, 0)
+        mark = self._mark_before(run, rows)
+        logged = mark.logged
+        cursor = Cursor(run, mark.position, mark.number, mark.number)
+        while items := self.read(cursor, self.INDEX_EVERY_ROWS):
+            for number, item in items:
+                if number == rows:
+                    return logged
+                logged += item.logged if isinstance(item, OutRow) else 0
+        return logged
 
     def read(self, cursor: Cursor, limit: int) -> list[tuple[int | None, Item]]:
         """Read on from a cursor: up to about ``limit`` items, each row with its number.
@@ -279,20 +383,11 @@ class Outbox:
         The cursor moves behind what was returned. An empty list means that there is no more.
         """
         found: list[tuple[int | None, Item]] = []
-        read_bytes = 0
-        for next_position, record in self._log.read(cursor.position):
-            for item in self._decoder.decode(record).items:
-                if item.run != cursor.run:
-                    continue
-                if not isinstance(item, OutRow):
-                    found.append((None, item))
-                    continue
-                if cursor.number >= cursor.first_row:
-                    found.append((cursor.number, item))
-                cursor.number += 1
+        begin = cursor.position
+        for next_position, batch in self._batches(begin):
+            found += _items_of(batch, cursor)
             cursor.position = next_position
-            read_bytes += len(record)
-            if len(found) >= limit or (found and read_bytes >= self.READ_BYTES):
+            if len(found) >= limit or (found and next_position - begin >= self.READ_BYTES):
                 break
         return found
 
@@ -300,6 +395,30 @@ class Outbox:
         """See :meth:`AppendLog.unsynced`."""
         return self._log.unsynced()
 
+    def not_synced(self) -> None:
+        """See :meth:`AppendLog.not_synced`."""
+        self._log.not_synced()
+
     def close(self) -> None:
         """Sync and close."""
         self._log.close()
+
+
+def _items_of(batch: Batch, cursor: Cursor) -> Iterator[tuple[int | None, Item]]:
+    """The items of the cursor's run in one batch, each row with its number."""
+    first_row = batch.first_rows.get(cursor.run, cursor.number)
+    for item in batch.items:
+        if item.run != cursor.run:
+            continue
+        if not isinstance(item, OutRow):
+            yield None, item
+            continue
+        if first_row > cursor.number:
+            # What is gone keeps its place: W&B's count of rows is the cursor of the sinks.
+            gone: dict[str, Scalar] = {"raywb/lost/outbox_damaged": first_row - cursor.number}
+            for number in range(max(cursor.number, cursor.first_row), first_row):
+                yield number, OutRow(cursor.run, item.time_s, gone, logged=0)
+            cursor.number = first_row
+        if cursor.number >= cursor.first_row:
+            yield cursor.number, item
+        cursor.number += 1

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import datetime
-import secrets
-import string
+import logging
+import math
 import time
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -12,85 +11,70 @@ from typing import Any
 
 import msgspec
 
-from raywb.errors import SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, SinkStatus
+from raywb.reports import (
+    FinishReport,
+    RunInfo,
+    SinkStatus,
+    SweepReport,
+    UnconfirmedSource,
+)
 from raywb.rows import Scalar
 from raywb.service.delivery import Delivery
 from raywb.service.fold import Fold
+from raywb.service.offline_files import SUPERSEDED
 from raywb.service.outbox import OutRow, OutSummary
+from raywb.service.ranks import Waiting
+from raywb.service.report import make_report, missing_rows
+from raywb.service.run_settings import (
+    check_settings,
+    describe_run,
+    find_key,
+    lacks_only_a_key,
+    new_run_id,
+    resolve_mode,
+    settings_of,
+)
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
-from raywb.service.state import RunState, ServiceState, save_state
+from raywb.service.state import RunState, ServiceState, UpdateMarks, save_state
 from raywb.service.updates import Updates
-from raywb.settings import DEFAULT_PROJECT, Settings, find_api_key
+from raywb.settings import Settings
 
-__all__ = ["Runs", "check_settings", "describe_run", "new_run_id", "resolve_mode"]
+__all__ = ["Runs", "make_open_request"]
 
-_ALPHABET = string.ascii_lowercase + string.digits
+#: A step waits this long, and this many paces, for ranks that have gone on to later ones; for
+#: silent ones it is a setting, and at least this many paces.
+PASSED_WAIT_S = 2.0
+PASSED_WAIT_PACES = 2
+SILENT_WAIT_PACES = 3
 
-
-def new_run_id() -> str:
-    """Eight letters and digits, as W&B makes them."""
-    return "".join(secrets.choice(_ALPHABET) for _ in range(8))
-
-
-def resolve_mode(settings: Settings, api_key: str | None) -> str:
-    """The explicit mode, else online where a key is to be had, else offline."""
-    if settings.mode is not None:
-        return settings.mode
-    return "online" if api_key or find_api_key(settings) else "offline"
+_log = logging.getLogger(__name__)
 
 
-def describe_run(
-    settings: Settings,
-    group: Group,
-    *,
-    run_id: str,
-    mode: str,
-    directory: str,
-    epoch: int,
-    provisional: bool,
-) -> RunInfo:
-    """Everything that is known of a run before W&B has seen it."""
-    project = settings.project or DEFAULT_PROJECT
-    now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    return RunInfo(
-        project=project,
-        id=settings.run_id or run_id,
-        name=settings.name or f"{project}-{settings.job_type}-{now}",
-        mode=mode,
+def make_open_request(
+    run: RunState, settings: Settings, fold: Fold, directory: str, api_key: str | None
+) -> Open:
+    """The first message to a sink that is to write this run."""
+    return Open(
+        project=run.info.project,
+        run_id=run.info.id,
+        name=run.info.name,
+        mode=run.info.mode,
         dir=directory,
-        entity=settings.entity,
-        group=group.name,
-        group_source=group.source,
-        job_type=settings.job_type,
-        epoch=epoch,
-        provisional=provisional,
+        entity=run.info.entity,
+        group=run.info.group,
+        job_type=run.info.job_type,
+        tags=settings.tags,
+        notes=settings.notes,
+        base_url=settings.base_url,
+        api_key=api_key,
+        base=run.base,
+        config=fold.config,
+        defines=definitions(fold),
+        deadline_s=settings.sink_deadline_s,
+        began_offline=run.info.began_offline,
     )
-
-
-#: Settings that belong to the service or to the caller, not to the run.
-_NOT_OF_A_RUN = ("dir", "local_cluster", "listen_host")
-
-
-def check_settings(run: RunState, explicit: dict[str, Any]) -> None:
-    """Make sure that a caller who joins a run asks for nothing that it is not.
-
-    Raises:
-        SettingsConflict: with each setting that differs, and both values.
-    """
-    has = msgspec.structs.asdict(msgspec.convert(run.settings, Settings))
-    has |= {"project": run.info.project, "group": run.info.group or "", "mode": run.info.mode}
-    has |= {"name": run.info.name, "run_id": run.info.id, "entity": run.info.entity}
-    asked = {key: value for key, value in explicit.items() if key not in _NOT_OF_A_RUN}
-    differing = sorted(key for key, value in asked.items() if has[key] != value)
-    if differing:
-        pairs = ", ".join(f"{key} is {has[key]!r}, not {asked[key]!r}" for key in differing)
-        raise SettingsConflict(
-            f"the raywb run {run.info.name!r} is open with other settings: {pairs}. "
-            "Leave them out to join it, or end it first with `raywb finish`"
-        )
 
 
 class Runs:
@@ -100,7 +84,8 @@ class Runs:
         directory: the service's directory.
         state: what is written down of the runs; changed and saved here.
         delivery: where their rows are.
-        spawn: runs a coroutine in the service's loop.
+        keep_running: runs a part of the service in its loop, under a name, and starts it again
+            when it fails.
         api_key: W&B's key when a driver handed it over; it stays in memory.
     """
 
@@ -109,14 +94,14 @@ class Runs:
         directory: Path,
         state: ServiceState,
         delivery: Delivery,
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
+        keep_running: Callable[[str, Callable[[], Coroutine[Any, Any, None]]], None],
         api_key: str | None,
     ) -> None:
-        self.api_key = api_key
+        self._api_key = api_key
         self._directory = directory
         self._state = state
         self._delivery = delivery
-        self._spawn = spawn
+        self._keep_running = keep_running
         self._sinks: dict[int, SinkProcess] = {}
         self._updates: dict[int, Updates] = {}
 
@@ -131,12 +116,17 @@ class Runs:
         run = self.last
         return run if run is not None and run.exit_code is None else None
 
-    def resume(self) -> None:
-        """Go on with the runs that an earlier incarnation left: rows first, then the sinks."""
+    def resume(self, *, ended_only: bool = False) -> None:
+        """Go on with the runs that an earlier incarnation left: rows first, then the sinks.
+
+        Args:
+            ended_only: only with those that ``finish()`` was called for.
+        """
         if self.last is not None:
             self._delivery.open_run(self.last.number)
         for run in self._state.runs:
-            if run.report is None:
+            self._settle(run)
+            if run.report is None and (run.exit_code is not None or not ended_only):
                 self._begin_sink(run)
 
     def begin(
@@ -148,7 +138,7 @@ class Runs:
             settings,
             group,
             run_id=run_id if number == 1 else new_run_id(),
-            mode=resolve_mode(settings, self.api_key),
+            mode=resolve_mode(settings, self._api_key),
             directory=str(self._directory),
             epoch=number,
             provisional=provisional,
@@ -164,30 +154,69 @@ class Runs:
         self._begin_sink(run)
         return run
 
-    def _begin_sink(self, run: RunState) -> None:
+    def take_key(self, api_key: str) -> None:
+        """A driver has brought W&B's key: sinks that wait for one, or were refused, try again."""
+        self._api_key = api_key
+        for sink in self._sinks.values():
+            sink.retry_now()
+
+    def go_online(self) -> None:
+        """Let the open run go online, if it is offline only for want of a key and one has come.
+
+        The server gets all of its rows, from the outbox; the files of its time offline are set
+        aside once the run is open there.
+
+        Raises:
+            OSError: it cannot be written down; the run stays offline.
+        """
+        run = self.open
+        if run is None or not lacks_only_a_key(run) or find_key(run, self._api_key) is None:
+            return
+        before = run.info, run.base, run.updates
+        run.info = msgspec.structs.replace(run.info, mode="online", began_offline=True)
+        run.base = None
+        # What its offline files have is not with the server.
+        run.updates = UpdateMarks()
+        try:
+            save_state(self._directory, self._state)
+        except OSError:
+            run.info, run.base, run.updates = before
+            raise
+        self._updates.pop(run.number, None)
+        _log.warning(
+            "raywb: a key of W&B's has come: run %s goes online with all of its rows; its offline "
+            "files are set aside in %s, and need not be uploaded",
+            run.info.name,
+            self._directory / SUPERSEDED,
+        )
+        offline = self._sinks.pop(run.number)
+        offline.stop()
+        self._begin_sink(run, after=offline)
+
+    def join(self, run: RunState, explicit: dict[str, Any]) -> RunInfo:
+        """What somebody gets who calls ``start()`` while this run is open.
+
+        Raises:
+            SettingsConflict: it has other settings than ``explicit`` asks for.
+            OSError: what changes by it cannot be written down.
+        """
+        self.go_online()
+        check_settings(run, explicit)
+        if "mode" in explicit and "mode" not in run.settings:
+            # Asked for by name from now on: a key that comes later changes nothing.
+            run.settings["mode"] = explicit["mode"]
+            save_state(self._directory, self._state)
+        return run.info
+
+    def _begin_sink(self, run: RunState, *, after: SinkProcess | None = None) -> None:
         if run.info.mode == "disabled":
             return
-        settings = msgspec.convert(run.settings, Settings)
+        settings = settings_of(run)
         fold = self._delivery.folds.setdefault(run.number, Fold())
 
         def open_request() -> Open:
-            return Open(
-                project=run.info.project,
-                run_id=run.info.id,
-                name=run.info.name,
-                mode=run.info.mode,
-                dir=str(self._directory),
-                entity=run.info.entity,
-                group=run.info.group,
-                job_type=run.info.job_type,
-                tags=settings.tags,
-                notes=settings.notes,
-                base_url=settings.base_url,
-                api_key=self.api_key or find_api_key(settings),
-                base=run.base,
-                config=fold.config,
-                defines=definitions(fold),
-                deadline_s=settings.sink_deadline_s,
+            return make_open_request(
+                run, settings, fold, str(self._directory), find_key(run, self._api_key)
             )
 
         sink = SinkProcess(
@@ -202,8 +231,17 @@ class Runs:
         )
         self._sinks[run.number] = sink
         if run.exit_code is not None:
-            sink.finish(run.exit_code)
-        self._spawn(sink.serve())
+            sink.finish(None if run.crashed else run.exit_code)
+        name = f"the sink of run {run.info.id}"
+        self._keep_running(name, lambda: self._serve(run, sink, after))
+
+    async def _serve(self, run: RunState, sink: SinkProcess, after: SinkProcess | None) -> None:
+        """Deliver to the end, and write down how the run ended, whoever waits for it or not."""
+        if after is not None:
+            await after.gone()
+        await sink.serve()
+        if sink.done.is_set():
+            self.report(run, closed=True)
 
     def _note_opened(self, run: RunState, opened: Opened) -> None:
         """Remember what only W&B could tell: the page's address, and its step of our first row."""
@@ -213,16 +251,36 @@ class Runs:
         )
         save_state(self._directory, self._state)
 
-    def advance(self) -> bool:
+    def advance(self, budget_s: float = math.inf, *, pace_s: float = 0.0) -> bool:
         """Make rows of the ledger as far as it belongs to the last run, and wake the sinks.
+
+        Args:
+            budget_s: see :meth:`Delivery.advance`.
+            pace_s: how often sources come; ranks are waited for accordingly.
 
         Raises:
             OSError: the outbox takes nothing.
         """
-        if self.last is None or not self._delivery.advance(self.last.cut):
+        run = self.last
+        if run is None:
             return False
-        self.wake()
-        return True
+        advanced = self._delivery.advance(run.cut, budget_s)
+        if self._delivery.merge.waiting_rows:
+            # Behind the cut of a finish nothing comes that could be waited for.
+            is_over = run.cut is not None and self._delivery.position >= run.cut
+            waiting = None if is_over else self._waiting(run, pace_s)
+            advanced = self._delivery.release(waiting) or advanced
+        if advanced:
+            self.wake()
+        return advanced
+
+    @staticmethod
+    def _waiting(run: RunState, pace_s: float) -> Waiting:
+        rank_wait_s = settings_of(run).rank_wait_s
+        return Waiting(
+            passed_s=max(PASSED_WAIT_S, PASSED_WAIT_PACES * pace_s),
+            silent_s=max(rank_wait_s, SILENT_WAIT_PACES * pace_s),
+        )
 
     def wake(self) -> None:
         """There is something new for the sinks."""
@@ -255,7 +313,11 @@ class Runs:
         """
         modes = {run.info.mode for run in self._state.runs}
         if modes == {"online"} and self._delivery.position >= self._delivery.ledger.end:
-            needed = [self.updates_of(run).needed_blobs() for run in self._state.runs]
+            try:
+                needed = [self.updates_of(run).needed_blobs() for run in self._state.runs]
+            except OSError as error:
+                _log.warning("raywb: no blob is deleted: %s", error)
+                return
             self._delivery.blobs.delete_all_but(set().union(*needed))
 
     def sink_of(self, run: RunState) -> SinkProcess | None:
@@ -278,17 +340,28 @@ class Runs:
         return self._delivery.outbox.rows_of(run.number)
 
     def backlog(self, run: RunState) -> int:
-        """Finished rows that W&B's client has not taken."""
+        """Finished rows that W&B does not have: its server (online), or its client (offline)."""
         sink = self.sink_of(run)
-        return max(self.rows_of(run) - sink.delivered_rows, 0) if sink else 0
+        if sink is None:
+            return 0
+        has = sink.confirmed_rows if run.info.mode == "online" else sink.delivered_rows
+        return max(self.rows_of(run) - has, 0)
 
     def lost(self) -> dict[str, int]:
         """What could not be kept since the run began, by reason."""
         lost = self._delivery.merge.lost
         if self.last is not None and (alerts := self.updates_of(self.last).unconfirmed_alerts):
             lost["alert_unconfirmed"] = alerts
-        if missing := sum(self._delivery.ledger.missing_bytes.values()):
-            lost["ledger_lost_bytes"] = missing
+        ledger = self._delivery.ledger
+        of_all_runs = {
+            "ledger_lost_bytes": sum(ledger.missing_bytes.values()),
+            "ledger_damaged": ledger.unreadable,
+            "outbox_damaged": self._delivery.outbox.lost_rows.total(),
+        }
+        for reason, count in of_all_runs.items():
+            before = sum(run.lost.get(reason, 0) for run in self._state.runs[:-1])
+            if count > before:
+                lost[reason] = count - before
         return lost
 
     def losses(self) -> dict[str, int]:
@@ -296,40 +369,119 @@ class Runs:
         losses = {f"raywb/lost/{reason}": count for reason, count in sorted(self.lost().items())}
         if rejected := self._delivery.merge.rejected:
             losses["raywb/rejected"] = rejected
+        if late := self._delivery.merge.late:
+            losses["raywb/late_rows"] = late
+        if unconfirmed := [one for one in self._delivery.unconfirmed() if not one.quiet]:
+            losses["raywb/unconfirmed_sources"] = len(unconfirmed)
+            losses["raywb/unconfirmed_rows"] = missing_rows(unconfirmed)
         return losses
 
     def log_losses(self, losses: dict[str, int]) -> None:
         """Write losses into the open run, as a row of its own."""
         run = self.open
         if run is not None and losses:
-            row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
-            self._delivery.add([OutRow(run.number, time.time(), row)])
+            self._log_losses(run, losses)
 
-    def end(self, run: RunState, exit_code: int) -> None:
+    def _log_losses(self, run: RunState, losses: dict[str, int]) -> None:
+        row: dict[str, Scalar] = {**losses, "raywb/backlog_rows": self.backlog(run)}
+        self._delivery.add([OutRow(run.number, time.time(), row, logged=0)])
+
+    def end(
+        self,
+        run: RunState,
+        exit_code: int,
+        swept: SweepReport | None = None,
+        *,
+        crashed: bool = False,
+    ) -> None:
         """Take the cut: what the ledger has now belongs to the run, what comes later does not.
 
-        The last thing in the run is what was lost in it, if only that nothing was.
+        A second call takes a later cut: what has come since, for instance from a node that did
+        not answer before, belongs to the run too. The state is that of the first call.
+
+        Args:
+            run: the last run.
+            exit_code: 0 for success; anything else is a failure.
+            crashed: leave the run without W&B's own finish.
+            swept: what the sweep of the nodes found that came before, where there was one.
+
+        Args:
+            run: the last run.
+            exit_code: how it ends.
+            swept: what the sweep of the nodes found that came before, where there was one.
 
         Raises:
-            OSError: the outbox takes nothing.
+            OSError: the outbox takes nothing, or the state cannot be written down.
         """
-        if run.exit_code is None:
-            self.advance()
-            losses = self.losses()
-            self.log_losses(losses)
-            values = {"raywb/rejected": 0, "raywb/backlog_rows": 0, **losses}
-            self._delivery.add([OutSummary(run.number, values)])
-            merge = self._delivery.merge
-            run.received_rows, run.rejected = merge.rows, merge.rejected
-            run.lost = self.lost()
-            run.cut = self._delivery.ledger.end
-            run.exit_code = exit_code
-            try:
-                save_state(self._directory, self._state)
-            except OSError:
-                run.cut = run.exit_code = None
-                raise
-        self.advance()
+        before = msgspec.structs.asdict(run)
+        try:
+            self._note_unconfirmed(run, swept)
+            if run.cut is None or self._delivery.ledger.end > run.cut:
+                run.cut = None
+                self.advance()
+                self._delivery.release(None)
+                self._write_end(run)
+                run.cut = self._delivery.ledger.end
+            if run.exit_code is None:
+                run.exit_code, run.crashed = exit_code, crashed
+            save_state(self._directory, self._state)
+        except OSError:
+            for name, value in before.items():
+                setattr(run, name, value)
+            raise
+        self._settle(run)
+        self._end_in_wandb(run)
+
+    def _note_unconfirmed(self, run: RunState, swept: SweepReport | None) -> None:
+        """Which sources' last rows may be missing: still those of an earlier call, and new ones."""
+        liveness = self._delivery.liveness
+        known = {source.source_id: source for source in run.unconfirmed}
+        known |= {source.source_id: source for source in self._delivery.unconfirmed()}
+        if swept is not None:
+            run.unreached = swept.unreached
+            known |= {source.source_id: source for source in self._never_heard_of(swept)}
+        run.unconfirmed = [
+            source for source_id, source in known.items() if not liveness.has_ended(source_id)
+        ]
+
+    def _write_end(self, run: RunState) -> None:
+        """The last thing in the run is what was lost in it, if only that nothing was."""
+        losses = self.losses()
+        merge = self._delivery.merge
+        if losses and (self.lost(), merge.rejected) != (run.lost, run.rejected):
+            self._log_losses(run, losses)
+        names = ("rejected", "backlog_rows", "unconfirmed_sources")
+        values = {**{f"raywb/{name}": 0 for name in names}, **losses}
+        self._delivery.add([OutSummary(run.number, values)])
+        run.received_rows, run.rejected, run.lost = merge.rows, merge.rejected, self.lost()
+
+    def _end_in_wandb(self, run: RunState) -> None:
+        """Have the run's sink end it, or a new one when more came, or may come, after the end."""
+        if run.info.mode == "disabled":
+            return
+        sink = self.sink_of(run)
+        closed = run.closed_rows is not None and (sink is None or sink.done.is_set())
+        if closed:
+            self.updates_of(run).try_again()
+        if closed and (
+            self.rows_of(run) > (run.closed_rows or 0) or not self.updates_of(run).settled
+        ):
+            run.report = None
+            self._begin_sink(run)
+        elif sink is not None:
+            sink.finish(None if run.crashed else run.exit_code)
+
+    def _settle(self, run: RunState) -> None:
+        self._delivery.liveness.settle(source.source_id for source in run.unconfirmed)
+
+    def _never_heard_of(self, swept: SweepReport) -> list[UnconfirmedSource]:
+        """Journals that a sweep found and could not bring home, of sources unknown until then."""
+        known = self._delivery.liveness
+        return [
+            UnconfirmedSource(source_id=source_id, node_id="", reason=reason)
+            for source_id, reason in swept.failed.items()
+            if source_id not in known.open and not known.has_ended(source_id)
+        ]
 
     def report(self, run: RunState, *, closed: bool) -> FinishReport:
         """How a run ended, in numbers.
@@ -340,37 +492,29 @@ class Runs:
         """
         sink = self.sink_of(run)
         # While W&B has not closed the run, only what it once showed to have counts.
-        delivered = (sink.delivered_rows if closed else sink.confirmed_rows) if sink else 0
-        undelivered = max(self.rows_of(run) - delivered, 0) if sink else 0
-        message = None
-        updates = []
+        delivered = run.closed_rows or 0
         if sink is not None:
+            delivered = sink.delivered_rows if closed else sink.confirmed_rows
+        rows = self.rows_of(run)
+        updates: list[str] = []
+        if run.info.mode == "disabled":
+            delivered = rows = 0
+        else:
             updates = self.updates_of(run).undelivered(closed=closed)
             if alerts := self.updates_of(run).unconfirmed_alerts:
                 run.lost = {**run.lost, "alert_unconfirmed": alerts}
-        if undelivered or not closed:
-            why = f" ({sink.status.last_error})" if sink and sink.status.last_error else ""
-            message = (
-                f"{undelivered} rows are not with W&B yet{why}. They are safe in "
-                f"{self._directory}, and delivery goes on as long as the service runs"
-            )
-        if updates:
-            text = f"W&B does not have {'; '.join(updates)}. What came lies in {self._directory}"
-            message = f"{message}. {text}" if message else text
-        report = FinishReport(
-            run=run.info,
-            exit_code=run.exit_code or 0,
-            received_rows=run.received_rows,
-            # What raywb itself wrote into the run is no row that anybody logged.
-            delivered_rows=max(delivered - self._delivery.own_rows[run.number], 0),
-            undelivered_rows=undelivered,
-            undelivered_updates=updates,
-            lost=run.lost,
-            rejected=run.rejected,
-            complete=closed and not undelivered and not updates,
-            message=message,
+        outbox = self._delivery.outbox
+        report = make_report(
+            run,
+            outstanding=max(rows - delivered, 0),
+            updates=updates,
+            logged=outbox.logged_rows(run.number, rows),
+            delivered=outbox.logged_rows(run.number, delivered),
+            closed=closed,
+            error=sink.status.last_error if sink else None,
         )
         if closed:
             run.report = report
+            run.closed_rows = delivered
             save_state(self._directory, self._state)
         return report

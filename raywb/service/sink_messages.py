@@ -14,10 +14,13 @@ import msgspec
 from raywb.rows import Cell, Scalar
 
 __all__ = [
+    "LEAVE_S",
     "LENGTH",
     "Applied",
     "Apply",
     "AskUpdates",
+    "Confirm",
+    "Confirmed",
     "Definition",
     "Failed",
     "Finish",
@@ -37,6 +40,10 @@ __all__ = [
 ]
 
 LENGTH = struct.Struct("<I")
+
+#: How long W&B is given to show all of a run that is left without its own finish, in seconds: its
+#: client sends every 15 seconds.
+LEAVE_S = 60.0
 
 
 #: A metric definition: name, step metric, summary, and whether W&B fills the step metric in.
@@ -58,6 +65,7 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     Attributes:
         api_key: W&B's key; it travels through the pipe only.
         base: W&B's own step of row 0; None while the run has never been opened online.
+        began_offline: its files of that time are set aside, since all its rows go online.
         config: the fold of the run's config.
         defines: the fold of its metric definitions.
     """
@@ -78,6 +86,7 @@ class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
     config: dict[str, Any]
     defines: list[Definition]
     deadline_s: float
+    began_offline: bool = False
 
 
 class Apply(msgspec.Struct, tag=True, frozen=True):
@@ -126,11 +135,21 @@ class AskUpdates(msgspec.Struct, tag=True, frozen=True):
     """What became of the tables and artifacts since it was asked last?"""
 
 
-class Finish(msgspec.Struct, tag=True, frozen=True):
-    """End the run with this exit code, its summary set to the fold."""
+class Confirm(msgspec.Struct, tag=True, frozen=True):
+    """Say what the server has shown so far; answered at once."""
 
-    exit_code: int
+
+class Finish(msgspec.Struct, tag=True, frozen=True):
+    """End the run, its config and summary set to the fold.
+
+    Attributes:
+        exit_code: what W&B is told; None leaves the run without W&B's own finish as soon as W&B
+            has all of it, so that it shows *crashed*.
+    """
+
+    exit_code: int | None
     summary: dict[str, Any]
+    config: dict[str, Any] = {}
 
 
 class Opened(msgspec.Struct, tag=True, frozen=True):
@@ -140,6 +159,7 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
         next_row: number of the first row that W&B does not have.
         base: W&B's own step of row 0.
         url: the run's page, when it has one.
+        confirm_interval_s: how often this child asks the server for its step; None: never.
         alerts: alerts in the run's files (offline); None where nobody can tell (online).
     """
 
@@ -147,6 +167,7 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
     base: int
     url: str | None
     entity: str | None
+    confirm_interval_s: float | None = None
     alerts: int | None = None
 
 
@@ -191,8 +212,22 @@ class Updated(msgspec.Struct, tag=True, frozen=True):
     outcomes: list[UpdateOutcome] = []
 
 
+class Confirmed(msgspec.Struct, tag=True, frozen=True):
+    """What the server has said so far.
+
+    Attributes:
+        rows: rows that it has.
+        answers: how often it has answered since the run was opened.
+        error: why it did not answer the last time.
+    """
+
+    rows: int
+    answers: int
+    error: str | None
+
+
 class Finished(msgspec.Struct, tag=True, frozen=True):
-    """W&B's client has ended the run.
+    """The run is ended, or left with all of it at W&B.
 
     Attributes:
         rows: rows found in the run's files (offline), or which the server has (online).
@@ -209,8 +244,8 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     error: str
 
 
-Request = Open | Apply | LogTable | LogArtifact | SendAlert | AskUpdates | Finish
-Reply = Opened | Applied | Updated | Finished | Failed
+Request = Open | Apply | LogTable | LogArtifact | SendAlert | AskUpdates | Confirm | Finish
+Reply = Opened | Applied | Updated | Confirmed | Finished | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 

@@ -3,6 +3,10 @@
 Every request has a deadline. A child that dies, hangs or refuses is killed and started again
 after a growing pause; the new one says which row W&B has last, and the cursor is set there.
 Nothing is kept in memory but the batch under way: the backlog is the outbox on disk.
+
+Online, a row is delivered when the server shows it. The child is asked at intervals what the
+server has shown; when rows do not arrive though it answers, the child is replaced, and the next
+one goes on where the server really is.
 """
 
 from __future__ import annotations
@@ -17,14 +21,18 @@ from typing import IO, TypeVar
 
 import msgspec
 
-from raywb.errors import SinkError
+from raywb.errors import KeyMissing, SinkError
 from raywb.reports import RunInfo, SinkStatus
+from raywb.service.confirm import Standstill
 from raywb.service.fold import Fold
-from raywb.service.outbox import Item, Outbox, OutConfig, OutDefine, OutRow, OutSummary
+from raywb.service.outbox import Cursor, Item, Outbox, OutConfig, OutDefine, OutRow, OutSummary
 from raywb.service.sink_messages import (
+    LEAVE_S,
     LENGTH,
     Applied,
     Apply,
+    Confirm,
+    Confirmed,
     Definition,
     Failed,
     Finish,
@@ -56,6 +64,10 @@ LOOK_AGAIN_S = 0.5
 FIRST_PAUSE_S = 1.1
 LONGEST_PAUSE_S = 30.0
 
+#: Most rows that W&B's client is given beyond those that the server has shown: they would all be
+#: sent again after a fault, and until then lie in W&B's client as well.
+MOST_UNCONFIRMED_ROWS = 100_000
+
 
 class SinkProcess:
     """The service's handle of one W&B run.
@@ -66,7 +78,7 @@ class SinkProcess:
         fold: what the run amounts to so far; kept up to date by the service.
         updates: its tables, artifacts and alerts.
         open_request: makes the first message for a child; it is called at each start, so that
-            a key that arrived meanwhile is found.
+            a key that arrived meanwhile is found, and raises :class:`KeyMissing` without one.
         on_opened: called each time a child has opened the run.
         deadline_s: longest that one request may take.
         stderr: file for what the child and W&B's client print.
@@ -85,9 +97,12 @@ class SinkProcess:
         stderr: Path,
     ) -> None:
         self.run = run
-        #: Rows that W&B's client has taken, and rows that W&B has shown to have.
+        #: Rows that W&B's client has taken, and rows that W&B has shown to have: online its
+        #: server, offline its files, which are read when the run is opened and ended.
         self.delivered_rows = 0
         self.confirmed_rows = 0
+        #: Rows that W&B had when it was first asked; None before.
+        self.found_rows: int | None = None
         self._number = run.epoch
         self._outbox = outbox
         self._fold = fold
@@ -101,7 +116,14 @@ class SinkProcess:
         self._last_error: str | None = None
         self._child: asyncio.subprocess.Process | None = None
         self._wake = asyncio.Event()
+        self._again = asyncio.Event()
         self._finish: Finish | None = None
+        self._resting = False
+        #: Where a session that left had read to.
+        self._cursor: Cursor | None = None
+        self._standstill = Standstill()
+        self._task: asyncio.Task[None] | None = None
+        self._stopped = False
         self.done = asyncio.Event()
 
     @property
@@ -110,6 +132,7 @@ class SinkProcess:
         return SinkStatus(
             state=self._state,
             applied_rows=self.delivered_rows,
+            confirmed_rows=self.confirmed_rows,
             restarts=self._restarts,
             last_error=self._last_error,
         )
@@ -118,19 +141,52 @@ class SinkProcess:
         """There is something new in the outbox."""
         self._wake.set()
 
-    def finish(self, exit_code: int) -> None:
-        """End the run as soon as everything in the outbox is with W&B; ``done`` tells when."""
+    def finish(self, exit_code: int | None) -> None:
+        """End the run as soon as everything in the outbox is with W&B; ``done`` tells when.
+
+        Args:
+            exit_code: what W&B is told; None leaves the run without W&B's own finish, so that
+                it shows *crashed*.
+        """
         self._finish = Finish(exit_code, {})
         self._wake.set()
 
+    def rest(self, resting: bool) -> None:
+        """Leave W&B alone while there is nothing to send, so that it shows the run as crashed.
+
+        Whatever comes into the outbox later is sent, in a session that leaves again behind it.
+        """
+        if resting != self._resting:
+            self._resting = resting
+            self._wake.set()
+
+    def retry_now(self) -> None:
+        """What a sink waits for may have come: try again before the pause is over."""
+        self._again.set()
+
+    def stop(self) -> None:
+        """Leave the run as it is, open; nothing that the child still says is heard."""
+        self._stopped = True
+        if self._task is not None:
+            self._task.cancel()
+
+    async def gone(self) -> None:
+        """Wait until a sink that was stopped has ended its child."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
+
     async def serve(self) -> None:
         """Deliver until the run is finished or the task is cancelled."""
+        self._task = asyncio.current_task()
         pause_s = FIRST_PAUSE_S
         try:
-            while not self.done.is_set():
-                before = self.delivered_rows
+            while not (self.done.is_set() or self._stopped):
+                before = (self.delivered_rows, self.confirmed_rows)
+                self._again.clear()
                 try:
                     await self._session()
+                except KeyMissing as error:
+                    self._state, self._last_error = "no key", str(error)
                 except (SinkError, OSError, TimeoutError, EOFError) as error:
                     self._restarts += 1
                     self._state = "retrying"
@@ -140,15 +196,20 @@ class SinkProcess:
                     await self._end_child()
                 if self.done.is_set():
                     return
-                if self.delivered_rows > before:
+                if self._state == "resting":
+                    await self._something_to_do()
+                if self.delivered_rows > before[0] or self.confirmed_rows > before[1]:
                     pause_s = FIRST_PAUSE_S
-                await asyncio.sleep(pause_s)
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(pause_s):
+                        await self._again.wait()
                 pause_s = min(pause_s * 2, LONGEST_PAUSE_S)
         finally:
             await self._end_child()
 
     async def _session(self) -> None:
-        """One child's life: open, feed, finish."""
+        """One child's life: open, feed, confirm, finish."""
+        request = self._open_request()
         with self._open_stderr() as stderr:
             self._child = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -157,26 +218,25 @@ class SinkProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
-                env=sink_environment(process_environment(), f"{self.run.dir}/wandb-data"),
+                env=sink_environment(process_environment(), f"{request.dir}/wandb-data"),
             )
-        opened = await self._ask(self._open_request(), Opened)
-        emitted = self._outbox.rows_of(self._number)
-        if opened.next_row > emitted:
-            raise SinkError(
-                f"W&B's run {self.run.id} has {opened.next_row} rows and raywb emitted {emitted}: "
-                "somebody else writes to this run; give this one another run_id"
-            )
-        self._on_opened(opened)
-        self._updates.begin_session(opened.alerts)
-        self.delivered_rows = self.confirmed_rows = opened.next_row
-        self._state = "running"
+        opened = await self._open(request)
         cursor = self._outbox.cursor(self._number, opened.next_row)
+        interval_s = opened.confirm_interval_s
+        loop = asyncio.get_running_loop()
+        confirmed_at = loop.time()
         while True:
             self._wake.clear()
+            if interval_s is not None and loop.time() - confirmed_at >= interval_s:
+                confirmed_at = loop.time()
+                await self._confirm()
+            if self._window_is_full:
+                await self._woken(interval_s)
+                continue
             items = self._outbox.read(cursor, ROWS_PER_REQUEST)
             for start in range(0, len(items), ROWS_PER_REQUEST):
-                request = _apply_request(items[start : start + ROWS_PER_REQUEST])
-                applied = await self._ask(request, Applied)
+                request_items = items[start : start + ROWS_PER_REQUEST]
+                applied = await self._ask(_apply_request(request_items), Applied)
                 self._updates.note_tables(applied.tables)
                 self.delivered_rows = applied.next_row
             pause_s = await self._updates.step(self._ask, self.delivered_rows)
@@ -184,40 +244,108 @@ class SinkProcess:
                 continue
             if self._finish is not None and self._updates.settled:
                 await self._end_run(self._finish.exit_code)
+                self._state = "finished"
+                self.done.set()
                 return
-            if self._finish is not None:
-                pause_s = min(pause_s or LOOK_AGAIN_S, LOOK_AGAIN_S)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause_s):
-                    await self._wake.wait()
+            if self._resting and self._finish is None and self._updates.settled:
+                await self._end_run(None)
+                self._state = "resting"
+                self._cursor = cursor
+                return
+            ending = self._finish is not None or self._resting
+            pauses_s = (pause_s, interval_s, LOOK_AGAIN_S if ending else None)
+            await self._woken(min((one for one in pauses_s if one is not None), default=None))
+
+    async def _something_to_do(self) -> None:
+        """Wait until a run that was left has something for W&B again, or is to be ended."""
+        while self._resting and self._finish is None:
+            self._wake.clear()
+            if self._cursor is None or self._outbox.read(self._cursor, 1):
+                return
+            if not self._updates.settled:
+                return
+            await self._wake.wait()
+
+    async def _open(self, request: Open) -> Opened:
+        opened = await self._ask(request, Opened)
+        self._check_rows(opened.next_row)
+        self._on_opened(opened)
+        self._updates.begin_session(opened.alerts)
+        self.delivered_rows = self.confirmed_rows = opened.next_row
+        if self.found_rows is None:
+            self.found_rows = opened.next_row
+        self._standstill.begin(opened.next_row, opened.confirm_interval_s or 0.0)
+        self._state = "running"
+        return opened
+
+    def _check_rows(self, rows: int) -> None:
+        emitted = self._outbox.rows_of(self._number)
+        if rows > emitted:
+            raise SinkError(
+                f"W&B's run {self.run.id} has {rows} rows and raywb emitted {emitted}: "
+                "somebody else writes to this run; give this one another run_id"
+            )
+
+    @property
+    def _window_is_full(self) -> bool:
+        online = self.run.mode == "online"
+        return online and self.delivered_rows - self.confirmed_rows >= MOST_UNCONFIRMED_ROWS
+
+    async def _woken(self, timeout_s: float | None) -> None:
+        """Wait until there is something to do, or it is time to look at the server's step."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_s):
+                await self._wake.wait()
+
+    async def _confirm(self) -> None:
+        """Take over what the server has shown.
+
+        Raises:
+            SinkError: rows were handed over, and the server's step stands still; or it has more
+                than there are.
+        """
+        answer = await self._ask(Confirm(), Confirmed)
+        self._check_rows(answer.rows)
+        self.confirmed_rows = max(self.confirmed_rows, min(answer.rows, self.delivered_rows))
+        self._last_error = answer.error or self._last_error
+        now = asyncio.get_running_loop().time()
+        patience_s = self._standstill.patience_s
+        if self._standstill.note(answer.rows, self.delivered_rows, answer.answers, now):
+            raise SinkError(
+                f"W&B's server has shown {answer.rows} of {self.delivered_rows} rows for "
+                f"{patience_s:g} s, and no more come; the rest is sent again"
+            )
 
     def _open_stderr(self) -> IO[bytes]:
         self._stderr.parent.mkdir(parents=True, exist_ok=True)
         return open(self._stderr, "ab")
 
-    async def _end_run(self, exit_code: int) -> None:
+    async def _end_run(self, exit_code: int | None) -> None:
+        deadline_s = self._deadline_s if exit_code is not None else self._deadline_s + LEAVE_S
         summary = {**self._updates.tables, **self._fold.summary()}
-        finished = await self._ask(Finish(exit_code, summary), Finished)
+        end = Finish(exit_code, summary, self._fold.config)
+        finished = await self._ask(end, Finished, deadline_s)
         self._updates.end_session(finished.updates)
         self.delivered_rows = self.confirmed_rows = finished.rows
-        self._state = "finished"
-        self.done.set()
 
-    async def _ask(self, request: Request, expected: type[_ReplyT]) -> _ReplyT:
+    async def _ask(
+        self, request: Request, expected: type[_ReplyT], deadline_s: float | None = None
+    ) -> _ReplyT:
         """Send one request and read its answer, within the deadline."""
+        deadline_s = deadline_s or self._deadline_s
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             raise SinkError("the sink's process is not running")
         what = type(request).__name__.lower()
         try:
-            async with asyncio.timeout(self._deadline_s):
+            async with asyncio.timeout(deadline_s):
                 child.stdin.write(pack(request))
                 await child.stdin.drain()
                 header = await child.stdout.readexactly(LENGTH.size)
                 body = await child.stdout.readexactly(LENGTH.unpack(header)[0])
         except TimeoutError:
             raise SinkError(
-                f"W&B's client did not answer {what!r} within {self._deadline_s:g} s"
+                f"W&B's client did not answer {what!r} within {deadline_s:g} s"
             ) from None
         except (asyncio.IncompleteReadError, ConnectionError) as error:
             raise SinkError(f"the sink's process ended during {what!r}") from error

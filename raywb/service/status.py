@@ -21,6 +21,7 @@ def make_status(
     info: RunInfo,
     address: str,
     incarnation: int,
+    restored: int,
     problems: dict[str, str],
 ) -> Status:
     """The service at this moment.
@@ -32,6 +33,7 @@ def make_status(
         info: the last run, or what the first one will be like.
         address: where the service listens.
         incarnation: how often it was started.
+        restored: how often its state came from the copy.
         problems: what is wrong in the background, by part.
     """
     run = runs.last
@@ -39,6 +41,12 @@ def make_status(
     found = list(problems.values())
     if ingest.ledger_error:
         found.append(ingest.ledger_error)
+    sink = runs.sink_status(run)
+    if sink.state == "no key" and sink.last_error:
+        found.append(sink.last_error)
+    found += _damage(delivery)
+    if restored:
+        found.append(f"service.json was damaged on disk {restored} times; its copy was used")
     found += [f"{count} requests refused: {reason}" for reason, count in ingest.refused.items()]
     return Status(
         version=__version__,
@@ -52,11 +60,22 @@ def make_status(
         lost=runs.lost(),
         rejected=merge.rejected,
         after_finish_rows=delivery.waiting_rows() if runs.open is None else 0,
-        sink=runs.sink_status(run),
+        sink=sink,
         sources=_sources(delivery, ingest),
         problems=found,
+        unconfirmed=delivery.unconfirmed(),
         undelivered_updates=runs.undelivered_updates(run),
     )
+
+
+def _damage(delivery: Delivery) -> list[str]:
+    """What the disk did to the service's own files; the losses say what it cost."""
+    files = {"ledger": delivery.ledger.damaged, "outbox": delivery.outbox.damaged}
+    return [
+        f"{count} stretches of the {name} were damaged on disk; what was left of them was used"
+        for name, count in files.items()
+        if count
+    ]
 
 
 def _sources(delivery: Delivery, ingest: Ingest) -> list[SourceStatus]:
@@ -72,10 +91,11 @@ def _sources(delivery: Delivery, ingest: Ingest) -> list[SourceStatus]:
             received_rows=source.rows,
             heard_ago_s=(
                 None
-                if source.ended or source_id not in ingest.heard
+                if source_id not in delivery.liveness.open or source_id not in ingest.heard
                 else round(now - ingest.heard[source_id], 3)
             ),
-            ended=source.ended,
+            ended=delivery.liveness.has_ended(source_id),
+            killed=source_id in delivery.liveness.killed,
         )
         for source_id, source in delivery.merge.sources.items()
         if source.hello is not None

@@ -24,12 +24,21 @@ _FULL, _FIRST, _MIDDLE, _LAST = 1, 2, 3, 4
 
 
 class Segment(NamedTuple):
-    """What one file holds: rows, the number after the last one, whether it was ended, alerts."""
+    """What one file holds.
+
+    Attributes:
+        rows: how many rows.
+        next_row: the number after the last one.
+        ended: the run was ended in it.
+        summary_keys: keys that the client itself set in the summary behind the last row.
+        alerts: how many alerts.
+    """
 
     rows: int
     next_row: int
     ended: bool
-    alerts: int
+    summary_keys: frozenset[str] = frozenset()
+    alerts: int = 0
 
 
 def find_segments(wandb_dir: Path, run_id: str) -> list[Path]:
@@ -75,6 +84,7 @@ def read_segment(path: Path) -> Segment:
     next_row = 0
     ended = False
     alerts = 0
+    summary_keys: set[str] = set()
     record = wandb_internal_pb2.Record()
     for message in _messages(path):
         try:
@@ -85,10 +95,14 @@ def read_segment(path: Path) -> Segment:
         if kind == "history":
             rows += 1
             next_row = record.history.step.num + 1
+            summary_keys.clear()
+        elif kind == "summary":
+            # What wandb-core makes of a row by itself it writes as nested keys.
+            summary_keys |= {item.key for item in record.summary.update if item.key}
         elif kind == "exit":
             ended = True
         alerts += kind == "alert"
-    return Segment(rows, next_row, ended, alerts)
+    return Segment(rows, next_row, ended, frozenset(summary_keys), alerts)
 
 
 def read_artifacts(path: Path) -> Iterator[tuple[str, str]]:

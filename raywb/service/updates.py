@@ -165,7 +165,7 @@ class Updates:
             In how many seconds there is something to do again; None when nothing is known of.
 
         Raises:
-            OSError: the outbox cannot be read, or the marks not be written.
+            OSError: the marks cannot be written.
         """
         self._look()
         now = time.monotonic()
@@ -203,16 +203,20 @@ class Updates:
             self._on_done()
 
     async def _begin(self, number: int, attempts: _Attempts, ask: Ask, applied_rows: int) -> None:
-        if self._outbox.update_type(self._run, number) is OutAlert:
-            await self._alert(number, attempts, ask)
-            return
         if attempts.waits_for is not None and not self._blobs.has(attempts.waits_for):
             return
-        if sum(one.state == "working" for one in self._pending.values()) >= AT_ONCE:
+        working = sum(one.state == "working" for one in self._pending.values())
+        if working >= AT_ONCE and self._outbox.update_type(self._run, number) is not OutAlert:
             return
-        update = self._outbox.update(self._run, number)
+        try:
+            update = self._outbox.update(self._run, number)
+        except OSError as error:
+            attempts.fail(str(error))
+            return
         again = number < self._again
         match update.item:
+            case OutAlert():
+                await self._alert(number, attempts, ask, update.item)
             case OutArtifact(name=name, kind=kind):
                 attempts.waits_for = self._missing(update.item)
                 if attempts.waits_for is None:
@@ -225,15 +229,12 @@ class Updates:
                     await ask(LogTable(number, table, again), Updated)
                     attempts.state = "working"
 
-    async def _alert(self, number: int, attempts: _Attempts, ask: Ask) -> None:
+    async def _alert(self, number: int, attempts: _Attempts, ask: Ask, item: OutAlert) -> None:
         """Send an alert, at most once.
 
         Offline the files tell which alerts there are. Online it is marked first: it may be lost
         in between, and is counted then, but never sent twice.
         """
-        item = self._outbox.update(self._run, number).item
-        if not isinstance(item, OutAlert):
-            return
         if not self._files_tell:
             self._marks.unconfirmed_alerts += 1
             self._sent_at.append(time.monotonic())
@@ -266,6 +267,19 @@ class Updates:
         marks.done = sorted(number for number in found if number > marks.before)
         self._save()
 
+    def try_again(self) -> None:
+        """Somebody asks for another try of what failed before."""
+        for attempts in self._pending.values():
+            attempts.failed = 0
+            attempts.due_at = 0.0
+
+    def note_alerts_sent(self) -> None:
+        """All alerts that there are were sent by somebody else."""
+        numbers = range(self._outbox.updates_of(self._run))
+        self._look()
+        alerts = [n for n in numbers if self._outbox.update_type(self._run, n) is OutAlert]
+        self.note_done([n for n in alerts if n in self._pending])
+
     @property
     def settled(self) -> bool:
         """Nothing more will come of waiting: what is not done cannot be done now."""
@@ -292,7 +306,10 @@ class Updates:
         return shown + ([f"{len(left) - MOST_NAMED} more"] if len(left) > MOST_NAMED else [])
 
     def _describe(self, number: int, attempts: _Attempts) -> str:
-        item = self._outbox.update(self._run, number).item
+        try:
+            item = self._outbox.update(self._run, number).item
+        except OSError as error:
+            return str(error)
         match item:
             case OutArtifact(name=name):
                 what = f"artifact {name!r}"
@@ -307,7 +324,11 @@ class Updates:
         return f"{what} (on its way)"
 
     def needed_blobs(self) -> set[str]:
-        """Digests of the blobs that an artifact which W&B does not have is made of."""
+        """Digests of the blobs that an artifact which W&B does not have is made of.
+
+        Raises:
+            OSError: one of them cannot be read in the outbox.
+        """
         self._look()
         items = (self._outbox.update(self._run, number).item for number in self._pending)
         artifacts = (item for item in items if isinstance(item, OutArtifact))

@@ -15,18 +15,23 @@ import os
 import signal
 import sys
 import time
+from math import isfinite
 from pathlib import Path
 from typing import IO, Any
 
 import msgspec
 
 from raywb.errors import RaywbError, SinkError
-from raywb.service.confirm import ask_next_step
+from raywb.service.confirm import Shown, Watch, ask_run, ask_server
+from raywb.service.offline_files import set_aside
 from raywb.service.sink_messages import (
+    LEAVE_S,
     LENGTH,
     Applied,
     Apply,
     AskUpdates,
+    Confirm,
+    Confirmed,
     Definition,
     Failed,
     Finish,
@@ -46,8 +51,12 @@ from raywb.settings import DEFAULT_BASE_URL
 
 __all__ = ["WandbSink", "main"]
 
-#: How long W&B is given to show all rows of a finished run, in seconds.
+#: How long W&B is given to show all of a finished run, in seconds; less under a short deadline.
 CONFIRM_S = 20.0
+
+#: W&B's client sends rows to the server this often, in seconds, unless its settings say otherwise
+#: (``WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL``); asking more often would show nothing new.
+TRANSMIT_INTERVAL_S = 15.0
 
 #: W&B's client keeps rows in memory until a block is full or this time has passed.
 FLUSH_INTERVAL_S = 1.0
@@ -66,6 +75,7 @@ class WandbSink:
         self._base = 0
         self._next_row = 0
         self._entity: str | None = None
+        self._watch: Watch | None = None
         self._updates: WandbUpdates | None = None
         self._alerts = 0
 
@@ -107,8 +117,10 @@ class WandbSink:
         self._request = request
         self._entity = self._run.entity or None
         self._record_core()
+        interval_s = None
         if request.mode == "online":
             next_row = self._online_rows(request)
+            interval_s = self._begin_watch(request, self._base + next_row)
         self._next_row = next_row
         segments = (lambda: self._segments(request)) if request.mode == "offline" else None
         self._updates = WandbUpdates(self._run, self._base, segments, self._alerts)
@@ -118,6 +130,7 @@ class WandbSink:
             base=self._base,
             url=self._run.url if request.mode == "online" else None,
             entity=self._entity,
+            confirm_interval_s=interval_s,
             alerts=self._alerts if request.mode == "offline" else None,
         )
 
@@ -147,12 +160,38 @@ class WandbSink:
         """How many of our rows the server has, from the step at which it resumes."""
         step = int(self._run.starting_step)
         self._base = step if request.base is None else request.base
+        if request.began_offline:
+            uploaded = set_aside(Path(request.dir), request.run_id)
+            if uploaded and request.base is None:
+                # What the server has are our own first rows, which somebody uploaded.
+                self._base = 0
         if step < self._base:
             raise SinkError(
                 f"run {request.run_id} resumed at step {step}, before the step {self._base} at "
                 "which it was first opened: it was deleted or rewound; start a new run"
             )
         return step - self._base
+
+    def _begin_watch(self, request: Open, next_step: int) -> float:
+        """Ask the server for its step from now on; returns how often, in seconds."""
+        asked_for_s = self._run.settings.x_file_stream_transmit_interval or 0.0
+        # wandb-core counts in whole seconds, and takes its default for less than one.
+        interval_s = float(int(asked_for_s)) or TRANSMIT_INTERVAL_S
+        self._watch = Watch(
+            lambda: self._ask_server(request),
+            lambda shown: shown < self._base + self._next_row,
+            next_step,
+            interval_s,
+        )
+        self._watch.start()
+        return interval_s
+
+    def confirm(self) -> Confirmed:
+        """What the server has shown so far; nothing is waited for."""
+        watch = self._watch
+        if watch is None:
+            raise SinkError("an offline run has no server that could confirm it")
+        return Confirmed(watch.next_step - self._base, watch.answers, watch.error)
 
     def _take(
         self,
@@ -196,51 +235,101 @@ class WandbSink:
         return Applied(self._next_row, logged)
 
     def finish(self, request: Finish) -> Finished:
-        """End the run, then look what is really there."""
+        """End the run, or leave it as it is; then look what is really there."""
         opened = self._request
         if opened is None:
             raise SinkError("finish came before open")
-        self._take({}, request.summary, [])
+        if self._watch is not None:
+            self._watch.end()
+        # The config again: W&B's client does not say when the server refused it.
+        self._take(request.config, request.summary, [])
+        if request.exit_code is None:
+            deadline = time.monotonic() + LEAVE_S
+            rows = self._confirmed(opened, request, deadline)
+            self._await_summary(opened, request.summary, deadline)
+            return Finished(rows, self.updates.found_in_files(deadline))
         self._run.finish(exit_code=request.exit_code)
-        return Finished(self._confirmed(opened), self.updates.found_in_files(CONFIRM_S))
+        deadline = time.monotonic() + min(CONFIRM_S, opened.deadline_s / 3)
+        rows = self._confirmed(opened, request, deadline)
+        return Finished(rows, self.updates.found_in_files(deadline))
 
-    def _confirmed(self, opened: Open) -> int:
-        """How many rows W&B really has, asked until it has all of them, or time is up.
-
-        Only its own word counts: online the server's (a file stream that was refused once never
-        recovers, and ``finish`` returns as if all were well), offline the files' (they are
-        complete a moment after ``finish`` has returned).
+    def _await_summary(self, opened: Open, summary: dict[str, Any], deadline: float) -> None:
+        """Wait until W&B has the summary of a run that is left, since its client goes with us.
 
         Raises:
-            SinkError: W&B does not have all rows; the next sink sends the rest.
+            SinkError: it has not in time; the next sink tries again.
         """
-        count = self._rows_on_disk if opened.mode == "offline" else self._rows_at_server
-        deadline = time.monotonic() + CONFIRM_S
+        there = self._summary_on_disk if opened.mode == "offline" else self._summary_at_server
+        while summary and not there(opened, summary):
+            if time.monotonic() > deadline:
+                raise SinkError("W&B has all rows, but not the summary; it is sent again")
+            time.sleep(0.2)
+
+    def _confirmed(self, opened: Open, end: Finish, deadline: float) -> int:
+        """How many rows W&B really has, asked until it has all of them, or it is ``deadline``.
+
+        Only its own word counts: online the server's (a file stream that was refused once never
+        recovers, and ``finish`` returns as if all were well; the run's end or its config may be
+        what was refused), offline the files' (they are complete a moment after ``finish`` has
+        returned).
+
+        Raises:
+            SinkError: W&B does not have all rows, or not the end; the next sink sends the rest.
+        """
         pause_s = 0.05
-        while (rows := count(opened)) < self._next_row:
+        while True:
+            if opened.mode == "offline":
+                shown = self._on_disk(opened)
+            else:
+                shown = self._ask_server(opened, end=True)
+            rows = shown.next_step - self._base
+            config = shown.config_keys is None or end.config.keys() <= shown.config_keys
+            if rows >= self._next_row and (shown.ended or end.exit_code is None) and config:
+                return rows
             if time.monotonic() > deadline:
                 raise SinkError(
-                    f"W&B has {rows} of {self._next_row} rows after finish; the rest is sent again"
+                    f"W&B has {rows} of {self._next_row} rows after finish, the run is "
+                    f"{shown.state or 'ended'} there, and its config "
+                    f"{'complete' if config else 'incomplete'}; the rest is sent again"
                 )
             time.sleep(pause_s)
             pause_s = min(pause_s * 2, 1.0)
-        return rows
 
-    def _rows_on_disk(self, opened: Open) -> int:
+    def _on_disk(self, opened: Open) -> Shown:
         from raywb.service.transaction_log import find_segments, read_segment
 
         segments = find_segments(Path(opened.dir) / "wandb", opened.run_id)
-        return sum(read_segment(path).rows for path in segments) - self._base
+        return Shown(sum(read_segment(path).rows for path in segments))
 
-    def _rows_at_server(self, opened: Open) -> int:
-        step = ask_next_step(
+    def _ask_server(self, opened: Open, *, end: bool = False) -> Shown:
+        return ask_server(
+            opened.base_url or DEFAULT_BASE_URL,
+            opened.api_key,
+            entity=opened.entity or self._entity,
+            project=opened.project,
+            run_id=opened.run_id,
+            end=end,
+        )
+
+    @staticmethod
+    def _summary_on_disk(opened: Open, summary: dict[str, Any]) -> bool:
+        from raywb.service.transaction_log import find_segments, read_segment
+
+        last = find_segments(Path(opened.dir) / "wandb", opened.run_id)[-1]
+        return summary.keys() <= read_segment(last).summary_keys
+
+    def _summary_at_server(self, opened: Open, summary: dict[str, Any]) -> bool:
+        found = ask_run(
             opened.base_url or DEFAULT_BASE_URL,
             opened.api_key,
             entity=opened.entity or self._entity,
             project=opened.project,
             run_id=opened.run_id,
         )
-        return step - self._base
+        return found is not None and all(
+            key in found.summary and _is_shown(value, found.summary[key])
+            for key, value in summary.items()
+        )
 
     @staticmethod
     def _core_record(request: Open) -> Path:
@@ -260,6 +349,12 @@ class WandbSink:
         path = self._core_record(self._request)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(cores))
+
+
+def _is_shown(value: Any, shown: Any) -> bool:
+    """Whether W&B shows a summary value; what is no plain value it may write in its own way."""
+    plain = isinstance(value, (bool, int, str)) or (isinstance(value, float) and isfinite(value))
+    return not plain or bool(value == shown)
 
 
 def end_leftover_core(record: Path) -> None:
@@ -299,6 +394,8 @@ def _carry_out(sink: WandbSink, request: Request) -> Reply:
             return sink.open(request)
         case Apply():
             return sink.apply(request)
+        case Confirm():
+            return sink.confirm()
         case LogTable():
             sink.updates.log_table(request)
         case LogArtifact():

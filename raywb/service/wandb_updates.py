@@ -150,13 +150,15 @@ class WandbUpdates:
         self._alerts += 1
         self._run.alert(request.title, request.text, level=request.level)
 
-    def found_in_files(self, timeout_s: float) -> list[int]:
+    def found_in_files(self, deadline: float) -> list[int]:
         """Numbers of what was handed over, all of which is in the files a moment after the end.
+
+        Args:
+            deadline: monotonic time at which they must be there.
 
         Raises:
             SinkError: something is not; the next sink hands it over again.
         """
-        deadline = time.monotonic() + timeout_s
         while missing := self._missing_in_files():
             if time.monotonic() > deadline:
                 raise SinkError(f"W&B's files do not hold {missing}; it is handed over again")

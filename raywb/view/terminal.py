@@ -6,9 +6,16 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from raywb.reports import FinishReport, RunInfo, Status
+from raywb.reports import (
+    FinishReport,
+    RecoveryReport,
+    RunInfo,
+    Status,
+    SyncReport,
+    UnconfirmedSource,
+)
 
-__all__ = ["render_report", "render_status"]
+__all__ = ["render_recovery", "render_report", "render_status", "render_sync"]
 
 #: Sources that are listed one by one; with more of them, those heard last.
 LISTED_SOURCES = 20
@@ -28,6 +35,8 @@ def _run_facts(run: RunInfo) -> list[tuple[str, str]]:
     facts = [("run", f"{run.name} ({run.id})"), ("group", group), ("mode", run.mode)]
     if run.url:
         facts.append(("page", run.url))
+    if run.began_offline:
+        facts.append(("began", f"offline; those files are set aside in {run.dir}/superseded"))
     return [*facts, ("files", run.dir)]
 
 
@@ -38,12 +47,29 @@ def _losses(lost: dict[str, int], rejected: int) -> str:
     return ", ".join(parts) or "none"
 
 
+def _unconfirmed(sources: list[UnconfirmedSource]) -> list[tuple[str, str]]:
+    """Which processes may have left rows behind: one line for each, and for the others a sum."""
+    lines = []
+    for source in sources[:LISTED_SOURCES]:
+        rows = source.unacknowledged_rows
+        known = "an unknown number of" if rows is None else f"at least {rows}"
+        missing = "quiet when last heard" if source.quiet else f"{known} rows missing"
+        where = f"{source.hostname or source.node_id[:8] or 'unknown host'} pid {source.pid}"
+        at = f"{source.received_rows} rows received, to byte {source.acknowledged_bytes}"
+        lines.append(f"{where}: {missing} ({at}; {source.reason})")
+    if len(sources) > LISTED_SOURCES:
+        lines.append(f"and {len(sources) - LISTED_SOURCES} more")
+    return [("unconfirmed", "\n".join(lines))] if lines else []
+
+
 def render_status(status: Status) -> RenderableType:
     """The run, its delivery, its sources, and what is wrong."""
     state = "finished" if status.finished else "open"
     if status.run.provisional and not status.finished:
         state = "open, provisional (no start() has brought settings)"
     sink = status.sink.state
+    if status.run.mode == "online":
+        sink += f", {status.sink.confirmed_rows} rows shown by its server"
     if status.sink.restarts:
         sink += f", restarted {status.sink.restarts} times"
     if status.sink.last_error and not status.finished:
@@ -60,6 +86,7 @@ def render_status(status: Status) -> RenderableType:
         facts.append(("not with W&B", "; ".join(status.undelivered_updates)))
     if status.after_finish_rows:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
+    facts += _unconfirmed(status.unconfirmed)
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
     parts += [Text(f"! {problem}", style="bold red") for problem in status.problems]
     return Group(*parts)
@@ -76,7 +103,9 @@ def _sources(status: Status) -> RenderableType:
     latest = sorted(status.sources, key=lambda source: (source.ended, source.heard_ago_s or 0.0))
     for source in latest[:LISTED_SOURCES]:
         if source.heard_ago_s is None:
-            heard = "ended" if source.ended else "not since the service's start"
+            heard = "not since the service's start"
+            if source.ended:
+                heard = "killed" if source.killed else "ended"
         else:
             heard = f"{source.heard_ago_s:.0f} s ago"
         stages = ", ".join(source.stages) or "-"
@@ -85,16 +114,67 @@ def _sources(status: Status) -> RenderableType:
     return Group(table, Text(f"and {more} more")) if more > 0 else table
 
 
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def render_report(report: FinishReport) -> RenderableType:
     """How a run ended."""
     facts = [
         *_run_facts(report.run),
+        ("state", report.state),
         ("rows", f"{report.received_rows} received, {report.delivered_rows} with W&B"),
         ("lost", _losses(report.lost, report.rejected)),
+        *_unconfirmed(report.unconfirmed),
     ]
     if report.run.mode == "offline":
         facts.append(("upload", f"wandb sync {report.run.dir}/wandb/offline-run-*"))
     parts: list[RenderableType] = [_facts(facts)]
     if report.message:
         parts.append(Text(f"! {report.message}", style="bold red"))
+    return Group(*parts)
+
+
+def render_recovery(report: RecoveryReport) -> RenderableType:
+    """What ``raywb recover`` found and did."""
+    journals = _counted(report.journals, "journal")
+    found = f"{report.ledger_rows} in the ledger"
+    if report.journals:
+        found += f", {report.new_rows} of them from {journals} on this machine"
+    facts = [("directory", report.directory), ("rows", found)]
+    if report.after_finish_rows:
+        text = f"{report.after_finish_rows} rows came after finish() and belong to no run yet"
+        facts.append(("waiting", text))
+    if report.foreign_journals:
+        facts.append(("passed over", f"{_counted(report.foreign_journals, 'journal')} of others"))
+    damage = ", ".join(f"{count} {kind}" for kind, count in report.damage.items())
+    facts += [("damage", damage or "none"), *_unconfirmed(report.unconfirmed)]
+    parts: list[RenderableType] = [_facts(facts)]
+    for run in report.runs:
+        parts += [Text(), render_report(run)]
+    for source_id, reason in report.failed.items():
+        text = f"! the journal of source {source_id[:8]} is not home: {reason}"
+        parts.append(Text(text, style="bold red"))
+    if report.nothing_to_do:
+        parts.append(Text("There is nothing to do: every run is with W&B."))
+    return Group(*parts)
+
+
+def render_sync(report: SyncReport) -> RenderableType:
+    """What ``raywb sync`` sent."""
+    if not report.runs:
+        return Text(f"There is no run in {report.directory} that could be sent.")
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("run", overflow="fold")
+    table.add_column("state")
+    for name in ("rows", "there before", "sent"):
+        table.add_column(name, justify="right")
+    table.add_column("page", overflow="fold")
+    for run in report.runs:
+        numbers = map(str, (run.rows, run.rows_before, run.rows_sent))
+        table.add_row(f"{run.run.name} ({run.run.id})", run.state, *numbers, run.run.url or "-")
+    parts: list[RenderableType] = [table]
+    parts += [
+        Text(f"! {run.run.name}: {run.error}", style="bold red") for run in report.runs if run.error
+    ]
     return Group(*parts)

@@ -1,0 +1,256 @@
+"""A service's directory after its cluster is gone: opened, locked, and journals taken in.
+
+Nothing here needs Ray. The same parts work as in the service, on a loop of their own: ledger,
+merge, outbox and the sinks.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import msgspec
+
+from raywb.errors import DirectoryError, DirectoryInUse, FrameError
+from raywb.frozen import blobs_in
+from raywb.journal import SEGMENT_BYTES, FoundJournal, find_journals
+from raywb.reports import FinishReport
+from raywb.rows import End, Frame, Hello, decode, encode, frame, scan
+from raywb.service.blobs import BlobStore
+from raywb.service.delivery import Delivery
+from raywb.service.runs import Runs
+from raywb.service.state import RunState, ServiceState, load_state, lock_directory
+
+__all__ = ["Homecoming", "LeftDirectory", "Step", "Tell", "load_left_state", "take_in"]
+
+_log = logging.getLogger(__name__)
+
+#: Bytes that are read from a journal at a time.
+BATCH_BYTES = 4 * 1024 * 1024
+
+#: Time between two looks at how far the sinks are, in seconds.
+LOOK_S = 0.1
+
+
+class Step(NamedTuple):
+    """How far the work is: what is being done, how much of it is done, and what is in the way."""
+
+    text: str
+    done: int = 0
+    total: int = 0
+    trouble: str | None = None
+
+
+#: Is told each step; it may be told the same one often.
+Tell = Callable[[Step], None]
+
+
+def load_left_state(directory: Path) -> ServiceState:
+    """What a service wrote down of itself in its directory.
+
+    Raises:
+        DirectoryError: the directory is not a service's, or its state cannot be read.
+    """
+    if not directory.is_dir():
+        raise DirectoryError(f"there is no directory {directory}")
+    try:
+        state = load_state(directory)
+    except (OSError, msgspec.DecodeError) as error:
+        raise DirectoryError(
+            f"{directory / 'service.json'} cannot be read ({error}): without it nobody knows which "
+            "runs the rows beside it belong to"
+        ) from error
+    if state is None:
+        inner = sorted(path.parent for path in directory.glob("*/service.json"))
+        hint = f"Did you mean {inner[0]}?" if inner else "It is what start() printed as dir"
+        raise DirectoryError(
+            f"{directory} is not the directory of a raywb service, there is no service.json in it. "
+            f"{hint}"
+        )
+    return state
+
+
+class LeftDirectory:
+    """The directory of a service that is gone, and its parts at work again.
+
+    Args:
+        directory: what ``raywb status`` calls files, and a run's ``dir``.
+
+    Raises:
+        DirectoryInUse: a service works in it.
+        DirectoryError: it is not a service's, or what lies in it cannot be read.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.state = load_left_state(directory)
+        try:
+            self._lock_fd = lock_directory(directory)
+        except BlockingIOError as error:
+            raise DirectoryInUse(
+                f"a raywb service works in {directory}: it delivers by itself as long as its "
+                "cluster lives, and `raywb finish` ends its run"
+            ) from error
+        except OSError as error:
+            raise DirectoryError(f"{directory} cannot be worked in: {error}") from error
+        try:
+            # Read again: the service may have written it until its end.
+            self.state = load_left_state(directory)
+            self.delivery = Delivery(directory)
+        except BaseException as error:
+            os.close(self._lock_fd)
+            if isinstance(error, (OSError, msgspec.MsgspecError)):
+                raise DirectoryError(f"what lies in {directory} cannot be read: {error}") from error
+            raise
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.runs = Runs(directory, self.state, self.delivery, self._spawn, None)
+
+    def _spawn(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        self._tasks.add(asyncio.get_running_loop().create_task(part(), name=name))
+
+    async def deliver(
+        self, runs: list[RunState], deadline: float, tell: Tell
+    ) -> list[FinishReport]:
+        """Wait until W&B has these runs, which have a sink each, or it is ``deadline``."""
+        reports = []
+        for run in runs:
+            sink = self.runs.sink_of(run)
+            while sink is not None and not sink.done.is_set() and time.monotonic() < deadline:
+                status = sink.status
+                trouble = status.last_error if status.state == "retrying" else None
+                rows = self.runs.rows_of(run)
+                tell(Step(f"Delivering {run.info.name}", sink.delivered_rows, rows, trouble))
+                await asyncio.sleep(LOOK_S)
+            reports.append(self.runs.report(run, closed=sink is None or sink.done.is_set()))
+        return reports
+
+    async def close(self) -> None:
+        """End the sinks and leave the directory to whoever comes next."""
+        for task in self._tasks:
+            task.cancel()
+        for result in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if isinstance(result, Exception):
+                _log.error("raywb: a run could not be brought to its end", exc_info=result)
+        self.delivery.close()
+        os.close(self._lock_fd)
+
+
+class Homecoming:
+    """Takes journals on this machine, and the files beside them, into a service's directory.
+
+    Attributes:
+        journals: how many of this cluster were found.
+        foreign: how many of other clusters were passed over.
+        failed: those that could not be taken in, with the reason.
+    """
+
+    def __init__(self, delivery: Delivery, cluster_id: str) -> None:
+        self._delivery = delivery
+        self._ledger = delivery.ledger
+        self._cluster_id = cluster_id
+        self.journals = 0
+        self.foreign = 0
+        self.failed: dict[str, str] = {}
+
+    def sweep(self, base: Path, *, remove: bool) -> None:
+        """Take in the journals under ``base``.
+
+        Args:
+            base: a directory that holds journals.
+            remove: delete those of dead processes that are home, as a service's sweep does.
+        """
+        try:
+            for journal in find_journals(base):
+                self._bring_home(journal, remove=remove)
+        except OSError as error:
+            self.failed[str(base)] = str(error)
+
+    def _bring_home(self, journal: FoundJournal, *, remove: bool) -> None:
+        home = False
+        try:
+            cluster_id = self._cluster_of(journal)
+            # Where none can be read, its place decides: ours is known, a copy's is not.
+            if cluster_id != self._cluster_id and not (cluster_id is None and remove):
+                self.foreign += 1
+                return
+            self.journals += 1
+            take_in(self._delivery, journal)
+            self._ledger.sync()
+            home = journal.is_free
+        except FileNotFoundError:
+            pass  # its process ended in good order meanwhile, and left nothing behind
+        except (OSError, FrameError) as error:
+            self.failed[journal.source_id] = str(error)
+        finally:
+            journal.release(delete=home and remove)
+
+    def _cluster_of(self, journal: FoundJournal) -> str | None:
+        """The cluster that a journal belongs to: its first frame says, unless the ledger knows."""
+        if self._ledger.end_of(journal.source_id):
+            return self._cluster_id
+        _, data = journal.segments.read(0, 1)
+        for found in scan(data):
+            try:
+                message = decode(found.payload) if isinstance(found, Frame) else None
+            except FrameError:
+                return None
+            return message.cluster_id if isinstance(message, Hello) else None
+        return None
+
+
+def take_in(delivery: Delivery, journal: FoundJournal) -> None:
+    """Append to the ledger what it does not have of a journal, and the end of a killed process.
+
+    The frozen files of its artifacts come before the end: without them it has not ended.
+
+    Raises:
+        OSError: the journal cannot be read, or the directory takes nothing.
+        FrameError: a frozen file does not have its digest.
+    """
+    ledger = delivery.ledger
+    source_id = journal.source_id
+    target = journal.segments.end()
+    if ledger.end_of(source_id) > target:
+        _take_in_blobs(delivery.blobs, journal)
+        return  # its end was written in its place before
+    last = b""
+    while True:
+        offset = ledger.end_of(source_id)
+        begin, data = journal.segments.read(offset, BATCH_BYTES, final=journal.is_free)
+        if not data:
+            break
+        ledger.append(source_id, begin, data, after_gap=begin > offset)
+        last = data
+    if not last:  # nothing new: its last segment tells how it ended
+        last = journal.segments.read(journal.segments.starts()[-1], SEGMENT_BYTES * 2)[1]
+    _take_in_blobs(delivery.blobs, journal)
+    if journal.is_free:
+        # Its process may have ended while its disk was full. Totals may be told twice.
+        end = journal.losses()
+        if not _ends_with_end(last):
+            end += frame(encode(End(time.time(), killed=True)))
+        ledger.append(source_id, ledger.end_of(source_id), end)
+
+
+def _take_in_blobs(blobs: BlobStore, journal: FoundJournal) -> None:
+    for digest in blobs_in(journal.directory):
+        try:
+            blobs.take_in(journal.directory / "blobs" / digest)
+        except FileNotFoundError:
+            continue  # its process lives, and has brought it home itself
+
+
+def _ends_with_end(data: bytes) -> bool:
+    ended = False
+    for found in scan(data):
+        try:
+            message = decode(found.payload) if isinstance(found, Frame) else None
+        except FrameError:
+            message = None
+        ended = isinstance(message, End)
+    return ended

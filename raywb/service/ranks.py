@@ -1,0 +1,334 @@
+"""Rows of many ranks at one step: which of them belong together, and when to stop waiting.
+
+Ranks of one stage form an *attempt*. A rank that comes again as another process opens a new one,
+so steps that are replayed after a checkpoint do not meet those from before it. Within an attempt
+a *group* collects what its ranks log at one step, and is done when
+
+* every rank that takes part has logged the step, or
+* for a while, and those that are missing have gone on to later steps, or
+* for a longer while: a rank that was silent so long is no longer waited for until it logs again.
+
+A rank that logs one key twice at a step begins a second round of it. Nothing here does I/O or
+reads a clock; waiting uses the time that the caller gives.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import statistics
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from raywb.rows import Scalar
+
+__all__ = ["Group", "Part", "RankMerge", "Waiting"]
+
+#: Most rows that wait for other ranks at one time; beyond it the oldest groups wait no longer.
+MAX_WAITING_ROWS = 200_000
+
+#: Groups that an attempt remembers after they were done, to know a late row as one.
+REMEMBERED_GROUPS = 10_000
+
+_Step = int | float
+_Key = tuple[_Step, int]
+
+
+class Waiting(NamedTuple):
+    """How long a group waits, in seconds: for ranks that went on, and for silent ones."""
+
+    passed_s: float
+    silent_s: float
+
+
+@dataclasses.dataclass(slots=True)
+class Part:
+    """What one rank has logged for a group."""
+
+    time_s: float
+    metrics: dict[str, Scalar]
+
+
+@dataclasses.dataclass(slots=True)
+class Group:
+    """The rows of one step that become one.
+
+    Attributes:
+        prefix: what stands before the keys of the stage, with its slash.
+        step: the users' step.
+        parts: by rank.
+        frames: which bytes of which source it was made of, one entry for each row.
+        position: ledger position before which none of its rows lies.
+        late: a row of this step was finished before without these ranks.
+    """
+
+    prefix: str
+    step: _Step
+    opened_s: float
+    position: int
+    late: bool
+    missing: int
+    parts: dict[int, Part] = dataclasses.field(default_factory=dict)
+    frames: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
+
+    @property
+    def time_s(self) -> float:
+        """When the last of its ranks logged it."""
+        return max(part.time_s for part in self.parts.values())
+
+    def metrics(self, kind_of: Callable[[str], str]) -> dict[str, Scalar]:
+        """The values of the merged row, keys relative to the stage.
+
+        ``ranks`` says how many took part; of more than one, ``straggler_rank`` names the last,
+        and ``straggler_lag_s`` is how much later than the others' median it was.
+
+        Args:
+            kind_of: how the values of a key, given in full, become one; see
+                :data:`raywb.rows.ACROSS_RANKS`.
+        """
+        ranks = sorted(self.parts)
+        columns: dict[str, list[tuple[int, Scalar]]] = {}
+        for rank in ranks:
+            for key, value in self.parts[rank].metrics.items():
+                columns.setdefault(key, []).append((rank, value))
+        merged: dict[str, Scalar] = {}
+        for key, column in columns.items():
+            kind = kind_of(self.prefix + key)
+            if kind == "per_rank":
+                merged |= {f"{key}/rank_{rank}": value for rank, value in column}
+            elif kind == "last":
+                latest = max(column, key=lambda item: self.parts[item[0]].time_s)
+                merged[key] = latest[1]
+            else:
+                merged[key] = _combined(kind, [value for _, value in column])
+        merged["ranks"] = len(ranks)
+        if len(ranks) > 1:
+            last = max(ranks, key=lambda rank: self.parts[rank].time_s)
+            others = statistics.median(self.parts[r].time_s for r in ranks if r != last)
+            merged["straggler_rank"] = last
+            merged["straggler_lag_s"] = round(self.parts[last].time_s - others, 6)
+        return merged
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+_COMBINE: dict[str, Callable[[list[float]], float]] = {
+    "mean": _mean,
+    "min": min,
+    "max": max,
+    "sum": sum,
+}
+
+
+def _combined(kind: str, values: list[Scalar]) -> Scalar:
+    """One value of many; of texts, which cannot be added up, the lowest rank's."""
+    numbers = [value for value in values if not isinstance(value, str)]
+    if len(numbers) < len(values):
+        return values[0]
+    if any(value != value for value in numbers):
+        return math.nan
+    total = _COMBINE[kind](numbers)
+    # msgpack, and W&B, take integers of 64 bits.
+    return float(total) if isinstance(total, int) and total.bit_length() > 63 else total
+
+
+class _Attempt:
+    """The ranks that train together, and their unfinished groups in order of opening."""
+
+    def __init__(self, world_size: int) -> None:
+        self.world_size = world_size
+        self.sources: dict[int, str] = {}
+        self.expected = set(range(world_size))
+        self.progress: dict[int, _Step] = {}
+        self.rounds: dict[int, _Key] = {}
+        self.groups: dict[_Key, Group] = {}
+        self.done: OrderedDict[_Key, None] = OrderedDict()
+
+    def expect(self, rank: int) -> None:
+        if rank not in self.expected:
+            self.expected.add(rank)
+            for group in self.groups.values():
+                group.missing += rank not in group.parts
+
+    def no_longer_expect(self, rank: int) -> list[Group]:
+        """Wait for this rank no more; returns the groups that only it had kept open."""
+        if rank not in self.expected:
+            return []
+        self.expected.discard(rank)
+        for group in self.groups.values():
+            group.missing -= rank not in group.parts
+        return self.take([key for key, group in self.groups.items() if group.missing == 0])
+
+    def key_for(self, rank: int, step: _Step, metrics: dict[str, Scalar]) -> _Key:
+        """The step and the round in which a row of this rank belongs."""
+        last = self.rounds.get(rank)
+        number = last[1] if last is not None and last[0] == step else 0
+        again = last is not None and last[0] == step
+        while True:
+            group = self.groups.get((step, number))
+            part = group.parts.get(rank) if group is not None else None
+            if part is not None and not part.metrics.keys().isdisjoint(metrics):
+                number += 1  # the same key once more
+            elif group is None and again and (step, number) == last:
+                number += 1  # its round is done
+            else:
+                return step, number
+
+    def take(self, keys: list[_Key]) -> list[Group]:
+        """Remove groups that are done, and remember that they were."""
+        taken = []
+        for key in keys:
+            taken.append(self.groups.pop(key))
+            self.done[key] = None
+        while len(self.done) > REMEMBERED_GROUPS:
+            self.done.popitem(last=False)
+        return taken
+
+    def due(self, now_s: float, waiting: Waiting) -> list[Group]:
+        """Groups that have waited long enough."""
+        found: list[_Key] = []
+        floor: _Step | None = None
+        silent: set[int] = set()
+        for key, group in self.groups.items():
+            waited_s = now_s - group.opened_s
+            if waited_s < waiting.passed_s:
+                break
+            if waited_s >= waiting.silent_s:
+                found.append(key)
+                silent |= {
+                    rank
+                    for rank in self.expected - group.parts.keys()
+                    if self.progress.get(rank, -math.inf) < group.step
+                }
+                continue
+            if floor is None:
+                floor = min(
+                    (self.progress.get(rank, -math.inf) for rank in self.expected), default=math.inf
+                )
+            if group.late or group.step < floor:
+                found.append(key)
+        taken = self.take(found)
+        for rank in silent:
+            taken += self.no_longer_expect(rank)
+        return taken
+
+
+class RankMerge:
+    """Every stage's attempts.
+
+    Attributes:
+        rows: rows that wait for other ranks.
+    """
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self._attempts: dict[str, list[_Attempt]] = {}
+        self._number: dict[tuple[str, str, int, int], int] = {}
+        self._of_source: dict[str, list[tuple[_Attempt, int]]] = {}
+
+    def number_of(self, prefix: str, source_id: str, rank: int, world_size: int) -> int:
+        """The attempt that a source's rank belongs to; the first call decides."""
+        number = self._number.get((prefix, source_id, rank, world_size))
+        if number is not None:
+            return number
+        attempts = self._attempts.get(prefix, [])
+        latest = attempts[-1] if attempts else None
+        joins = (
+            latest is not None
+            and latest.world_size == world_size
+            and latest.sources.get(rank, source_id) == source_id
+        )
+        number = len(attempts) - joins
+        self.assign(prefix, source_id, rank, world_size, number)
+        return number
+
+    def assign(self, prefix: str, source_id: str, rank: int, world_size: int, number: int) -> None:
+        """Put a source's rank into an attempt, as it was decided before a restart."""
+        attempts = self._attempts.setdefault(prefix, [])
+        while len(attempts) <= number:
+            attempts.append(_Attempt(world_size))
+        attempts[number].sources[rank] = source_id
+        self._number[prefix, source_id, rank, world_size] = number
+        self._of_source.setdefault(source_id, []).append((attempts[number], rank))
+
+    def add(
+        self,
+        prefix: str,
+        number: int,
+        rank: int,
+        step: _Step,
+        part: Part,
+        frame: tuple[str, int, int],
+        position: int,
+        now_s: float,
+    ) -> list[Group]:
+        """Take a row in; returns the groups that are done by it."""
+        attempt = self._attempts[prefix][number]
+        attempt.expect(rank)
+        key = attempt.key_for(rank, step, part.metrics)
+        group = attempt.groups.get(key)
+        if group is None:
+            late = key in attempt.done
+            missing = len(attempt.expected)
+            group = Group(prefix, step, now_s, position, late, missing)
+            attempt.groups[key] = group
+        present = group.parts.get(rank)
+        if present is None:
+            group.parts[rank] = part
+            group.missing -= 1
+        else:
+            present.metrics.update(part.metrics)
+            present.time_s = part.time_s
+        group.frames.append(frame)
+        attempt.rounds[rank] = key
+        attempt.progress[rank] = max(attempt.progress.get(rank, step), step)
+        self.rows += 1
+        return self._finished(attempt.take([key]) if group.missing == 0 else [])
+
+    def end_source(self, source_id: str) -> list[Group]:
+        """A source has ended: none of its ranks is waited for; returns what is done by it."""
+        found: list[Group] = []
+        for attempt, rank in self._of_source.get(source_id, ()):
+            found += attempt.no_longer_expect(rank)
+        return self._finished(found)
+
+    def due(self, now_s: float, waiting: Waiting) -> list[Group]:
+        """Groups that have waited long enough, or for which there is no more room."""
+        found = self._finished(
+            [group for attempt in self._all() for group in attempt.due(now_s, waiting)]
+        )
+        while self.rows > MAX_WAITING_ROWS:
+            oldest = min((a for a in self._all() if a.groups), key=_position)
+            found += self._finished(oldest.take([next(iter(oldest.groups))]))
+        return found
+
+    def flush(self) -> list[Group]:
+        """Everything that waits, as it is; a run that begins after it knows no late rows."""
+        found: list[Group] = []
+        for attempt in self._all():
+            found += attempt.take(list(attempt.groups))
+            attempt.done.clear()
+            attempt.rounds.clear()
+        return self._finished(found)
+
+    def position(self, otherwise: int) -> int:
+        """Ledger position before which no waiting row lies, at most ``otherwise``."""
+        if not self.rows:
+            return otherwise
+        return min((_position(a) for a in self._all() if a.groups), default=otherwise)
+
+    def _finished(self, groups: list[Group]) -> list[Group]:
+        self.rows -= sum(len(group.frames) for group in groups)
+        return groups
+
+    def _all(self) -> Iterator[_Attempt]:
+        for attempts in self._attempts.values():
+            yield from attempts
+
+
+def _position(attempt: _Attempt) -> int:
+    # Groups are opened in the order of the ledger, so the first one lies before the others.
+    return next(iter(attempt.groups.values())).position
