@@ -363,6 +363,12 @@ class Client:
             self._closed = True
             self.flush(timeout_s)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a raywb client belongs to its process, and cannot be sent to another one: "
+            f"call raywb.attach({self.stage!r}) there, it finds the same run"
+        )
+
     def __enter__(self) -> Client:
         return self
 

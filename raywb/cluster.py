@@ -18,7 +18,7 @@ from raywb.errors import NoClusterError, RaywbError, ServiceUnavailable, Version
 from raywb.groups import Group
 from raywb.reports import RunInfo
 from raywb.rows import PROTOCOL
-from raywb.settings import Settings, default_dir
+from raywb.settings import Settings, default_dir, process_environment
 from raywb.shipping import Endpoint
 
 __all__ = ["Cluster", "Joined", "call", "connect", "find_service", "join", "make_service"]
@@ -41,11 +41,20 @@ RETRY_PAUSE_S = 0.25
 
 
 class Cluster(NamedTuple):
-    """The Ray cluster that this process is part of."""
+    """The Ray cluster that this process is part of.
+
+    Attributes:
+        session_dir: Ray's directory on this node; None for a process outside of the cluster.
+        is_driver: this process is a job's driver.
+        started_here: it started the cluster, which ends with it.
+    """
 
     cluster_id: str
     node_id: str
     session_dir: str | None
+    job_id: str = ""
+    is_driver: bool = False
+    started_here: bool = False
 
 
 class Joined(NamedTuple):
@@ -71,7 +80,7 @@ def connect(*, local_cluster: bool = False) -> Cluster:
         try:
             ray.init(address="auto")
         except ConnectionError as error:
-            if not local_cluster:
+            if not (local_cluster and _none_was_found(error)):
                 raise NoClusterError(
                     f"there is no Ray cluster to attach to ({_first_sentence(error)}). Start one "
                     "with `ray start --head`, call ray.init() first, or allow one on this machine "
@@ -79,6 +88,12 @@ def connect(*, local_cluster: bool = False) -> Cluster:
                 ) from error
             ray.init(address="local")
     return _present_cluster()
+
+
+def _none_was_found(error: ConnectionError) -> bool:
+    """Whether there is no cluster; one that was named and does not answer is not the same."""
+    named = process_environment().get("RAY_ADDRESS")
+    return not named and "Could not find any running Ray" in str(error)
 
 
 def _first_sentence(error: Exception) -> str:
@@ -93,11 +108,19 @@ def _last_line(error: Exception) -> str:
 
 def _present_cluster() -> Cluster:
     context = ray.get_runtime_context()
-    node = getattr(ray._private.worker.global_worker, "node", None)
+    worker = ray._private.worker.global_worker
+    node = getattr(worker, "node", None)
     if node is None:  # Ray Client: this process is outside the cluster
         cluster_id = ray.get(ray.remote(_cluster_id).options(num_cpus=0).remote())
         return Cluster(cluster_id, context.get_node_id(), None)
-    return Cluster(node.cluster_id.hex(), context.get_node_id(), node.get_session_dir_path())
+    return Cluster(
+        node.cluster_id.hex(),
+        context.get_node_id(),
+        node.get_session_dir_path(),
+        job_id=context.get_job_id(),
+        is_driver=worker.mode == ray._private.worker.SCRIPT_MODE,
+        started_here=bool(node.head),
+    )
 
 
 def _cluster_id() -> str:

@@ -26,6 +26,8 @@ from raywb.errors import ArtifactError
 from raywb.frozen import Frozen
 from raywb.journal import Journal, new_source_id
 from raywb.orphans import Neighbours
+from raywb.owner import ExitCode, await_end_of_run
+from raywb.reports import RunInfo
 from raywb.rows import (
     MAX_MESSAGE_BYTES,
     Artifact,
@@ -35,6 +37,7 @@ from raywb.rows import (
     End,
     Hello,
     Message,
+    Owner,
     encode,
 )
 from raywb.settings import journal_base
@@ -53,6 +56,9 @@ UNSAID_BYTES = MAX_MESSAGE_BYTES
 #: Longest that the end of a process waits for its last rows to be taken, in seconds. What is
 #: not taken in this time stays on disk, and is brought home by a sweep.
 EXIT_FLUSH_S = 2.0
+
+#: The same for the driver that owns the run, while files of artifacts are under way.
+OWNER_FLUSH_S = 60.0
 
 
 class Connection:
@@ -91,6 +97,8 @@ class Connection:
         self._lock = threading.RLock()
         self._next_try = 0.0
         self.rejected = 0
+        self._owned: RunInfo | None = None
+        self._exit_code: ExitCode | None = None
         self.journal: Journal | None = None
         self.shipper: Shipper | None = None
         self._frozen: Frozen | None = None
@@ -120,6 +128,7 @@ class Connection:
                 hostname=socket.gethostname(),
                 started_at=time.time(),
                 version=__version__,
+                job_id=self.cluster.job_id,
             )
         )
         for channel in self._channels:
@@ -284,6 +293,26 @@ class Connection:
             if self.shipper is not None:
                 self.shipper.use(endpoint)
 
+    def own(self, run: RunInfo) -> None:
+        """This process opened the run: how it ends says something of the run.
+
+        The service is to know before anything can happen to this process, so it is waited for a
+        moment.
+        """
+        if self.journal is not None:
+            self._owned = run
+            self._exit_code = self._exit_code or ExitCode()
+            ends_cluster = self.cluster.started_here
+            self._say(Owner(run.epoch, str(self.journal.directory), ends_cluster))
+            self.flush(EXIT_FLUSH_S)
+
+    def disown(self) -> None:
+        """The run was finished, or was tried to: this process's end is its own again."""
+        self._owned = None
+        if self._exit_code is not None:
+            self._exit_code.remove()
+            self._exit_code = None
+
     def count_loss(self, reason: str) -> None:
         """Count a row that could not even be appended."""
         with self._lock:
@@ -320,6 +349,7 @@ class Connection:
 
         Files that hold what the service does not have stay for a sweep.
         """
+        self.disown()
         if self.journal is None or self.shipper is None:
             return
         self._write_counters()
@@ -327,20 +357,25 @@ class Connection:
         self.shipper.stop()
         self.journal.close(keep=bool(self._unsaid) or self._written[1] != self.lost)
 
-    def _end(self, timeout_s: float) -> None:
+    def _end(self, timeout_s: float, failed: bool | None = None) -> None:
         """Say that this source has ended, and flush.
 
-        A source whose artifacts are not home has not: a sweep must come for them.
+        A source whose artifacts are not home has not: a sweep must come for them. But the run's
+        owner says in any case how it ends, or it would count as killed.
         """
         if self.shipper is None:
             return
-        if self.shipper.blobs.left and not self.shipper.flush(timeout_s):
+        late = self.shipper.blobs.left and not self.shipper.flush(timeout_s)
+        if late and failed is None:
             return
-        self._say(End(time.time()))
-        self.shipper.flush(timeout_s)
+        self._say(End(time.time(), failed=failed))
+        self.flush(min(timeout_s, EXIT_FLUSH_S) if late else timeout_s)
 
     def at_exit(self) -> None:
         """The process ends: say so, and flush for a moment.
+
+        A driver that owns the run says how it ends; if the cluster goes with it, it waits until
+        W&B has closed the run, as W&B's own client would at this moment.
 
         The journal stays open, since an exit handler that comes after this one may still log;
         such rows are brought home by a sweep.
@@ -348,7 +383,11 @@ class Connection:
         if self.journal is None:
             return  # nothing was ever logged here: a forked child that only inherited the client
         self._write_counters()
-        self._end(EXIT_FLUSH_S)
+        failed = self._exit_code.failed if self._exit_code is not None else None
+        waits = failed is not None and self.shipper is not None and self.shipper.blobs.left
+        self._end(OWNER_FLUSH_S if waits else EXIT_FLUSH_S, failed)
+        if self._owned is not None and self.cluster.started_here and self._endpoint is not None:
+            await_end_of_run(self._endpoint, self.journal.source_id, self._owned)
 
     def after_fork_in_child(self) -> None:
         """Leave the parent's files alone; the child's first row makes its own journal."""
@@ -359,6 +398,7 @@ class Connection:
         self.shipper = None
         self._frozen = None
         self.source_id = new_source_id()
+        self.disown()
         self.rejected = 0
         self._unsaid = []
         self._counters = {}

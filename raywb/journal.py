@@ -183,17 +183,14 @@ class Journal:
         self._lock = threading.RLock()
         self._start = 0
         self._size = 0
-        self._lock_fd = self._fd = -1
+        self._fd = self._lock_fd = self._losses_fd = -1
         self._make_directory(base)
         self.segments = Segments(self.directory)
 
     def _make_directory(self, base: Path) -> None:
         """Make the directory, locked and with its first segment; or leave nothing behind."""
-        base.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_base(base)
         hidden = base / f".{self.source_id}"
-        self._start = 0
-        self._size = 0
-        self._fd = self._lock_fd = self._losses_fd = -1
         hidden.mkdir(mode=0o700)
         try:
             self._lock_fd = os.open(hidden / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
@@ -210,7 +207,6 @@ class Journal:
                     (hidden / name).unlink(missing_ok=True)
                 hidden.rmdir()
             raise
-        self.segments = Segments(self.directory)
 
     @staticmethod
     def _open_segment(directory: Path, start: int) -> int:
@@ -350,6 +346,29 @@ class Journal:
         """
         self._lock = threading.RLock()
         self._let_go()
+
+
+def _make_base(base: Path) -> None:
+    """Make this user's own directory, and what is missing above it.
+
+    It is called after the user, or lies in one that is. What is above is everybody's, as a temp
+    directory is: whoever comes first must not shut the others out.
+
+    Raises:
+        OSError: it cannot be made, or another user has made it.
+    """
+    own = [base]
+    if base.parent.name.endswith(f"-{os.getuid()}"):
+        own = [base.parent, base]
+    missing = list(itertools.takewhile(lambda parent: not parent.exists(), own[0].parents))
+    for parent in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            parent.mkdir()
+            parent.chmod(0o1777)
+    for path in own:
+        path.mkdir(mode=0o700, exist_ok=True)
+        if path.stat().st_uid != os.getuid():
+            raise PermissionError(errno.EPERM, "another user has made it", str(path))
 
 
 def _make_losses(path: Path) -> int:

@@ -56,6 +56,17 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
     Calling it again with the same settings changes nothing. After ``finish()`` it opens a new
     run in the same service. It does not wait for W&B.
 
+    The driver whose call opens the run owns it until ``finish()``, as long as no other Ray job
+    has attached to it. When it ends without ``finish()``:
+
+    - by an exception that nobody caught, or ``sys.exit`` with a code: the run is ended as failed;
+    - killed: its rows are brought to W&B, which then shows the run as crashed; whoever attaches
+      to it later brings it back;
+    - in good order: on a cluster that it started itself the run is finished, as W&B's own client
+      would do it; on one that was there before, the run stays open for other jobs.
+
+    Once another job has attached, the run stays open whatever happens to the first driver.
+
     Args:
         settings: see :class:`Settings`.
         cfg: an OmegaConf or Hydra config, or a mapping, with a ``wandb`` section.
@@ -77,6 +88,9 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
     run, joined = ray_side.call(
         service, "start", resolved, explicit, *origin[1:], timeout_s=START_TIMEOUT_S
     )
+    if not joined and cluster.is_driver:
+        endpoint = ray_side.join(service, cluster, timeout_s=START_TIMEOUT_S).endpoint
+        connection_for(cluster, endpoint, run.epoch).own(run)
     _say_started(run, joined=joined)
     return run  # type: ignore[no-any-return]
 
@@ -244,6 +258,8 @@ def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     report: FinishReport = ray_side.call(
         service, "finish", remaining, exit_code, swept, timeout_s=remaining + 10.0
     )
+    if connection is not None:
+        connection.disown()
     return report
 
 

@@ -40,6 +40,7 @@ __all__ = [
     "Frame",
     "Hello",
     "Message",
+    "Owner",
     "Row",
     "Scalar",
     "SummaryUpdate",
@@ -115,6 +116,7 @@ class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
     hostname: str
     started_at: float
     version: str
+    job_id: str = ""
 
 
 class Channel(msgspec.Struct, array_like=True, tag=2, frozen=True):
@@ -236,6 +238,19 @@ class Alert(msgspec.Struct, array_like=True, tag=10, frozen=True):
     level: str
 
 
+class Owner(msgspec.Struct, array_like=True, tag=20, frozen=True):
+    """This source is the driver whose ``start()`` opened the run with this number.
+
+    Attributes:
+        journal: the source's directory on its node.
+        ends_cluster: it started the Ray cluster, which ends with it.
+    """
+
+    run_epoch: int
+    journal: str
+    ends_cluster: bool
+
+
 Message = (
     Hello
     | Channel
@@ -248,6 +263,7 @@ Message = (
     | Table
     | Artifact
     | Alert
+    | Owner
 )
 
 _encoder = msgspec.msgpack.Encoder()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import http.client
 import logging
 import math
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -63,6 +64,7 @@ class Answer(msgspec.Struct, frozen=True):
         keep_alive_s: longest time without a request, also when there is nothing to send.
         ended: the last that the service has of this source is its end.
         home: that end was written in its place, so its journal has nothing more to give.
+        run_closed: the last run is finished, and W&B has closed it.
     """
 
     end: int
@@ -71,6 +73,7 @@ class Answer(msgspec.Struct, frozen=True):
     keep_alive_s: float = 10.0
     ended: bool = False
     home: bool = False
+    run_closed: bool = False
 
 
 class Sender:
@@ -175,6 +178,11 @@ class Delivered(NamedTuple):
     length: int
 
 
+def spread(pause_s: float) -> float:
+    """A pause of about this length: sources that came up together shall not stay together."""
+    return pause_s * random.uniform(0.8, 1.2)
+
+
 class Shipper:
     """The background thread of a process: ships its journal at the service's pace.
 
@@ -264,7 +272,7 @@ class Shipper:
     def _run(self) -> None:
         pause_s = self._pace_s
         while True:
-            self._wake.wait(pause_s)
+            self._wake.wait(spread(pause_s))
             self._wake.clear()
             if self._stopping:
                 return

@@ -181,6 +181,7 @@ class RayCluster:
         root: directory of everything that belongs to it.
         home: the HOME of its processes and drivers.
         address: what drivers connect to; they find it in ``RAY_ADDRESS``.
+        client_address: what a driver outside the cluster connects to, through Ray Client.
     """
 
     def __init__(self, root: Path, num_cpus: int, journals: str | None = None) -> None:
@@ -190,10 +191,12 @@ class RayCluster:
         self._drivers: list[Driver] = []
         self._nodes: list[psutil.Popen] = []
         self._environment = clean_environment(self.home)
+        client_port = _free_port()
+        self.client_address = f"ray://127.0.0.1:{client_port}"
         head = [
             *("--head", "--port=0", f"--temp-dir={root / 'ray'}", f"--num-cpus={num_cpus}"),
             *("--include-dashboard=false", f"--dashboard-port={_free_port()}"),
-            f"--ray-client-server-port={_free_port()}",
+            f"--ray-client-server-port={client_port}",
         ]
         try:
             said = self._start_node(*head, journals=journals)
@@ -300,6 +303,11 @@ class RayCluster:
     def service(self) -> psutil.Process | None:
         """The process of raywb's actor, when there is one."""
         return next(iter(self.processes("ray::RaywbService")), None)
+
+    def kill(self) -> None:
+        """SIGKILL to every process of the cluster and to its drivers, as in a reboot."""
+        ends = [*self._nodes, *(driver._process for driver in self._drivers)]
+        _end([*ends, *(process for end in ends for process in _descendants(end))])
 
     def close(self) -> None:
         """End drivers and cluster, all that they started, and their directories."""

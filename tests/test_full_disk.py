@@ -361,3 +361,25 @@ def test_a_failed_sync_is_tried_again(tmp_path: Path) -> None:
     ledger.sync()
     assert ledger.durable_end_of("a" * 32) == 3
     os.close(reading)
+
+
+def test_a_full_outbox_delays_the_run_and_nothing_else(service: LocalService) -> None:
+    """While the outbox has no room rows are acknowledged all the same; then each is in it once."""
+    service.directory.mkdir()
+    with small_disk(service.directory / "outbox", 256 * 1024) as disk:
+        service.up()
+        service.start(mode="disabled")
+        client = service.client("s")
+        numbers = iter(range(10**9))
+        for _ in range(2):
+            disk.fill()
+            for _ in range(5):
+                log(client, numbers, 100)
+                assert client.flush(20.0)
+            service.wait_for(lambda status: "outbox takes nothing" in str(status.problems))
+            disk.free()
+            service.wait_for(lambda status: "takes nothing" not in str(status.problems))
+        report = service.service.finish(20.0, 0)
+        assert (report.received_rows, report.lost, report.complete) == (1000, {}, True)
+        service.close()
+        assert rows_in_outbox(service) == {"s": list(range(1000))}

@@ -14,7 +14,7 @@ from wandb_file import read_runs
 from wandb_server import WandbServer
 
 from raywb.errors import SettingsConflict
-from raywb.service import actor
+from raywb.service import background
 from raywb.service.state import load_state
 
 
@@ -28,7 +28,7 @@ def server() -> Iterator[WandbServer]:
 @pytest.fixture
 def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
     set_environment(monkeypatch, tmp_path)
-    monkeypatch.setattr(actor, "KEY_INTERVAL_S", 0.5)
+    monkeypatch.setattr(background, "KEY_INTERVAL_S", 0.5)
     with local_service(tmp_path) as local:
         yield local
 

@@ -209,7 +209,7 @@ report([time.monotonic() - began, to_builtins(finished)])
         for process in processes:
             process.send_signal(signal.SIGCONT)
     assert seconds < 16.0
-    assert f"node {node_id[:8]} did not answer" in finished["message"]
+    assert f"node {node_id[:8]} was not reached" in finished["message"]
     hung = [source for source in finished["unconfirmed"] if source["node_id"] == node_id]
     assert {source["reason"] for source in hung} == {"its node did not answer in time"}
     assert not finished["complete"]

@@ -13,7 +13,6 @@ tried again.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import secrets
@@ -31,9 +30,10 @@ from raywb.errors import ServiceUnavailable, SettingsConflict
 from raywb.groups import Group
 from raywb.reports import FinishReport, RunInfo, Status, SweepReport
 from raywb.rows import PROTOCOL
-from raywb.service.append_log import sync_and_close
+from raywb.service.background import Background
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
+from raywb.service.owner import OwnerWatch
 from raywb.service.run_settings import describe_run, resolve_mode, settings_of
 from raywb.service.runs import Runs
 from raywb.service.state import (
@@ -59,20 +59,6 @@ RETRY_PAUSE_S = 1.0
 
 #: The same port is asked for this often before another one is taken, once a second.
 PORT_ATTEMPTS = 30
-
-#: How often a run that is offline for want of a key looks for one, in seconds.
-KEY_INTERVAL_S = 10.0
-
-#: Pause between two steps of the merge, in seconds.
-MERGE_PAUSE_S = 0.02
-
-#: How often rows that wait for other ranks are looked at, in seconds.
-RANK_LOOK_S = 0.25
-#: Time after which a step of the merge begins no further entry, in seconds.
-MERGE_STEP_S = 0.05
-
-#: How often losses that grew are written into the run, in seconds.
-LOSS_INTERVAL_S = 10.0
 
 
 class Boot(msgspec.Struct, frozen=True, kw_only=True):
@@ -282,16 +268,16 @@ class RaywbService:
         delivery = self._delivery
         ingest = Ingest(
             delivery.ledger,
-            delivery.blobs,
             state.token,
             state.cluster_id,
             self._fsync(state),
             on_append=self._new_entries.set,
             liveness=delivery.liveness,
             silent_after_s=self._boot.settings.silent_after_s,
+            run_closed=self._run_closed,
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
-        state.port = await ingest.listen(self._boot.host, port)
+        state.port = await ingest.listen(self._boot.host, port, delivery.blobs)
         try:
             save_state(self._directory, state)
         except OSError:
@@ -299,13 +285,14 @@ class RaywbService:
             raise
         runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
         delivery.blobs.on_home = runs.wake
-        parts = self._parts = _Parts(state, delivery, ingest, runs)
+        self._parts = _Parts(state, delivery, ingest, runs)
         for source_id, node_id in self._announced.items():
             delivery.liveness.announce(source_id, node_id)
         runs.resume()
         if runs.last is None:
             self._keep_running("the first run's opening", lambda: self._open_provisional(runs))
-        self._keep_running("the merge", lambda: self._merge(parts))
+        background = Background(delivery, ingest, runs, self._problems, self._new_entries)
+        self._keep_running("the merge", background.merge)
         if self._nodes is not None:
             self._sweeps = Sweeps(
                 delivery.liveness,
@@ -314,13 +301,19 @@ class RaywbService:
                 lambda: (self._address, state.token),
             )
             self._keep_running("the look for silent sources", self._sweeps.serve)
-        self._keep_running("the sync", lambda: self._sync(parts))
-        self._keep_running("the look for a key", lambda: self._look_for_key(runs))
+        watch = OwnerWatch(runs, delivery, state.cluster_id)
+        self._keep_running("the look at the run's driver", lambda: background.watch_owner(watch))
+        self._keep_running("the sync", background.sync)
+        self._keep_running("the look for a key", background.look_for_key)
         self._up.set()
 
     def _fsync(self, state: ServiceState) -> str:
         """The last run's setting; before the first one, that of whoever made the service."""
         return (settings_of(state.runs[-1]) if state.runs else self._boot.settings).fsync
+
+    def _run_closed(self) -> bool:
+        last = self._parts.runs.last if self._parts is not None else None
+        return last is not None and last.report is not None
 
     def _ready(self) -> _Parts:
         if self._parts is None or not self._up.is_set():
@@ -353,90 +346,6 @@ class RaywbService:
         parts.ingest.fsync = self._fsync(parts.state)
         self._new_entries.set()
         return run
-
-    async def _merge(self, parts: _Parts) -> None:
-        """Turn what arrives into finished rows, and write losses into the run when they grow."""
-        written: dict[str, int] = {}
-        looked_at = time.monotonic()
-        self._new_entries.set()
-        while True:
-            await self._work(parts)
-            began = time.monotonic()
-            try:
-                if parts.runs.advance(MERGE_STEP_S, pace_s=parts.ingest.pace_s):
-                    self._new_entries.set()
-                # To add up over all sources is too much for every step.
-                if time.monotonic() - looked_at > LOSS_INTERVAL_S:
-                    looked_at = time.monotonic()
-                    if (losses := parts.runs.losses()) != written:
-                        parts.runs.log_losses(losses)
-                        written = losses
-                self._problems.pop("outbox", None)
-            except OSError as error:
-                self._problems["outbox"] = f"the outbox takes nothing: {error}"
-                self._new_entries.set()
-                await asyncio.sleep(RETRY_PAUSE_S)
-            await self._take_breath(parts.delivery, time.monotonic() - began)
-
-    async def _take_breath(self, delivery: Delivery, step_s: float) -> None:
-        """Pause, so that many small arrivals become one step of the merge.
-
-        While more and more arrives, the listener has as much time as the merge had: whoever waits
-        for an acknowledgement keeps his rows on disk, and what is here already can wait.
-        """
-        deadline = time.monotonic() + step_s
-        while True:
-            end = delivery.ledger.end
-            await asyncio.sleep(MERGE_PAUSE_S)
-            if delivery.ledger.end == end or time.monotonic() > deadline:
-                return
-
-    async def _work(self, parts: _Parts) -> None:
-        """Wait for something to merge: new entries, or rows whose time to wait is over."""
-        waits_s = RANK_LOOK_S if parts.delivery.merge.waiting_rows else None
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(waits_s):
-                await self._new_entries.wait()
-        self._new_entries.clear()
-
-    async def _sync(self, parts: _Parts) -> None:
-        """Force ledger and outbox to the disk every second, off the loop."""
-        delivery = parts.delivery
-        while True:
-            await asyncio.sleep(1.0)
-            if parts.ingest.fsync == "off":
-                continue
-            try:
-                await self._sync_once(delivery)
-                self._problems.pop("sync", None)
-            except OSError as error:
-                self._problems["sync"] = f"the disk refuses to sync: {error}"
-
-    async def _sync_once(self, delivery: Delivery) -> None:
-        sync = delivery.ledger.begin_sync()
-        try:
-            if sync.fd is not None:
-                await asyncio.to_thread(sync_and_close, sync.fd)
-        except OSError:
-            delivery.ledger.sync_failed(sync)
-            raise
-        delivery.ledger.end_sync(sync)
-        try:
-            if (fd := delivery.outbox.unsynced()) is not None:
-                await asyncio.to_thread(sync_and_close, fd)
-        except OSError:
-            delivery.outbox.not_synced()
-            raise
-
-    async def _look_for_key(self, runs: Runs) -> None:
-        """A run that is offline only for want of a key goes online when one lies there."""
-        while True:
-            await asyncio.sleep(KEY_INTERVAL_S)
-            try:
-                runs.go_online()
-                self._problems.pop("key", None)
-            except OSError as error:
-                self._problems["key"] = f"the run cannot go online: {error}"
 
     # -- answers --------------------------------------------------------------------------------
 

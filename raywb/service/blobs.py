@@ -16,7 +16,7 @@ import hashlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -158,8 +158,8 @@ class BlobStore:
         self.on_home()
         return size, True
 
-    def take_in(self, path: Path) -> None:
-        """Take over a whole file that lies on this machine under its digest.
+    def take_in(self, path: Path) -> Iterator[None]:
+        """Take over a whole file that lies on this machine under its digest; yields at each piece.
 
         Raises:
             FrameError: its content has another digest.
@@ -169,14 +169,19 @@ class BlobStore:
         if path.name in self._whole:
             return
         self.directory.mkdir(mode=0o700, exist_ok=True)
-        partial = _Partial(target.with_suffix(".part"))
-        partial.path.unlink(missing_ok=True)
+        # Not the place where an upload of the same blob may be under way.
+        taken = _Partial(target.with_suffix(".taken"))
+        taken.path.unlink(missing_ok=True)
         with open(path, "rb") as file:
             while piece := file.read(1 << 20):
-                partial.write(piece)
-        if not partial.finish(target):
+                taken.write(piece)
+                yield
+        if not taken.finish(target):
             raise FrameError(f"the blob {path.name[:8]} does not have this digest")
         self._whole.add(path.name)
+        self._partials.pop(path.name, None)
+        target.with_suffix(".part").unlink(missing_ok=True)
+        self.on_home()
 
     def delete_all_but(self, kept: Iterable[str]) -> None:
         """Delete the whole blobs that nobody waits for any more."""

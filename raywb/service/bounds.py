@@ -21,6 +21,7 @@ from raywb.rows import (
     Define,
     Hello,
     Message,
+    Owner,
     Row,
     SummaryUpdate,
     Table,
@@ -64,7 +65,7 @@ def check(message: Message) -> None:
             _check_plain(message.values, 0)
         case Counters():
             _check_counters(message)
-        case Hello():
+        case Hello() | Owner():
             _check_names(message)
         case Channel():
             _check_names(message)
@@ -122,7 +123,7 @@ def _check_counters(message: Counters) -> None:
             raise FrameError(f"{count} rows lost for the reason {reason[:48]!r}")
 
 
-def _check_names(message: Hello | Channel | Define | Table | Artifact) -> None:
+def _check_names(message: Hello | Channel | Define | Table | Artifact | Owner) -> None:
     for field in message.__struct_fields__:
         value = getattr(message, field)
         if isinstance(value, str) and len(value) > MAX_NAME_CHARS:

@@ -94,12 +94,11 @@ class Definitions:
 
     def _remember_axis(self, prefix: str, axis: str) -> None:
         if prefix not in self._axes:
+            # One look at each: there may be as many namespaces as there are workers.
+            self._nested |= {inner for inner in self._axes if inner.startswith(prefix)}
+            if any(prefix.startswith(outer) for outer in self._axes):
+                self._nested.add(prefix)
             self._axes[prefix] = axis
-            self._nested = {
-                inner
-                for inner in self._axes
-                if any(inner != outer and inner.startswith(outer) for outer in self._axes)
-            }
 
     def _define(self, items: list[Item], name: str, axis: str | None = None) -> None:
         """Define a name of ours once in a run, unless the user has defined it with an axis."""

@@ -2,7 +2,7 @@
 
     POST /v1/frames?source=<32 hex>&offset=<n>[&gap=1][&rows=<n>]      body: whole frames or none
     → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>, "keep_alive_s": <seconds>,
-           "ended": <bool>, "home": <bool>}
+           "ended": <bool>, "home": <bool>, "run_closed": <bool>}
 
     PUT /v1/blobs/<sha-256 in hex>?offset=<n>&size=<n>      body: a piece, may be empty
     → 200 {"end": <n>, "whole": <bool>}
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hmac
 import logging
 import math
@@ -103,19 +104,18 @@ class Ingest:
 
     Args:
         ledger: where accepted bytes go.
-        blobs: where the contents of artifacts go.
         token: what a client has to show.
         cluster_id: requests from any other cluster are refused.
         fsync: see :class:`raywb.Settings`; it may change with the run.
         on_append: called after each append.
         liveness: which sources have not ended.
         silent_after_s: see :class:`raywb.Settings`.
+        run_closed: whether the last run is finished, and W&B has closed it.
     """
 
     def __init__(
         self,
         ledger: Ledger,
-        blobs: BlobStore,
         token: str,
         cluster_id: str,
         fsync: str,
@@ -123,9 +123,9 @@ class Ingest:
         on_append: Callable[[], None],
         liveness: Liveness,
         silent_after_s: float,
+        run_closed: Callable[[], bool],
     ) -> None:
         self._ledger = ledger
-        self._blobs = blobs
         self._pieces = 0
         self.fsync = fsync
         self._token = token
@@ -133,6 +133,7 @@ class Ingest:
         self._on_append = on_append
         self._liveness = liveness
         self._silent_after_s = silent_after_s
+        self._run_closed = run_closed
         self._pace_s = PACE_RANGE_S[0]
         self._keep_alive_s = silent_after_s / 3
         self._paced_at = -math.inf
@@ -150,19 +151,20 @@ class Ingest:
         #: Why the ledger takes nothing at present, if it does not.
         self.ledger_error: str | None = None
 
-    async def listen(self, host: str, port: int | None) -> int:
+    async def listen(self, host: str, port: int | None, blobs: BlobStore) -> int:
         """Begin to listen; returns the port.
 
         Args:
             host: address of this machine.
             port: the port to take, or None for any free one.
+            blobs: where the contents of artifacts go.
 
         Raises:
             OSError: the port is taken.
         """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post("/v1/frames", self._frames)
-        app.router.add_put("/v1/blobs/{digest}", self._piece)
+        app.router.add_put("/v1/blobs/{digest}", functools.partial(self._piece, blobs))
         # What is compressed would be as large as it likes in memory; no client of ours does it.
         self._runner = web.AppRunner(
             app, access_log=None, auto_decompress=False, lingering_time=2.0
@@ -319,10 +321,11 @@ class Ingest:
                 "keep_alive_s": self._keep_alive_s,
                 "ended": self._liveness.has_ended(source_id),
                 "home": source_id in self._liveness.killed,
+                "run_closed": self._run_closed(),
             }
         )
 
-    async def _piece(self, request: web.Request) -> web.Response:
+    async def _piece(self, blobs: BlobStore, request: web.Request) -> web.Response:
         if refusal := self._check(request):
             return refusal
         self._known.add(request.protocol)
@@ -334,14 +337,14 @@ class Ingest:
         if size > MAX_ARTIFACT_BYTES or offset > size:
             return self._refuse("a blob that is too large", 413)
         if self._pieces >= PIECES_AT_ONCE:
-            end = self._blobs.end_of(digest)
-            return web.json_response({"end": end, "whole": self._blobs.has(digest)})
+            end = blobs.end_of(digest)
+            return web.json_response({"end": end, "whole": blobs.has(digest)})
         self._pieces += 1
         try:
             data = await self._body_of(request)
             if isinstance(data, web.Response):
                 return data
-            end, whole = await self._blobs.offer(digest, offset, size, data)
+            end, whole = await blobs.offer(digest, offset, size, data)
         except FrameError as error:
             return self._refuse(str(error), 409)
         except OSError as error:

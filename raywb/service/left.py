@@ -10,7 +10,7 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -157,8 +157,8 @@ class Homecoming:
         self.foreign = 0
         self.failed: dict[str, str] = {}
 
-    def sweep(self, base: Path, *, remove: bool) -> None:
-        """Take in the journals under ``base``.
+    def sweep(self, base: Path, *, remove: bool) -> Iterator[str]:
+        """Take in the journals under ``base``; yields its source behind each step.
 
         Args:
             base: a directory that holds journals.
@@ -166,11 +166,13 @@ class Homecoming:
         """
         try:
             for journal in find_journals(base):
-                self._bring_home(journal, remove=remove)
+                for _ in self._bring_home(journal, remove=remove):
+                    yield journal.source_id
+                yield journal.source_id
         except OSError as error:
             self.failed[str(base)] = str(error)
 
-    def _bring_home(self, journal: FoundJournal, *, remove: bool) -> None:
+    def _bring_home(self, journal: FoundJournal, *, remove: bool) -> Iterator[None]:
         home = False
         try:
             cluster_id = self._cluster_of(journal)
@@ -179,12 +181,12 @@ class Homecoming:
                 self.foreign += 1
                 return
             self.journals += 1
-            take_in(self._delivery, journal)
+            yield from take_in(self._delivery, journal)
             self._ledger.sync()
             home = journal.is_free
         except FileNotFoundError:
             pass  # its process ended in good order meanwhile, and left nothing behind
-        except (OSError, FrameError) as error:
+        except OSError as error:
             self.failed[journal.source_id] = str(error)
         finally:
             journal.release(delete=home and remove)
@@ -203,20 +205,20 @@ class Homecoming:
         return None
 
 
-def take_in(delivery: Delivery, journal: FoundJournal) -> None:
+def take_in(delivery: Delivery, journal: FoundJournal) -> Iterator[None]:
     """Append to the ledger what it does not have of a journal, and the end of a killed process.
 
-    The frozen files of its artifacts come before the end: without them it has not ended.
+    The frozen files of a dead process's artifacts come before the end: without them it has not
+    ended. They come in pieces: yields where a service may do something else.
 
     Raises:
         OSError: the journal cannot be read, or the directory takes nothing.
-        FrameError: a frozen file does not have its digest.
     """
     ledger = delivery.ledger
     source_id = journal.source_id
     target = journal.segments.end()
     if ledger.end_of(source_id) > target:
-        _take_in_blobs(delivery.blobs, journal)
+        yield from _take_in_blobs(delivery.blobs, journal)
         return  # its end was written in its place before
     last = b""
     while True:
@@ -226,23 +228,26 @@ def take_in(delivery: Delivery, journal: FoundJournal) -> None:
             break
         ledger.append(source_id, begin, data, after_gap=begin > offset)
         last = data
+    if not journal.is_free:
+        return
     if not last:  # nothing new: its last segment tells how it ended
         last = journal.segments.read(journal.segments.starts()[-1], SEGMENT_BYTES * 2)[1]
-    _take_in_blobs(delivery.blobs, journal)
-    if journal.is_free:
-        # Its process may have ended while its disk was full. Totals may be told twice.
-        end = journal.losses()
-        if not _ends_with_end(last):
-            end += frame(encode(End(time.time(), killed=True)))
+    yield from _take_in_blobs(delivery.blobs, journal)
+    # Its process may have ended while its disk was full. Totals may be told twice.
+    end = journal.losses()
+    if not _ends_with_end(last):
+        end += frame(encode(End(time.time(), killed=True)))
+    if end:
         ledger.append(source_id, ledger.end_of(source_id), end)
 
 
-def _take_in_blobs(blobs: BlobStore, journal: FoundJournal) -> None:
+def _take_in_blobs(blobs: BlobStore, journal: FoundJournal) -> Iterator[None]:
     for digest in blobs_in(journal.directory):
         try:
-            blobs.take_in(journal.directory / "blobs" / digest)
-        except FileNotFoundError:
-            continue  # its process lives, and has brought it home itself
+            yield from blobs.take_in(journal.directory / "blobs" / digest)
+        except FrameError as error:
+            # Damaged on disk, so it cannot come; the run's report names its artifact.
+            _log.warning("raywb: a file of an artifact is left out: %s", error)
 
 
 def _ends_with_end(data: bytes) -> bool:

@@ -30,6 +30,7 @@ from raywb.rows import (
     Frame,
     Hello,
     Message,
+    Owner,
     Row,
     Scalar,
     SummaryUpdate,
@@ -86,6 +87,8 @@ class Source:
     #: The last run for which something of it was consumed.
     run: int = 0
     ended: bool = False
+    end: End | None = None
+    owner: Owner | None = None
 
 
 @dataclasses.dataclass
@@ -165,11 +168,6 @@ class Merge:
         self._definitions.open_run(run)
         self._series.clear()
         self._series_count.clear()
-
-    def has_ended(self, source_id: str) -> bool:
-        """Whether a source has said that it ends."""
-        source = self.sources.get(source_id)
-        return source is not None and source.ended
 
     @property
     def lost(self) -> dict[str, int]:
@@ -355,7 +353,7 @@ class Merge:
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
                 self._use_groups(self._ranks.end_source(source_id), batch)
-            case Hello() | Channel() | Counters():
+            case Hello() | Channel() | Counters() | Owner():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
                 if isinstance(message, Channel) and _has_rank(message):
@@ -385,6 +383,9 @@ class Merge:
                 source.counters = _later(source.counters, known)
             case End():
                 source.ended = True
+                source.end = message
+            case Owner():
+                source.owner = message
 
     def _known_reasons(self, counters: Counters) -> Counters:
         """The same counts; reasons beyond those that are told apart become one."""

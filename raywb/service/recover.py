@@ -111,14 +111,14 @@ def _bring_home(left: LeftDirectory, further: Sequence[Path], tell: Tell) -> Hom
     origin = left.state.origin
     for base in left_journals(origin.session_dir if origin else None, cluster_id):
         tell(Step(f"Looking for journals in {base}"))
-        homecoming.sweep(base, remove=True)
+        list(homecoming.sweep(base, remove=True))
     for directory in further:
         if not directory.is_dir():
             raise DirectoryError(f"there is no directory {directory} in which journals could lie")
         tell(Step(f"Looking for journals in {directory}"))
         locks = (path for path in directory.rglob("lock") if _SOURCE_ID.fullmatch(path.parent.name))
         for base in sorted({path.parent.parent for path in locks}):
-            homecoming.sweep(base, remove=False)
+            list(homecoming.sweep(base, remove=False))
     return homecoming
 
 

@@ -39,7 +39,7 @@ def make_report(
     """
     undelivered = max(logged - delivered, 0)
     doubtful = [source for source in run.unconfirmed if not source.quiet]
-    texts = [f"node {node_id[:8]} did not answer" for node_id in run.unreached]
+    texts = [f"node {node_id[:8]} was not reached" for node_id in run.unreached]
     if doubtful:
         texts.append(_describe(doubtful))
     if outstanding or not closed:

@@ -324,6 +324,12 @@ class Runs:
         """The sink that works for this run; None when it is disabled, or ended before a restart."""
         return self._sinks.get(run.number)
 
+    def rest(self, run: RunState, resting: bool) -> None:
+        """Leave W&B alone while nobody has the run, or go on with it."""
+        sink = self.sink_of(run)
+        if sink is not None:
+            sink.rest(resting)
+
     def sink_status(self, run: RunState | None) -> SinkStatus:
         """How W&B's side of a run keeps up."""
         if run is None:
