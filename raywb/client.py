@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import itertools
 import logging
+import os
 import threading
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,20 +17,25 @@ import ray
 
 from raywb import cluster as ray_side
 from raywb.connection import Connection
-from raywb.errors import MetricTypeError, ServiceUnavailable, SettingsError
+from raywb.errors import ArtifactError, MetricTypeError, ServiceUnavailable, SettingsError
+from raywb.frozen import check_artifact_names, find_files
 from raywb.reports import RunInfo
 from raywb.rows import (
     ACROSS_RANKS,
     MAX_MESSAGE_BYTES,
     ROW_TAG,
+    Alert,
+    Artifact,
     ConfigUpdate,
     Define,
     Row,
     SummaryUpdate,
+    Table,
     encode,
 )
 from raywb.settings import as_mapping
 from raywb.shapes import NO_SHAPE, Shape, shape_of
+from raywb.tables import plain_table
 from raywb.values import Refusal, flatten, plain
 
 __all__ = ["Client", "ClientStats", "Series"]
@@ -40,6 +47,11 @@ _PLAIN = frozenset((float, int, bool, str))
 _TEXT = frozenset((str,))
 _STEPS = frozenset((int, float, type(None)))
 
+#: What W&B knows of.
+ALERT_LEVELS = ("INFO", "WARN", "ERROR")
+
+#: W&B takes titles of less than 64 characters.
+ALERT_TITLE_CHARACTERS = 63
 #: Shapes of rows that a client remembers; a training loop has a handful.
 MOST_SHAPES = 64
 
@@ -53,13 +65,15 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     """What became of this process's rows.
 
     Attributes:
-        logged: rows that this client's ``log()`` took.
+        logged: rows that this client's ``log()`` and ``log_table()`` took.
         acked_bytes: journal bytes that the service has.
         backlog_bytes: journal bytes that it has not.
         rejected: values that were refused, over all clients of the process.
-        lost: rows that could not be kept, by reason, over all clients of the process.
+        lost: rows that could not be kept, by reason, over all clients of the process; reasons
+            that begin with ``artifact_`` count artifacts.
         failed_requests: requests to the service that failed.
         last_error: why the last request failed; None while all is well.
+        waiting_files: files of artifacts that the service does not have.
     """
 
     logged: int
@@ -69,6 +83,7 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     lost: dict[str, int]
     failed_requests: int
     last_error: str | None
+    waiting_files: int = 0
 
 
 class Client:
@@ -188,6 +203,92 @@ class Client:
             self._warned.add(key)
             _log.warning("raywb: %s", text)
 
+    def log_table(self, table: Any, name: str) -> None:
+        """Log a table as a row of the run, and return at once: it becomes a ``wandb.Table``.
+
+        Args:
+            table: a pandas DataFrame, a pyarrow Table, or a list of dicts. Its values are
+                numbers, strings, bools, numpy scalars or None; dates become text.
+            name: its key; it gets the stage as prefix.
+
+        Raises:
+            MetricTypeError: the table is none of these, is too large (4 MiB; ``log_artifact``
+                takes larger ones as a file), or holds another value, and the client is strict.
+                Otherwise the table, or the value, is left out, counted, and warned about once.
+        """
+        if self._closed:
+            self._connection.count_loss("after_close")
+            return self._warn_once("", "log_table() came after close(); it is counted as lost")
+        taken = plain_table(table)
+        if isinstance(taken, Refusal):
+            return self._refuse([taken._replace(key=name)])
+        if taken.refused:
+            self._refuse([one._replace(key=f"{name}/{one.key}") for one in taken.refused])
+            self._connection.rejected += taken.refused_values - len(taken.refused)
+        message = Table(self._channel, time.time(), str(name), taken.columns, taken.rows)
+        payload = encode(message)
+        if len(payload) > MAX_MESSAGE_BYTES:
+            why = f"{MAX_MESSAGE_BYTES} are most; log_artifact() takes it as a file"
+            return self._refuse([Refusal(name, f"a table of {len(payload)} bytes", why)])
+        self._connection.append(payload)
+        self._count()
+        return None
+
+    def log_artifact(self, path: str | os.PathLike[str], name: str, type: str) -> None:
+        """Log a file or a directory of this node as a new version of an artifact.
+
+        The files are frozen before the call returns: what is written to them later does not
+        change what was logged. They are reflinked where the file system can do that, else
+        copied, and sent in the background, by a sweep if this process dies. The same contents
+        again make no new version.
+
+        Args:
+            path: a file, or a directory with all that is in it; links are followed.
+            name: the artifact's name: letters, digits, ``-``, ``_`` and ``.``. It gets no prefix.
+            type: what it is, for instance ``model`` or ``dataset``.
+
+        Raises:
+            SettingsError: ``name`` or ``type`` is none that W&B takes.
+            ArtifactError: there is no such file, it cannot be read, or it is too large (16 GiB),
+                and the client is strict. Otherwise it is left out, counted, and warned about.
+        """
+        check_artifact_names(name, type)
+        if self._closed:
+            self._connection.count_loss("artifact_after_close")
+            return self._warn_once("", "log_artifact() came after close(); it is counted as lost")
+        try:
+            found = find_files(Path(path))
+            self._connection.log_artifact(Artifact(self._channel, name, type, []), found)
+        except ArtifactError as error:
+            if self._strict:
+                raise
+            self._connection.rejected += 1
+            self._warn_once(str(path), f"{error}; left out, and counted from now on")
+        return None
+
+    def alert(self, title: str, text: str, level: str = "INFO") -> None:
+        """Send an alert to whoever follows the run on W&B, at most once; returns at once.
+
+        W&B itself passes over an alert whose title it had less than a minute ago.
+
+        Args:
+            title: at most 63 characters are shown; the rest goes before the text.
+            text: what happened.
+            level: ``INFO``, ``WARN`` or ``ERROR``.
+
+        Raises:
+            SettingsError: ``level`` is none of these.
+        """
+        if level not in ALERT_LEVELS:
+            raise SettingsError(
+                f"level={level!r} cannot be used: it is one of {', '.join(ALERT_LEVELS)}"
+            )
+        title, text = plain(str(title)), plain(str(text))
+        if len(title) > ALERT_TITLE_CHARACTERS:
+            text = f"{title}\n\n{text}"
+            title = title[: ALERT_TITLE_CHARACTERS - 1] + "…"
+        self._connection.say(Alert(self._channel, title, text, level))
+
     def define_metric(
         self,
         name: str,
@@ -230,10 +331,10 @@ class Client:
         self._connection.say(Define(self._channel, name, step_metric, kind, across_ranks))
 
     def flush(self, timeout_s: float = 10.0) -> bool:
-        """Wait until the service has every row that was logged before this call.
+        """Wait until the service has everything that was logged before this call.
 
         Returns:
-            False when it has not after ``timeout_s``; the rows are safe in the journal then.
+            False when it has not after ``timeout_s``; all of it is safe on this node then.
         """
         deadline = time.monotonic() + timeout_s
         connection = self._connection
@@ -291,7 +392,8 @@ class Client:
             rejected=connection.rejected,
             lost=connection.lost,
             failed_requests=shipper.failures if shipper else 0,
-            last_error=shipper.last_error if shipper else None,
+            last_error=(shipper.last_error or shipper.blob_error) if shipper else None,
+            waiting_files=shipper.blobs.left if shipper else 0,
         )
 
     def _logged_rows(self) -> int:

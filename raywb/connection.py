@@ -8,6 +8,7 @@ when it logs.
 from __future__ import annotations
 
 import atexit
+import errno
 import logging
 import os
 import socket
@@ -19,12 +20,26 @@ from pathlib import Path
 import msgspec
 
 from raywb import __version__
+from raywb.blobs import BlobLane
 from raywb.cluster import Cluster
+from raywb.errors import ArtifactError
+from raywb.frozen import Frozen
 from raywb.journal import Journal, new_source_id
 from raywb.orphans import Neighbours
 from raywb.owner import ExitCode, await_end_of_run
 from raywb.reports import RunInfo
-from raywb.rows import MAX_MESSAGE_BYTES, Channel, Counters, End, Hello, Message, Owner, encode
+from raywb.rows import (
+    MAX_MESSAGE_BYTES,
+    Artifact,
+    ArtifactFile,
+    Channel,
+    Counters,
+    End,
+    Hello,
+    Message,
+    Owner,
+    encode,
+)
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
@@ -41,6 +56,9 @@ UNSAID_BYTES = MAX_MESSAGE_BYTES
 #: Longest that the end of a process waits for its last rows to be taken, in seconds. What is
 #: not taken in this time stays on disk, and is brought home by a sweep.
 EXIT_FLUSH_S = 2.0
+
+#: The same for the driver that owns the run, while files of artifacts are under way.
+OWNER_FLUSH_S = 60.0
 
 
 class Connection:
@@ -83,6 +101,7 @@ class Connection:
         self._exit_code: ExitCode | None = None
         self.journal: Journal | None = None
         self.shipper: Shipper | None = None
+        self._frozen: Frozen | None = None
         self._open()
 
     def _open(self) -> None:
@@ -116,8 +135,12 @@ class Connection:
             self._say(channel)
         for payload in waiting:
             self._append_update(payload)
+        self._frozen = Frozen(self.journal.directory)
+        blobs = BlobLane(self._frozen, self.count_loss)
         neighbours = Neighbours(local_journals(self.cluster))
-        self.shipper = Shipper(self.journal, self._endpoint, self._write_counters, neighbours.step)
+        self.shipper = Shipper(
+            self.journal, self._endpoint, self._write_counters, blobs, neighbours.step
+        )
         try:
             self.shipper.start()
         except RuntimeError as error:
@@ -200,6 +223,43 @@ class Connection:
             )
             return False
         return self._append_update(payload)
+
+    def log_artifact(self, message: Artifact, found: list[tuple[str, Path]]) -> bool:
+        """Freeze the files, and append the message with what they were found to be.
+
+        Returns:
+            False when the artifact cannot be kept here; it is counted as lost.
+
+        Raises:
+            ArtifactError: a file cannot be read, or there are too many.
+        """
+        with self._lock:
+            if self._frozen is None and time.monotonic() >= self._next_try:
+                self._open()
+            journal, frozen, shipper = self.journal, self._frozen, self.shipper
+        if journal is None or frozen is None or shipper is None:
+            self.count_loss("artifact_no_journal")
+            return False
+        unfrozen = [ArtifactFile(name, "0" * 64, 2**63) for name, _ in found]
+        if len(encode(msgspec.structs.replace(message, files=unfrozen))) > MAX_MESSAGE_BYTES:
+            raise ArtifactError(f"cannot log artifact {message.name!r}: too many files; pack them")
+        try:
+            files = frozen.take(found)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            self.count_loss("artifact_disk_full" if full else "artifact_error")
+            _log.warning("raywb: artifact %r cannot be kept on this node: %s", message.name, error)
+            return False
+        # Unlike other updates it does not wait for room: its files must not come before it.
+        payload = encode(msgspec.structs.replace(message, files=files))
+        if not self.append(payload, counted=False):
+            for file in files:
+                frozen.release(file.digest)
+            self.count_loss("artifact_error")
+            return False
+        shipper.blobs.add(files, journal.end)
+        shipper.wake()
+        return True
 
     def open_channel(
         self,
@@ -293,10 +353,23 @@ class Connection:
         if self.journal is None or self.shipper is None:
             return
         self._write_counters()
-        self._say(End(time.time()))
-        self.shipper.flush(timeout_s)
+        self._end(timeout_s)
         self.shipper.stop()
         self.journal.close(keep=bool(self._unsaid) or self._written[1] != self.lost)
+
+    def _end(self, timeout_s: float, failed: bool | None = None) -> None:
+        """Say that this source has ended, and flush.
+
+        A source whose artifacts are not home has not: a sweep must come for them. But the run's
+        owner says in any case how it ends, or it would count as killed.
+        """
+        if self.shipper is None:
+            return
+        late = self.shipper.blobs.left and not self.shipper.flush(timeout_s)
+        if late and failed is None:
+            return
+        self._say(End(time.time(), failed=failed))
+        self.flush(min(timeout_s, EXIT_FLUSH_S) if late else timeout_s)
 
     def at_exit(self) -> None:
         """The process ends: say so, and flush for a moment.
@@ -311,8 +384,8 @@ class Connection:
             return  # nothing was ever logged here: a forked child that only inherited the client
         self._write_counters()
         failed = self._exit_code.failed if self._exit_code is not None else None
-        self._say(End(time.time(), failed=failed))
-        self.flush(EXIT_FLUSH_S)
+        waits = failed is not None and self.shipper is not None and self.shipper.blobs.left
+        self._end(OWNER_FLUSH_S if waits else EXIT_FLUSH_S, failed)
         if self._owned is not None and self.cluster.started_here and self._endpoint is not None:
             await_end_of_run(self._endpoint, self.journal.source_id, self._owned)
 
@@ -323,6 +396,7 @@ class Connection:
             self.journal.abandon_in_child()
         self.journal = None
         self.shipper = None
+        self._frozen = None
         self.source_id = new_source_id()
         self.disown()
         self.rejected = 0

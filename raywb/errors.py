@@ -9,18 +9,20 @@
     ├── DirectoryError         a directory is no service's, or cannot be worked in
     │   └── DirectoryInUse     a service, or another command, is at work in it
     ├── MetricTypeError        log(strict=True) was given what W&B cannot chart (also a TypeError)
+    ├── ArtifactError          log_artifact(strict=True) was given a path that cannot be taken
     ├── FrameError             bytes that are no whole, undamaged frame
     └── SinkError              W&B's side could not take what it was given
         └── KeyMissing         a run is online, and the service has no key of W&B's
 
 ``attach``, ``start``, ``flush`` and ``finish`` raise; ``log`` raises only for the caller's own
-mistakes, and only with ``strict=True``. A failure in the background is counted, with its reason,
-in :attr:`raywb.Client.stats` and in :func:`raywb.status`.
+mistakes, and only with ``strict=True``; so do ``log_table`` and ``log_artifact``. A failure in the
+background is counted, with its reason, in :attr:`raywb.Client.stats` and in :func:`raywb.status`.
 """
 
 from __future__ import annotations
 
 __all__ = [
+    "ArtifactError",
     "DirectoryError",
     "DirectoryInUse",
     "FrameError",
@@ -70,6 +72,10 @@ class DirectoryInUse(DirectoryError):
 
 class MetricTypeError(RaywbError, TypeError):
     """Raised by ``log()`` of a strict client for a value that W&B cannot chart."""
+
+
+class ArtifactError(RaywbError, ValueError):
+    """Raised by ``log_artifact()`` of a strict client for a path that cannot be taken."""
 
 
 class FrameError(RaywbError):

@@ -6,6 +6,7 @@ One directory per source, that is per process::
     <base>/<source id>/00000000000000000000.seg  frames; the name is the offset of the first byte
     <base>/<source id>/00000000000016777216.seg
     <base>/<source id>/losses                    what could not be kept, written in place
+    <base>/<source id>/blobs/                    frozen files of artifacts, see raywb.frozen
 
 The directory is made under a dot-name, locked, and then renamed into view, so nobody ever sees
 an unlocked directory of a living process. What ``append`` has written survives a SIGKILL of the
@@ -27,6 +28,7 @@ import time
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from raywb.frozen import blobs_in
 from raywb.rows import (
     HEADER,
     MARK,
@@ -316,7 +318,7 @@ class Journal:
             self.segments.delete_before(durable)
 
     def close(self, *, keep: bool = False) -> None:
-        """Stop writing, and let go of the directory; remove it when all of it is durable.
+        """Stop writing, and let go of the directory; remove it when all of it is home.
 
         Args:
             keep: leave it in any case, for a sweep: it holds losses that nobody was told of.
@@ -324,7 +326,7 @@ class Journal:
         with self._lock:
             if self.closed:
                 return
-            done = self.durable >= self.end and not keep
+            done = self.durable >= self.end and not keep and not blobs_in(self.directory)
             self._size = self._written()
             if done:
                 shutil.rmtree(self.directory, ignore_errors=True)

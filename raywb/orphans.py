@@ -1,7 +1,8 @@
 """Bring home what lies in journals: those of dead processes, and at a finish everybody's.
 
 A journal whose lock is free belongs to a process that is gone: the normal end of a killed
-worker. Its bytes are offered to the service, which takes what it does not have; an end is written
+worker. Its bytes are offered to the service, which takes what it does not have, and then the
+frozen files beside them; an end is written
 in the dead process's place, and the directory is removed. The journal of a living process is
 read from outside in the same way and left as it is; its own thread may send the same bytes, which
 changes nothing.
@@ -17,6 +18,7 @@ import time
 from collections.abc import Container, Iterator
 from pathlib import Path
 
+from raywb.blobs import bring_blobs_home
 from raywb.journal import FoundJournal, find_journals, sole_sweeper
 from raywb.reports import SweepReport
 from raywb.rows import End, encode, frame
@@ -61,6 +63,9 @@ def bring_home(
         yield answer
         if delivered.length == 0:
             break
+    # Before the end: a source whose files are not home has not ended.
+    for _ in bring_blobs_home(sender, journal.directory):
+        yield answer
     if journal.is_free and not answer.home:
         # Its process may have ended while its disk was full. Totals may be told twice.
         last = journal.losses()

@@ -163,6 +163,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
         unconfirmed: sources that fell silent, and whose journal cannot be had.
         problems: what is wrong at present, each in one sentence.
+        undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
     """
 
     version: str
@@ -180,6 +181,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sources: list[SourceStatus]
     problems: list[str]
     unconfirmed: list[UnconfirmedSource] = []
+    undelivered_updates: list[str] = []
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -191,10 +193,11 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
         received_rows: rows logged by all sources up to the cut.
         delivered_rows: rows that are in W&B's files (offline) or with its server (online).
         undelivered_rows: rows that are safe on disk in ``run.dir``, but not with W&B.
+        undelivered_updates: tables, artifacts and alerts that are not, each with the reason.
         lost: rows that could not be kept, by reason.
         rejected: values that ``log()`` refused.
-        complete: nothing is undelivered, W&B has closed the run, and no source is unconfirmed
-            but quiet ones.
+        complete: nothing is undelivered, no update either, W&B has closed the run, and no source
+            is unconfirmed but quiet ones.
         message: what is undelivered and where it lies, when something is.
         unconfirmed: sources whose last rows may be missing: their journal could not be had.
     """
@@ -210,6 +213,7 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     message: str | None = None
     unconfirmed: list[UnconfirmedSource] = []
     state: str = "finished"
+    undelivered_updates: list[str] = []
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -246,7 +250,9 @@ class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def complete(self) -> bool:
         """Everything that was found is with W&B."""
-        return not self.failed and all(not run.undelivered_rows for run in self.runs)
+        return not self.failed and not any(
+            run.undelivered_rows or run.undelivered_updates for run in self.runs
+        )
 
 
 class SyncedRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -276,5 +282,5 @@ class SyncReport(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def complete(self) -> bool:
-        """The server has all rows of all runs."""
+        """The server has all rows, tables, artifacts and alerts of all runs."""
         return all(run.error is None for run in self.runs)

@@ -10,6 +10,7 @@ Keys of a row are relative to the stage of its channel; the service puts the pre
 
 from __future__ import annotations
 
+import re
 import struct
 import zlib
 from collections.abc import Iterator
@@ -22,9 +23,15 @@ from raywb.errors import FrameError
 __all__ = [
     "ACROSS_RANKS",
     "HEADER",
+    "MAX_ARTIFACT_BYTES",
     "MAX_MESSAGE_BYTES",
     "PROTOCOL",
     "ROW_TAG",
+    "TABLE_TAG",
+    "Alert",
+    "Artifact",
+    "ArtifactFile",
+    "Cell",
     "Channel",
     "ConfigUpdate",
     "Counters",
@@ -37,6 +44,7 @@ __all__ = [
     "Row",
     "Scalar",
     "SummaryUpdate",
+    "Table",
     "checksum",
     "cut_behind_damage",
     "decode",
@@ -45,6 +53,8 @@ __all__ = [
     "first_frame_is_whole",
     "frame",
     "holds_later_frame",
+    "is_digest",
+    "is_plain_path",
     "last_whole_frame",
     "scan",
 ]
@@ -54,6 +64,9 @@ PROTOCOL = 1
 
 #: Longest message that is accepted; a row beyond it is the caller's mistake.
 MAX_MESSAGE_BYTES = 4 * 1024 * 1024
+
+#: Largest artifact, all its files together.
+MAX_ARTIFACT_BYTES = 16 * 1024 * 1024 * 1024
 
 MARK = 0x5752
 HEADER = struct.Struct("<HII")
@@ -71,6 +84,25 @@ Scalar = float | int | bool | str
 #: How the values of several ranks at one step become one; ``last`` is the one logged last, and
 #: ``per_rank`` keeps each as ``<key>/rank_<rank>``.
 ACROSS_RANKS = ("mean", "min", "max", "sum", "last", "per_rank")
+#: A value in a table; None where there is none.
+Cell = Scalar | None
+
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+def is_digest(text: str) -> bool:
+    """Whether this is a SHA-256 as 64 hex digits, and nothing else."""
+    return _DIGEST.fullmatch(text) is not None
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether a path stays in its directory wherever it is laid out: relative, without tricks."""
+    return (
+        0 < len(path) <= 1024
+        and path.isprintable()
+        and "\\" not in path
+        and all(part not in ("", ".", "..") for part in path.split("/"))
+    )
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
@@ -104,6 +136,9 @@ class Channel(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
 #: First element of a row; in its encoded form the second byte, after the array's own.
 ROW_TAG = 0
+
+#: The same of a table, which is a row of the run as well.
+TABLE_TAG = 8
 
 
 class Row(msgspec.Struct, array_like=True, tag=ROW_TAG, frozen=True, gc=False):
@@ -164,6 +199,45 @@ class End(msgspec.Struct, array_like=True, tag=7, frozen=True):
     failed: bool | None = None
 
 
+class Table(msgspec.Struct, array_like=True, tag=TABLE_TAG, frozen=True):
+    """One ``log_table()``: a row of the run that holds a whole table; its name is relative."""
+
+    channel: int
+    time_s: float
+    name: str
+    columns: list[str]
+    rows: list[list[Cell]]
+
+
+class ArtifactFile(msgspec.Struct, array_like=True, frozen=True):
+    """A file of an artifact: its path there, its SHA-256 as hex digits, its size."""
+
+    path: str
+    digest: str
+    size_bytes: int
+
+
+class Artifact(msgspec.Struct, array_like=True, tag=9, frozen=True):
+    """One ``log_artifact()``; the files' contents come on a lane of their own, by digest.
+
+    ``kind`` is what W&B calls the artifact's type.
+    """
+
+    channel: int
+    name: str
+    kind: str
+    files: list[ArtifactFile]
+
+
+class Alert(msgspec.Struct, array_like=True, tag=10, frozen=True):
+    """One ``alert()``; ``level`` is INFO, WARN or ERROR."""
+
+    channel: int
+    title: str
+    text: str
+    level: str
+
+
 class Owner(msgspec.Struct, array_like=True, tag=20, frozen=True):
     """This source is the driver whose ``start()`` opened the run with this number.
 
@@ -177,7 +251,20 @@ class Owner(msgspec.Struct, array_like=True, tag=20, frozen=True):
     ends_cluster: bool
 
 
-Message = Hello | Channel | Row | ConfigUpdate | SummaryUpdate | Define | Counters | End | Owner
+Message = (
+    Hello
+    | Channel
+    | Row
+    | ConfigUpdate
+    | SummaryUpdate
+    | Define
+    | Counters
+    | End
+    | Table
+    | Artifact
+    | Alert
+    | Owner
+)
 
 _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(Message)

@@ -287,9 +287,15 @@ def process_environment() -> Mapping[str, str]:
 _NOT_FOR_THE_SINK = ("WANDB_SERVICE", "WANDB_RUN_ID", "WANDB_MODE", "WANDB_RESUME", "WANDB_DIR")
 
 
-def sink_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment of a sink's process: ours, with raywb importable, less what misleads W&B."""
+def sink_environment(environment: Mapping[str, str], data_dir: str = "") -> dict[str, str]:
+    """The environment of a sink's process: ours, with raywb importable, less what misleads W&B.
+
+    ``data_dir`` is where W&B's client puts the contents of tables, to which its offline files
+    refer, unless the environment names another place.
+    """
     kept = {key: value for key, value in environment.items() if key not in _NOT_FOR_THE_SINK}
     package_root = str(Path(__file__).resolve().parent.parent)
     paths = [package_root, *filter(None, [environment.get("PYTHONPATH")])]
+    if data_dir:
+        kept.setdefault("WANDB_DATA_DIR", data_dir)
     return {**kept, "PYTHONPATH": os.pathsep.join(paths)}

@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import msgspec
 
+from raywb.blobs import BlobLane, BlobRefused, PieceAnswer
 from raywb.journal import Journal, Segments
 from raywb.rows import PROTOCOL
 
@@ -33,6 +34,8 @@ FIRST_PACE_S = 0.25
 #: Longest pause after failures, in seconds.
 LONGEST_PAUSE_S = 10.0
 
+#: Pause after a piece of a blob was not taken, in seconds.
+BLOB_PAUSE_S = 2.0
 #: Most requests for other processes' journals between two of our own.
 REQUESTS_FOR_OTHERS = 4
 
@@ -111,8 +114,29 @@ class Sender:
         path = f"/v1/frames?source={source_id}&offset={offset}{'&gap=1' if gap else ''}"
         if rows is not None:
             path += f"&rows={rows}"
+        body = self._request("POST", path, data)
         try:
-            self._connection.request("POST", path, body=data, headers=self._headers)
+            return msgspec.json.decode(body, type=Answer)
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+
+    def send_piece(self, digest: str, size: int, offset: int, data: bytes) -> PieceAnswer:
+        """Offer a piece of a blob; an empty one asks how far it has come.
+
+        Raises:
+            BlobRefused: the service will never take this blob.
+            OSError: no answer, or one that is no acceptance; its text says which.
+        """
+        path = f"/v1/blobs/{digest}?offset={offset}&size={size}"
+        body = self._request("PUT", path, data)
+        try:
+            return msgspec.json.decode(body, type=PieceAnswer)
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+
+    def _request(self, method: str, path: str, data: bytes) -> bytes:
+        try:
+            self._connection.request(method, path, body=data, headers=self._headers)
             response = self._connection.getresponse()
             body = response.read()
         except http.client.HTTPException as error:
@@ -122,11 +146,9 @@ class Sender:
             self.close()
             raise
         if response.status != 200:
-            raise ConnectionError(f"HTTP {response.status}: {body[:200].decode(errors='replace')}")
-        try:
-            return msgspec.json.decode(body, type=Answer)
-        except msgspec.DecodeError as error:
-            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+            text = f"HTTP {response.status}: {body[:200].decode(errors='replace')}"
+            raise BlobRefused(text) if response.status in (409, 413) else ConnectionError(text)
+        return body
 
     def deliver(
         self,
@@ -168,6 +190,7 @@ class Shipper:
         journal: what to ship.
         endpoint: where to; None while nobody knows, which :meth:`use` changes.
         before_request: called in the thread before each look at the journal.
+        blobs: frozen files that are sent as well, in pieces between the rows.
         for_others: makes one request for another process's journal, and says whether there is
             more to do at once; called when ours is shipped.
     """
@@ -177,8 +200,11 @@ class Shipper:
         journal: Journal,
         endpoint: Endpoint | None,
         before_request: Callable[[], None],
+        blobs: BlobLane,
         for_others: Callable[[Sender], bool] = lambda sender: False,
     ) -> None:
+        #: The contents of artifacts that are to go.
+        self.blobs = blobs
         self._journal = journal
         self._endpoint = endpoint
         #: The thread's own: another one only says, in ``_endpoint``, where it is to lead.
@@ -195,6 +221,9 @@ class Shipper:
         #: Requests that failed, also those for others; and what our last one said.
         self.failures = 0
         self.last_error: str | None = None
+        #: The same of the files of artifacts.
+        self.blob_error: str | None = None
+        self._blobs_at = 0.0
         self._thread = threading.Thread(target=self._run, name="raywb-shipper", daemon=True)
 
     def start(self) -> None:
@@ -212,17 +241,26 @@ class Shipper:
         self._wake.set()
 
     def flush(self, timeout_s: float) -> bool:
-        """Wait until the service has everything that is in the journal now.
+        """Wait until the service has everything that is in the journal now, artifacts included.
 
         Returns:
             False when the time was over before.
         """
         target = self._journal.end
+        blobs = self.blobs.added
+
+        def is_home() -> bool:
+            return self._journal.acknowledged >= target and self.blobs.gone >= blobs
+
         self._wake.set()
         with self._progress:
-            return self._progress.wait_for(
-                lambda: self._journal.acknowledged >= target or self._stopping, timeout_s
-            ) and (self._journal.acknowledged >= target)
+            return self._progress.wait_for(lambda: is_home() or self._stopping, timeout_s) and (
+                is_home()
+            )
+
+    def wake(self) -> None:
+        """There is something that need not wait for the pace."""
+        self._wake.set()
 
     def stop(self) -> None:
         """End the thread after the request that is under way."""
@@ -243,6 +281,7 @@ class Shipper:
                 self._before_request()
                 self._ship()
                 self.last_error = None
+                self._ship_blobs()
                 self._ship_for_others()
                 pause_s = max(self._pace_s - (time.monotonic() - began), 0.0)
             except OSError as error:
@@ -281,6 +320,32 @@ class Shipper:
         with self._progress:
             self._journal.acknowledge(answer.end, answer.durable)
             self._progress.notify_all()
+
+    def _ship_blobs(self) -> None:
+        """Send blobs piece by piece; whenever it is time for rows, these go first.
+
+        A service that takes no blobs may still take rows: these do not wait for better times.
+        """
+        rows_at = time.monotonic() + self._pace_s
+        while self._sender is not None and not self._stopping:
+            if time.monotonic() < self._blobs_at:
+                return
+            try:
+                more = self.blobs.send_piece(self._sender, self._journal.acknowledged)
+                self.blob_error = None
+            except OSError as error:
+                self.failures += 1
+                self.blob_error = str(error) or type(error).__name__
+                self._blobs_at = time.monotonic() + BLOB_PAUSE_S
+                return
+            if not more:
+                return
+            with self._progress:
+                self._progress.notify_all()
+            if time.monotonic() >= rows_at:
+                self._before_request()
+                self._ship()
+                rows_at = time.monotonic() + self._pace_s
 
     def _ship_for_others(self) -> None:
         """A few requests for others, unless somebody waits for ours."""

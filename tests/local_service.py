@@ -91,11 +91,11 @@ class LocalService:
         run = self.service.join(PROTOCOL)["run"]
         return Client(connection, channel, stage, run, strict=strict)
 
-    def sweep(self) -> SweepReport:
+    def sweep(self, timeout_s: float = 20.0) -> SweepReport:
         """What ``raywb.finish()`` does on a node."""
         bases = [path.parent for path in self.directory.parent.glob("journals/**/lock")]
         return sweep_node(
-            sorted({base.parent for base in bases}), self.endpoint, time.monotonic() + 20
+            sorted({base.parent for base in bases}), self.endpoint, time.monotonic() + timeout_s
         )
 
     def status(self) -> Status:

@@ -56,6 +56,7 @@ def test_only_the_sink_and_the_hook_touch_wandb() -> None:
     assert importers("wandb") == {
         "raywb/service/transaction_log.py",
         "raywb/service/wandb_sink.py",
+        "raywb/service/wandb_updates.py",
     }
 
 

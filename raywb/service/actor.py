@@ -277,13 +277,14 @@ class RaywbService:
             run_closed=self._run_closed,
         )
         port = state.port if attempt <= PORT_ATTEMPTS else None
-        state.port = await ingest.listen(self._boot.host, port)
+        state.port = await ingest.listen(self._boot.host, port, delivery.blobs)
         try:
             save_state(self._directory, state)
         except OSError:
             await ingest.close()  # the next attempt wants the port
             raise
         runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
+        delivery.blobs.on_home = runs.wake
         self._parts = _Parts(state, delivery, ingest, runs)
         for source_id, node_id in self._announced.items():
             delivery.liveness.announce(source_id, node_id)

@@ -12,6 +12,9 @@ from typing import Any
 
 from raywb.errors import FrameError
 from raywb.rows import (
+    MAX_ARTIFACT_BYTES,
+    Alert,
+    Artifact,
     Channel,
     ConfigUpdate,
     Counters,
@@ -21,6 +24,9 @@ from raywb.rows import (
     Owner,
     Row,
     SummaryUpdate,
+    Table,
+    is_digest,
+    is_plain_path,
 )
 
 __all__ = ["MAX_REASONS", "check"]
@@ -39,6 +45,8 @@ MAX_REASONS = 64
 
 #: Beyond it a count is no count, and sums of many would not fit into a message.
 MAX_COUNT = 2**48
+
+_ALERT_LEVELS = ("INFO", "WARN", "ERROR")
 
 _REASON = re.compile(r"[a-z][a-z0-9_]{0,47}")
 
@@ -64,9 +72,49 @@ def check(message: Message) -> None:
             if not 0 <= message.channel < MAX_CHANNELS:
                 raise FrameError(f"channel {message.channel} of one source")
         case Define():
-            _check_names(message)
-            if not message.name or "*" in message.name[:-1]:
-                raise FrameError(f"a metric called {message.name!r}")
+            _check_define(message)
+        case Table() | Artifact() | Alert():
+            _check_update(message)
+
+
+def _check_define(message: Define) -> None:
+    _check_names(message)
+    if not message.name or "*" in message.name[:-1]:
+        raise FrameError(f"a metric called {message.name!r}")
+
+
+def _check_update(message: Table | Artifact | Alert) -> None:
+    match message:
+        case Table():
+            _check_table(message)
+        case Artifact():
+            _check_artifact(message)
+        case Alert(title=title, level=level):
+            if len(title) > MAX_NAME_CHARS:
+                raise FrameError(f"an alert with a title of {len(title)} characters")
+            if level not in _ALERT_LEVELS:
+                raise FrameError(f"an alert of the level {level[:48]!r}")
+
+
+def _check_table(message: Table) -> None:
+    _check_names(message)
+    if not math.isfinite(message.time_s):
+        raise FrameError(f"a table at the time {message.time_s}")
+    # W&B's client would refuse it again and again, and with it all rows behind it.
+    if any(len(row) != len(message.columns) for row in message.rows):
+        raise FrameError(f"a table of {len(message.columns)} columns with a row of other length")
+
+
+def _check_artifact(message: Artifact) -> None:
+    """The digests become names of files here, the paths wherever it is downloaded."""
+    _check_names(message)
+    if not message.name or not message.kind or not message.files:
+        raise FrameError("an artifact without a name, a type or a file")
+    for file in message.files:
+        if not is_digest(file.digest) or not is_plain_path(file.path):
+            raise FrameError(f"an artifact with the file {file.path[:80]!r}")
+        if not 0 <= file.size_bytes <= MAX_ARTIFACT_BYTES:
+            raise FrameError(f"an artifact with a file of {file.size_bytes} bytes")
 
 
 def _check_counters(message: Counters) -> None:
@@ -75,7 +123,7 @@ def _check_counters(message: Counters) -> None:
             raise FrameError(f"{count} rows lost for the reason {reason[:48]!r}")
 
 
-def _check_names(message: Hello | Channel | Define | Owner) -> None:
+def _check_names(message: Hello | Channel | Define | Table | Artifact | Owner) -> None:
     for field in message.__struct_fields__:
         value = getattr(message, field)
         if isinstance(value, str) and len(value) > MAX_NAME_CHARS:

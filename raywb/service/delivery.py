@@ -9,7 +9,8 @@ import time
 from pathlib import Path
 
 from raywb.reports import UnconfirmedSource
-from raywb.rows import ROW_TAG, Frame, scan
+from raywb.rows import ROW_TAG, TABLE_TAG, Frame, scan
+from raywb.service.blobs import BlobStore
 from raywb.service.fold import Fold
 from raywb.service.ledger import Entry, Ledger
 from raywb.service.liveness import Liveness
@@ -40,6 +41,7 @@ class Delivery:
         self.liveness = Liveness()
         self.ledger = Ledger(directory / "ledger", observe=self.liveness.note)
         self.outbox = Outbox(directory / "outbox")
+        self.blobs = BlobStore(directory / "blobs")
         self.merge = Merge()
         self.folds: dict[int, Fold] = {}
         self.position = 0
@@ -156,7 +158,7 @@ class Delivery:
     def waiting_rows(self) -> int:
         """Rows in the ledger that belong to no run yet, since they came after a finish."""
         return sum(
-            found.payload[1] == ROW_TAG
+            found.payload[1] in (ROW_TAG, TABLE_TAG)
             for entry in self.ledger.read(self.position)
             for found in scan(entry.data)
             if isinstance(found, Frame)

@@ -4,19 +4,24 @@
     → 200 {"end": <n>, "durable": <n>, "pace_s": <seconds>, "keep_alive_s": <seconds>,
            "ended": <bool>, "home": <bool>, "run_closed": <bool>}
 
-with ``Authorization: Bearer <token>``, ``X-Raywb-Cluster`` and ``X-Raywb-Protocol``. ``end`` is
-where this source's journal ends here after the request, whether the body was taken or not: a
+    PUT /v1/blobs/<sha-256 in hex>?offset=<n>&size=<n>      body: a piece, may be empty
+    → 200 {"end": <n>, "whole": <bool>}
+
+both with ``Authorization: Bearer <token>``, ``X-Raywb-Cluster`` and ``X-Raywb-Protocol``. ``end``
+is where this source's journal ends here after the request, whether the body was taken or not: a
 client whose offset was another one goes there. What lies before ``durable`` has been forced to
 the disk as far as the settings ask for it, and may be deleted at the source. An empty body asks
 without giving. ``rows`` is how many rows the source has logged, and makes the request its own word
 that it lives; it gives one at least every ``keep_alive_s``. ``ended``: the last that is here of the
-source is its end, which was written in its place when it is also ``home``.
+source is its end, which was written in its place when it is also ``home``. Blobs are the contents
+of artifacts: they come in pieces on a lane of their own, so that they delay no rows.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import hmac
 import logging
 import math
@@ -28,7 +33,9 @@ from collections.abc import Callable
 from aiohttp import web
 from aiohttp.web_protocol import RequestHandler
 
-from raywb.rows import PROTOCOL
+from raywb.errors import FrameError
+from raywb.rows import MAX_ARTIFACT_BYTES, PROTOCOL, is_digest
+from raywb.service.blobs import BlobStore
 from raywb.service.ledger import Ledger
 from raywb.service.liveness import Liveness
 
@@ -51,6 +58,9 @@ BODY_STALL_S = 5.0
 #: these there may be.
 STRANGER_S = 10.0
 MAX_STRANGERS = 500
+
+#: Pieces of blobs that are in memory at the same time. Who finds no place is told to come again.
+PIECES_AT_ONCE = 8
 
 #: Requests a second that all sources together are asked to keep to.
 REQUESTS_PER_S = 400.0
@@ -116,6 +126,7 @@ class Ingest:
         run_closed: Callable[[], bool],
     ) -> None:
         self._ledger = ledger
+        self._pieces = 0
         self.fsync = fsync
         self._token = token
         self._cluster_id = cluster_id
@@ -140,18 +151,20 @@ class Ingest:
         #: Why the ledger takes nothing at present, if it does not.
         self.ledger_error: str | None = None
 
-    async def listen(self, host: str, port: int | None) -> int:
+    async def listen(self, host: str, port: int | None, blobs: BlobStore) -> int:
         """Begin to listen; returns the port.
 
         Args:
             host: address of this machine.
             port: the port to take, or None for any free one.
+            blobs: where the contents of artifacts go.
 
         Raises:
             OSError: the port is taken.
         """
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post("/v1/frames", self._frames)
+        app.router.add_put("/v1/blobs/{digest}", functools.partial(self._piece, blobs))
         # What is compressed would be as large as it likes in memory; no client of ours does it.
         self._runner = web.AppRunner(
             app, access_log=None, auto_decompress=False, lingering_time=2.0
@@ -259,15 +272,10 @@ class Ingest:
             return self._refuse("a malformed source or offset", 400)
         if (offset := int(offset_text)) >= 1 << 63:
             return self._refuse("a malformed source or offset", 400)
-        try:
-            async with self._reading, asyncio.timeout(BODY_TIMEOUT_S):
-                data = await _read_body(request)
-        except TimeoutError:
-            return self._refuse("a body that did not come in time", 408)
-        except ConnectionError:
-            return self._refuse("a body that broke off", 400)
-        if data is None:
-            return self._refuse(f"a body of more than {MAX_BODY_BYTES} bytes", 413)
+        async with self._reading:
+            data = await self._body_of(request)
+        if isinstance(data, web.Response):
+            return data
         try:
             return self._take(request, source_id, offset, data)
         except OSError as error:
@@ -278,6 +286,19 @@ class Ingest:
             rows = request.query.get("rows", "")
             if rows.isdigit() and len(rows) < 20:
                 self._liveness.hear(source_id, int(rows), quiet=not data)
+
+    async def _body_of(self, request: web.Request) -> bytes | web.Response:
+        """The body, or why it is refused."""
+        try:
+            async with asyncio.timeout(BODY_TIMEOUT_S):
+                data = await _read_body(request)
+        except TimeoutError:
+            return self._refuse("a body that did not come in time", 408)
+        except ConnectionError:
+            return self._refuse("a body that broke off", 400)
+        if data is None:
+            return self._refuse(f"a body of more than {MAX_BODY_BYTES} bytes", 413)
+        return data
 
     def _take(self, request: web.Request, source_id: str, offset: int, data: bytes) -> web.Response:
         """Check and append in one step: nothing is awaited between the two."""
@@ -303,6 +324,35 @@ class Ingest:
                 "run_closed": self._run_closed(),
             }
         )
+
+    async def _piece(self, blobs: BlobStore, request: web.Request) -> web.Response:
+        if refusal := self._check(request):
+            return refusal
+        self._known.add(request.protocol)
+        digest = request.match_info["digest"]
+        numbers = [request.query.get(name, "") for name in ("offset", "size")]
+        if not is_digest(digest) or not all(text.isdigit() and len(text) < 19 for text in numbers):
+            return self._refuse("a malformed blob, offset or size", 400)
+        offset, size = map(int, numbers)
+        if size > MAX_ARTIFACT_BYTES or offset > size:
+            return self._refuse("a blob that is too large", 413)
+        if self._pieces >= PIECES_AT_ONCE:
+            end = blobs.end_of(digest)
+            return web.json_response({"end": end, "whole": blobs.has(digest)})
+        self._pieces += 1
+        try:
+            data = await self._body_of(request)
+            if isinstance(data, web.Response):
+                return data
+            end, whole = await blobs.offer(digest, offset, size, data)
+        except FrameError as error:
+            return self._refuse(str(error), 409)
+        except OSError as error:
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            return self._refuse(f"the disk for blobs {'is full' if full else 'fails'}", 507)
+        finally:
+            self._pieces -= 1
+        return web.json_response({"end": end, "whole": whole})
 
 
 async def _read_body(request: web.Request) -> bytes | None:

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 import msgspec
 
 from raywb.errors import DirectoryError, DirectoryInUse, FrameError
+from raywb.frozen import blobs_in
 from raywb.journal import SEGMENT_BYTES, FoundJournal, find_journals
 from raywb.reports import FinishReport
 from raywb.rows import End, Frame, Hello, decode, encode, frame, scan
+from raywb.service.blobs import BlobStore
 from raywb.service.delivery import Delivery
-from raywb.service.ledger import Ledger
 from raywb.service.runs import Runs
 from raywb.service.sink_process import SinkProcess
 from raywb.service.state import RunState, ServiceState, load_state, lock_directory
@@ -156,7 +157,7 @@ async def watch_sink(sink: SinkProcess, text: str, deadline: float, tell: Tell) 
 
 
 class Homecoming:
-    """Takes journals that lie on this machine into a ledger.
+    """Takes journals on this machine, and the files beside them, into a service's directory.
 
     Attributes:
         journals: how many of this cluster were found.
@@ -164,15 +165,16 @@ class Homecoming:
         failed: those that could not be taken in, with the reason.
     """
 
-    def __init__(self, ledger: Ledger, cluster_id: str) -> None:
-        self._ledger = ledger
+    def __init__(self, delivery: Delivery, cluster_id: str) -> None:
+        self._delivery = delivery
+        self._ledger = delivery.ledger
         self._cluster_id = cluster_id
         self.journals = 0
         self.foreign = 0
         self.failed: dict[str, str] = {}
 
     def sweep(self, base: Path, *, remove: bool) -> Iterator[str]:
-        """Take in the journals under ``base``; yields each one's source behind it.
+        """Take in the journals under ``base``; yields its source behind each step.
 
         Args:
             base: a directory that holds journals.
@@ -180,12 +182,13 @@ class Homecoming:
         """
         try:
             for journal in find_journals(base):
-                self._bring_home(journal, remove=remove)
+                for _ in self._bring_home(journal, remove=remove):
+                    yield journal.source_id
                 yield journal.source_id
         except OSError as error:
             self.failed[str(base)] = str(error)
 
-    def _bring_home(self, journal: FoundJournal, *, remove: bool) -> None:
+    def _bring_home(self, journal: FoundJournal, *, remove: bool) -> Iterator[None]:
         home = False
         try:
             cluster_id = self._cluster_of(journal)
@@ -194,7 +197,7 @@ class Homecoming:
                 self.foreign += 1
                 return
             self.journals += 1
-            take_in(self._ledger, journal)
+            yield from take_in(self._delivery, journal)
             self._ledger.sync()
             home = journal.is_free
         except FileNotFoundError:
@@ -218,15 +221,20 @@ class Homecoming:
         return None
 
 
-def take_in(ledger: Ledger, journal: FoundJournal) -> None:
+def take_in(delivery: Delivery, journal: FoundJournal) -> Iterator[None]:
     """Append to the ledger what it does not have of a journal, and the end of a killed process.
 
+    The frozen files of a dead process's artifacts come before the end: without them it has not
+    ended. They come in pieces: yields where a service may do something else.
+
     Raises:
-        OSError: the journal cannot be read, or the ledger takes nothing.
+        OSError: the journal cannot be read, or the directory takes nothing.
     """
+    ledger = delivery.ledger
     source_id = journal.source_id
     target = journal.segments.end()
     if ledger.end_of(source_id) > target:
+        yield from _take_in_blobs(delivery.blobs, journal)
         return  # its end was written in its place before
     last = b""
     while True:
@@ -240,12 +248,22 @@ def take_in(ledger: Ledger, journal: FoundJournal) -> None:
         return
     if not last:  # nothing new: its last segment tells how it ended
         last = journal.segments.read(journal.segments.starts()[-1], SEGMENT_BYTES * 2)[1]
+    yield from _take_in_blobs(delivery.blobs, journal)
     # Its process may have ended while its disk was full. Totals may be told twice.
     end = journal.losses()
     if not _ends_with_end(last):
         end += frame(encode(End(time.time(), killed=True)))
     if end:
         ledger.append(source_id, ledger.end_of(source_id), end)
+
+
+def _take_in_blobs(blobs: BlobStore, journal: FoundJournal) -> Iterator[None]:
+    for digest in blobs_in(journal.directory):
+        try:
+            yield from blobs.take_in(journal.directory / "blobs" / digest)
+        except FrameError as error:
+            # Damaged on disk, so it cannot come; the run's report names its artifact.
+            _log.warning("raywb: a file of an artifact is left out: %s", error)
 
 
 def _ends_with_end(data: bytes) -> bool:

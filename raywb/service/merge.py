@@ -20,6 +20,8 @@ from typing import TypeGuard
 
 from raywb.errors import FrameError
 from raywb.rows import (
+    Alert,
+    Artifact,
     Channel,
     ConfigUpdate,
     Counters,
@@ -32,6 +34,7 @@ from raywb.rows import (
     Row,
     Scalar,
     SummaryUpdate,
+    Table,
     decode,
     scan,
 )
@@ -41,10 +44,13 @@ from raywb.service.outbox import (
     AttemptNumber,
     Batch,
     Item,
+    OutAlert,
+    OutArtifact,
     OutConfig,
     OutDefine,
     OutRow,
     OutSummary,
+    OutTable,
     Range,
     SeriesName,
     State,
@@ -237,7 +243,7 @@ class Merge:
                         batch.consumed.append(Range(source_id, begin, at, rows))
                     begin, rows = after, 0
             else:
-                self._use(source_id, source, message, batch)
+                rows += self._use(source_id, source, message, batch)
         if begin < end:
             batch.consumed.append(Range(source_id, begin, end, rows))
         source.consumed = end
@@ -304,7 +310,27 @@ class Merge:
                     check(message)
                     self._note(source_id, source, message)
 
-    def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
+    def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> int:
+        """Make items of a message that is no plain row; returns how many rows it is."""
+        match message:
+            case Table():
+                # Also one of a rank: what several say in tables cannot be made into one.
+                self.rows += 1
+                source.rows += 1
+                prefix = self._prefix(source_id, source, message.channel, batch)
+                table = OutTable(prefix + message.name, message.columns, message.rows)
+                batch.items.append(OutRow(self.run, message.time_s, {}, table=table))
+                return 1
+            case Artifact():
+                name, kind, files = message.name, message.kind, message.files
+                batch.items.append(OutArtifact(self.run, name, kind, files))
+            case Alert():
+                batch.items.append(OutAlert(self.run, message.title, message.text, message.level))
+            case _:
+                self._use_plain(source_id, source, message, batch)
+        return 0
+
+    def _use_plain(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
         match message:
             case ConfigUpdate():
                 batch.items.append(OutConfig(self.run, message.values))

@@ -13,15 +13,16 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
+import errno
 import operator
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import msgspec
 
-from raywb.rows import Message, Scalar
+from raywb.rows import ArtifactFile, Cell, Message, Scalar
 from raywb.service.append_log import AppendLog
 
 __all__ = [
@@ -29,10 +30,13 @@ __all__ = [
     "Batch",
     "Cursor",
     "Item",
+    "OutAlert",
+    "OutArtifact",
     "OutConfig",
     "OutDefine",
     "OutRow",
     "OutSummary",
+    "OutTable",
     "Outbox",
     "Range",
     "SeriesName",
@@ -40,6 +44,14 @@ __all__ = [
 ]
 
 _run_of = operator.attrgetter("run")
+
+
+class OutTable(msgspec.Struct, array_like=True, frozen=True):
+    """A table in a row, under its full name."""
+
+    key: str
+    columns: list[str]
+    rows: list[list[Cell]]
 
 
 class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
@@ -52,6 +64,7 @@ class OutRow(msgspec.Struct, array_like=True, tag=0, frozen=True, gc=False):
     time_s: float
     metrics: dict[str, Scalar]
     logged: int = 1
+    table: OutTable | None = None
 
 
 class OutDefine(msgspec.Struct, array_like=True, tag=1, frozen=True):
@@ -83,7 +96,46 @@ class OutSummary(msgspec.Struct, array_like=True, tag=3, frozen=True):
     values: dict[str, Any]
 
 
-Item = OutRow | OutDefine | OutConfig | OutSummary
+class OutArtifact(msgspec.Struct, array_like=True, tag=4, frozen=True):
+    """An artifact whose files' contents are blobs of the service."""
+
+    run: int
+    name: str
+    kind: str
+    files: list[ArtifactFile]
+
+
+class OutAlert(msgspec.Struct, array_like=True, tag=5, frozen=True):
+    """An alert, to be sent at most once."""
+
+    run: int
+    title: str
+    text: str
+    level: str
+
+
+Item = OutRow | OutDefine | OutConfig | OutSummary | OutArtifact | OutAlert
+
+
+def _is_update(item: Item) -> TypeGuard[OutRow | OutArtifact | OutAlert]:
+    table = isinstance(item, OutRow) and item.table is not None
+    return table or isinstance(item, (OutArtifact, OutAlert))
+
+
+class Update(NamedTuple):
+    """A table, an artifact or an alert, and the number of its row if it is a table."""
+
+    row: int | None
+    item: OutRow | OutArtifact | OutAlert
+
+
+class _Place(NamedTuple):
+    """Where an update is: its batch, its place among the items there, its row."""
+
+    position: int
+    nth: int
+    row: int | None
+    type: type[OutRow | OutArtifact | OutAlert]
 
 
 class Range(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -128,6 +180,7 @@ class Batch(msgspec.Struct, array_like=True):
         late: rows of ranks whose step had been finished without them.
         first_rows: number of the first row of each run that has rows here; they are numbered
             when they are written, so that a damaged batch moves no other row.
+        first_updates: the same of tables, artifacts and alerts.
     """
 
     run: int
@@ -138,6 +191,7 @@ class Batch(msgspec.Struct, array_like=True):
     damaged: int = 0
     late: int = 0
     first_rows: dict[int, int] = {}
+    first_updates: dict[int, int] = {}
 
 
 @dataclasses.dataclass
@@ -178,6 +232,9 @@ class Outbox:
     #: A row number and its position are remembered about this often, per run.
     INDEX_EVERY_ROWS = 1000
 
+    #: A read ends when it has found this much: a row may hold a table of some megabytes.
+    READ_BYTES = 8 * 1024 * 1024
+
     def __init__(self, directory: Path, *, read_only: bool = False) -> None:
         self._log = AppendLog(directory, read_only=read_only)
         self._encoder = msgspec.msgpack.Encoder()
@@ -188,6 +245,7 @@ class Outbox:
         #: Rows that were in damaged batches, by run; rows that say so stand in their place.
         self.lost_rows: Counter[int] = Counter()
         self._index: dict[int, list[_Mark]] = {}
+        self._updates: dict[int, list[_Place | None]] = {}
 
     @property
     def end(self) -> int:
@@ -220,16 +278,20 @@ class Outbox:
                 self._undecodable.add(next_position)
 
     def append(self, batch: Batch) -> None:
-        """Write one batch down; its rows get their numbers."""
+        """Write one batch down; its rows and updates get their numbers."""
         position = self._log.end
         rows = {item.run for item in batch.items if isinstance(item, OutRow)}
         batch.first_rows = {run: self._rows.get(run, 0) for run in rows}
+        updates = {item.run for item in batch.items if _is_update(item)}
+        batch.first_updates = {run: self.updates_of(run) for run in updates}
         self._log.append(self._encoder.encode(batch))
         self._note(batch, position)
 
     def _note(self, batch: Batch, position: int) -> None:
         for run in set(map(_run_of, batch.items)):
             self._index.setdefault(run, [_Mark(0, position, 0)])
+        if batch.first_updates:
+            self._note_updates(batch, position)
         rows: Counter[int] = Counter()
         logged: Counter[int] = Counter()
         for item in batch.items:
@@ -246,9 +308,51 @@ class Outbox:
             self._rows[run] = first_row + count
             self._logged[run] = before + logged[run]
 
+    def _note_updates(self, batch: Batch, position: int) -> None:
+        for run, first in batch.first_updates.items():
+            places = self._updates.setdefault(run, [])
+            places += [None] * (first - len(places))  # of a damaged batch
+        rows = dict(batch.first_rows)
+        for nth, item in enumerate(batch.items):
+            number = None
+            if isinstance(item, OutRow):
+                number = rows[item.run]
+                rows[item.run] += 1
+            if _is_update(item):
+                place = _Place(position, nth, number, type(item))
+                self._updates[item.run].append(place)
+
     def rows_of(self, run: int) -> int:
         """How many rows the run has."""
         return self._rows.get(run, 0)
+
+    def updates_of(self, run: int) -> int:
+        """How many tables, artifacts and alerts the run has; they are numbered from 0."""
+        return len(self._updates.get(run, ()))
+
+    def update_type(self, run: int, number: int) -> type[OutRow | OutArtifact | OutAlert] | None:
+        """What kind of update it is, without a look at the disk; None for one that is damaged.
+
+        A table is in a row.
+        """
+        place = self._updates[run][number]
+        return place.type if place is not None else None
+
+    def update(self, run: int, number: int) -> Update:
+        """Read one table, artifact or alert.
+
+        Raises:
+            OSError: the outbox cannot be read there any more.
+        """
+        place = self._updates[run][number]
+        if place is not None:
+            _, batch = next(self._batches(place.position), (0, Batch(run, 0)))
+            # Behind damage comes another batch, with other numbers.
+            mine = batch.first_updates.get(run, number + 1) <= number
+            item = batch.items[place.nth] if mine and place.nth < len(batch.items) else None
+            if isinstance(item, place.type):
+                return Update(place.row, item)
+        raise OSError(errno.EIO, f"update {number} of run {run} is damaged in the outbox")
 
     def cursor(self, run: int, row: int) -> Cursor:
         """A cursor that will yield row number ``row`` of ``run``, and what comes with it."""
@@ -279,10 +383,11 @@ class Outbox:
         The cursor moves behind what was returned. An empty list means that there is no more.
         """
         found: list[tuple[int | None, Item]] = []
-        for next_position, batch in self._batches(cursor.position):
+        begin = cursor.position
+        for next_position, batch in self._batches(begin):
             found += _items_of(batch, cursor)
             cursor.position = next_position
-            if len(found) >= limit:
+            if len(found) >= limit or (found and next_position - begin >= self.READ_BYTES):
                 break
         return found
 

@@ -121,7 +121,7 @@ class OwnerWatch:
 
     async def _bring_home(self, journal: str) -> None:
         """Take in what processes of this node have in their journals beside the owner's."""
-        homecoming = Homecoming(self._delivery.ledger, self._cluster_id)
+        homecoming = Homecoming(self._delivery, self._cluster_id)
         for _ in homecoming.sweep(Path(journal).parent, remove=True):
             await asyncio.sleep(0)
         self._runs.advance()

@@ -107,7 +107,7 @@ def _ledger_rows(left: LeftDirectory) -> int:
 
 def _bring_home(left: LeftDirectory, further: Sequence[Path], tell: Tell) -> Homecoming:
     cluster_id = left.state.cluster_id
-    homecoming = Homecoming(left.delivery.ledger, cluster_id)
+    homecoming = Homecoming(left.delivery, cluster_id)
     origin = left.state.origin
     for base in left_journals(origin.session_dir if origin else None, cluster_id):
         tell(Step(f"Looking for journals in {base}"))

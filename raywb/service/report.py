@@ -14,7 +14,14 @@ _NAMED_SOURCES = 3
 
 
 def make_report(
-    run: RunState, *, outstanding: int, logged: int, delivered: int, closed: bool, error: str | None
+    run: RunState,
+    *,
+    outstanding: int,
+    updates: Sequence[str],
+    logged: int,
+    delivered: int,
+    closed: bool,
+    error: str | None,
 ) -> FinishReport:
     """The report of a run whose cut was taken.
 
@@ -24,6 +31,7 @@ def make_report(
     Args:
         run: the run.
         outstanding: rows that W&B is to have, and does not have.
+        updates: tables, artifacts and alerts that W&B does not have, each with the reason.
         logged: what was logged into the rows that it is to have.
         delivered: what was logged into the rows that it has.
         closed: W&B has ended the run, or has all of one that is left as crashed.
@@ -41,6 +49,10 @@ def make_report(
             "delivery goes on as long as the service runs, and after that "
             f"`raywb sync {run.info.dir}` delivers them"
         )
+    if updates:
+        texts.append(
+            f"W&B does not have {'; '.join(updates)}. What came of it is safe in {run.info.dir}"
+        )
     return FinishReport(
         run=run.info,
         exit_code=run.exit_code or 0,
@@ -49,8 +61,9 @@ def make_report(
         undelivered_rows=undelivered,
         lost=run.lost,
         rejected=run.rejected,
-        complete=closed and not outstanding and not doubtful and not run.unreached,
+        complete=closed and not (outstanding or updates or doubtful or run.unreached),
         message="; ".join(texts) or None,
+        undelivered_updates=list(updates),
         unconfirmed=run.unconfirmed,
         state=state_of(run) if closed else "running",
     )

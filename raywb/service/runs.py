@@ -37,7 +37,8 @@ from raywb.service.run_settings import (
 )
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
-from raywb.service.state import RunState, ServiceState, save_state
+from raywb.service.state import RunState, ServiceState, UpdateMarks, save_state
+from raywb.service.updates import Updates
 from raywb.settings import Settings
 
 __all__ = ["Runs", "make_open_request"]
@@ -102,6 +103,7 @@ class Runs:
         self._delivery = delivery
         self._keep_running = keep_running
         self._sinks: dict[int, SinkProcess] = {}
+        self._updates: dict[int, Updates] = {}
 
     @property
     def last(self) -> RunState | None:
@@ -170,14 +172,17 @@ class Runs:
         run = self.open
         if run is None or not lacks_only_a_key(run) or find_key(run, self._api_key) is None:
             return
-        before = run.info, run.base
+        before = run.info, run.base, run.updates
         run.info = msgspec.structs.replace(run.info, mode="online", began_offline=True)
         run.base = None
+        # What its offline files have is not with the server.
+        run.updates = UpdateMarks()
         try:
             save_state(self._directory, self._state)
         except OSError:
-            run.info, run.base = before
+            run.info, run.base, run.updates = before
             raise
+        self._updates.pop(run.number, None)
         _log.warning(
             "raywb: a key of W&B's has come: run %s goes online with all of its rows; its offline "
             "files are set aside in %s, and need not be uploaded",
@@ -216,9 +221,9 @@ class Runs:
 
         sink = SinkProcess(
             run.info,
-            run.number,
             self._delivery.outbox,
             fold,
+            self.updates_of(run),
             open_request,
             on_opened=lambda opened: self._note_opened(run, opened),
             deadline_s=settings.sink_deadline_s,
@@ -266,8 +271,7 @@ class Runs:
             waiting = None if is_over else self._waiting(run, pace_s)
             advanced = self._delivery.release(waiting) or advanced
         if advanced:
-            for sink in self._sinks.values():
-                sink.wake()
+            self.wake()
         return advanced
 
     @staticmethod
@@ -277,6 +281,44 @@ class Runs:
             passed_s=max(PASSED_WAIT_S, PASSED_WAIT_PACES * pace_s),
             silent_s=max(rank_wait_s, SILENT_WAIT_PACES * pace_s),
         )
+
+    def wake(self) -> None:
+        """There is something new for the sinks."""
+        for sink in self._sinks.values():
+            sink.wake()
+
+    def updates_of(self, run: RunState) -> Updates:
+        """The tables, artifacts and alerts of a run."""
+        if run.number not in self._updates:
+            self._updates[run.number] = Updates(
+                run.number,
+                self._delivery.outbox,
+                self._delivery.blobs,
+                run.updates,
+                save=lambda: save_state(self._directory, self._state),
+                on_done=self._delete_blobs,
+            )
+        return self._updates[run.number]
+
+    def undelivered_updates(self, run: RunState | None) -> list[str]:
+        """Tables, artifacts and alerts that W&B does not have, each with the reason."""
+        if run is None or run.info.mode == "disabled":
+            return []
+        return self.updates_of(run).undelivered(closed=run.report is not None)
+
+    def _delete_blobs(self) -> None:
+        """Delete the blobs that W&B's server has, and that nobody speaks of any more.
+
+        W&B's offline files refer to blobs, and a journal that was not read to its end may.
+        """
+        modes = {run.info.mode for run in self._state.runs}
+        if modes == {"online"} and self._delivery.position >= self._delivery.ledger.end:
+            try:
+                needed = [self.updates_of(run).needed_blobs() for run in self._state.runs]
+            except OSError as error:
+                _log.warning("raywb: no blob is deleted: %s", error)
+                return
+            self._delivery.blobs.delete_all_but(set().union(*needed))
 
     def sink_of(self, run: RunState) -> SinkProcess | None:
         """The sink that works for this run; None when it is disabled, or ended before a restart."""
@@ -314,6 +356,8 @@ class Runs:
     def lost(self) -> dict[str, int]:
         """What could not be kept since the run began, by reason."""
         lost = self._delivery.merge.lost
+        if self.last is not None and (alerts := self.updates_of(self.last).unconfirmed_alerts):
+            lost["alert_unconfirmed"] = alerts
         ledger = self._delivery.ledger
         of_all_runs = {
             "ledger_lost_bytes": sum(ledger.missing_bytes.values()),
@@ -418,12 +462,16 @@ class Runs:
         run.received_rows, run.rejected, run.lost = merge.rows, merge.rejected, self.lost()
 
     def _end_in_wandb(self, run: RunState) -> None:
-        """Have the run's sink end it, or a new one when more came after the end."""
+        """Have the run's sink end it, or a new one when more came, or may come, after the end."""
         if run.info.mode == "disabled":
             return
         sink = self.sink_of(run)
         closed = run.closed_rows is not None and (sink is None or sink.done.is_set())
-        if closed and self.rows_of(run) > (run.closed_rows or 0):
+        if closed:
+            self.updates_of(run).try_again()
+        if closed and (
+            self.rows_of(run) > (run.closed_rows or 0) or not self.updates_of(run).settled
+        ):
             run.report = None
             self._begin_sink(run)
         elif sink is not None:
@@ -454,12 +502,18 @@ class Runs:
         if sink is not None:
             delivered = sink.delivered_rows if closed else sink.confirmed_rows
         rows = self.rows_of(run)
+        updates: list[str] = []
         if run.info.mode == "disabled":
             delivered = rows = 0
+        else:
+            updates = self.updates_of(run).undelivered(closed=closed)
+            if alerts := self.updates_of(run).unconfirmed_alerts:
+                run.lost = {**run.lost, "alert_unconfirmed": alerts}
         outbox = self._delivery.outbox
         report = make_report(
             run,
             outstanding=max(rows - delivered, 0),
+            updates=updates,
             logged=outbox.logged_rows(run.number, rows),
             delivered=outbox.logged_rows(run.number, delivered),
             closed=closed,

@@ -11,23 +11,31 @@ from typing import Any
 
 import msgspec
 
-from raywb.rows import Scalar
+from raywb.rows import Cell, Scalar
 
 __all__ = [
     "LEAVE_S",
     "LENGTH",
     "Applied",
     "Apply",
+    "AskUpdates",
     "Confirm",
     "Confirmed",
     "Definition",
     "Failed",
     "Finish",
     "Finished",
+    "LogArtifact",
+    "LogTable",
+    "LoggedTable",
     "Open",
     "Opened",
     "Reply",
     "Request",
+    "SendAlert",
+    "TableOfRow",
+    "UpdateOutcome",
+    "Updated",
     "pack",
 ]
 
@@ -40,6 +48,15 @@ LEAVE_S = 60.0
 
 #: A metric definition: name, step metric, summary, and whether W&B fills the step metric in.
 Definition = tuple[str, str | None, str | None, bool | None]
+
+
+class TableOfRow(msgspec.Struct, frozen=True):
+    """A table in a row; ``row`` is the row's number."""
+
+    row: int
+    key: str
+    columns: list[str]
+    rows: list[list[Cell]]
 
 
 class Open(msgspec.Struct, tag=True, kw_only=True, frozen=True):
@@ -79,6 +96,43 @@ class Apply(msgspec.Struct, tag=True, frozen=True):
     config: dict[str, Any] = {}
     summary: dict[str, Any] = {}
     defines: list[Definition] = []
+    tables: list[TableOfRow] = []
+
+
+class LogTable(msgspec.Struct, tag=True, frozen=True):
+    """Log the artifact that holds a table; the row that refers to it is, or was, logged apart."""
+
+    number: int
+    table: TableOfRow
+    again: bool
+
+
+class LogArtifact(msgspec.Struct, tag=True, frozen=True):
+    """Log an artifact.
+
+    Attributes:
+        number: its number among the run's updates.
+        files: path in the artifact, and where the content lies.
+        again: an earlier sink may have logged it.
+    """
+
+    number: int
+    name: str
+    kind: str
+    files: list[tuple[str, str]]
+    again: bool
+
+
+class SendAlert(msgspec.Struct, tag=True, frozen=True):
+    """Send an alert; it is marked as sent already."""
+
+    title: str
+    text: str
+    level: str
+
+
+class AskUpdates(msgspec.Struct, tag=True, frozen=True):
+    """What became of the tables and artifacts since it was asked last?"""
 
 
 class Confirm(msgspec.Struct, tag=True, frozen=True):
@@ -106,6 +160,7 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
         base: W&B's own step of row 0.
         url: the run's page, when it has one.
         confirm_interval_s: how often this child asks the server for its step; None: never.
+        alerts: alerts in the run's files (offline); None where nobody can tell (online).
     """
 
     next_row: int
@@ -113,12 +168,48 @@ class Opened(msgspec.Struct, tag=True, frozen=True):
     url: str | None
     entity: str | None
     confirm_interval_s: float | None = None
+    alerts: int | None = None
+
+
+class LoggedTable(msgspec.Struct, frozen=True):
+    """A table as the run's summary holds it, and the number of its row."""
+
+    row: int
+    key: str
+    value: dict[str, Any]
 
 
 class Applied(msgspec.Struct, tag=True, frozen=True):
-    """Everything up to before this row number is with W&B's client."""
+    """Everything up to before this row number is with W&B's client.
+
+    Attributes:
+        tables: tables that were logged, as the summary holds them.
+    """
 
     next_row: int
+    tables: list[LoggedTable] = []
+
+
+class UpdateOutcome(msgspec.Struct, frozen=True):
+    """What became of a table or an artifact.
+
+    Attributes:
+        number: its number among the run's updates.
+        state: ``done``: W&B has it; ``handed``: its client has it; ``failed``.
+        error: why it failed.
+        table: the table, where an earlier sink may have logged its row.
+    """
+
+    number: int
+    state: str
+    error: str = ""
+    table: LoggedTable | None = None
+
+
+class Updated(msgspec.Struct, tag=True, frozen=True):
+    """Answer to whatever concerns tables, artifacts and alerts."""
+
+    outcomes: list[UpdateOutcome] = []
 
 
 class Confirmed(msgspec.Struct, tag=True, frozen=True):
@@ -140,9 +231,11 @@ class Finished(msgspec.Struct, tag=True, frozen=True):
 
     Attributes:
         rows: rows found in the run's files (offline), or which the server has (online).
+        updates: tables and artifacts that had been handed over, and were found in the files.
     """
 
     rows: int
+    updates: list[int] = []
 
 
 class Failed(msgspec.Struct, tag=True, frozen=True):
@@ -151,8 +244,8 @@ class Failed(msgspec.Struct, tag=True, frozen=True):
     error: str
 
 
-Request = Open | Apply | Confirm | Finish
-Reply = Opened | Applied | Confirmed | Finished | Failed
+Request = Open | Apply | LogTable | LogArtifact | SendAlert | AskUpdates | Confirm | Finish
+Reply = Opened | Applied | Updated | Confirmed | Finished | Failed
 
 _encoder = msgspec.msgpack.Encoder()
 

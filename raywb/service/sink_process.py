@@ -43,6 +43,7 @@ from raywb.service.sink_messages import (
     Request,
     pack,
 )
+from raywb.service.updates import Updates, table_of_row
 from raywb.settings import process_environment, sink_environment
 
 __all__ = ["SinkProcess", "definitions"]
@@ -54,6 +55,9 @@ _ReplyT = TypeVar("_ReplyT", bound=Reply)
 #: Most rows in one request; with a deadline of a minute and a half, W&B's client may need a
 #: tenth of a second for each.
 ROWS_PER_REQUEST = 500
+
+#: How often a run that is to end looks whether the last artifacts have come, in seconds.
+LOOK_AGAIN_S = 0.5
 
 #: Pauses before the child is started again: first and longest, in seconds. The first is above a
 #: second, since W&B names an offline directory after the second in which it was made.
@@ -70,9 +74,9 @@ class SinkProcess:
 
     Args:
         run: the run to write.
-        number: the run's number in the outbox.
         outbox: where its rows are.
         fold: what the run amounts to so far; kept up to date by the service.
+        updates: its tables, artifacts and alerts.
         open_request: makes the first message for a child; it is called at each start, so that
             a key that arrived meanwhile is found, and raises :class:`KeyMissing` without one.
         on_opened: called each time a child has opened the run.
@@ -83,9 +87,9 @@ class SinkProcess:
     def __init__(
         self,
         run: RunInfo,
-        number: int,
         outbox: Outbox,
         fold: Fold,
+        updates: Updates,
         open_request: Callable[[], Open],
         *,
         on_opened: Callable[[Opened], None],
@@ -99,9 +103,10 @@ class SinkProcess:
         self.confirmed_rows = 0
         #: Rows that W&B had when it was first asked; None before.
         self.found_rows: int | None = None
-        self._number = number
+        self._number = run.epoch
         self._outbox = outbox
         self._fold = fold
+        self._updates = updates
         self._open_request = open_request
         self._on_opened = on_opened
         self._deadline_s = deadline_s
@@ -218,7 +223,7 @@ class SinkProcess:
                 stdin=asyncio.subprocess.PIPE,
                 stdout=asyncio.subprocess.PIPE,
                 stderr=stderr,
-                env=sink_environment(process_environment()),
+                env=sink_environment(process_environment(), f"{request.dir}/wandb-data"),
             )
         opened = await self._open(request)
         cursor = self._outbox.cursor(self._number, opened.next_row)
@@ -237,20 +242,24 @@ class SinkProcess:
             for start in range(0, len(items), ROWS_PER_REQUEST):
                 request_items = items[start : start + ROWS_PER_REQUEST]
                 applied = await self._ask(_apply_request(request_items), Applied)
+                self._updates.note_tables(applied.tables)
                 self.delivered_rows = applied.next_row
+            pause_s = await self._updates.step(self._ask, self.delivered_rows)
             if items:
                 continue
-            if self._finish is not None:
+            if self._finish is not None and self._updates.settled:
                 await self._end_run(self._finish.exit_code)
                 self._state = "finished"
                 self.done.set()
                 return
-            if self._resting:
+            if self._resting and self._finish is None and self._updates.settled:
                 await self._end_run(None)
                 self._state = "resting"
                 self._cursor = cursor
                 return
-            await self._woken(interval_s)
+            ending = self._finish is not None or self._resting
+            pauses_s = (pause_s, interval_s, LOOK_AGAIN_S if ending else None)
+            await self._woken(min((one for one in pauses_s if one is not None), default=None))
 
     async def _something_to_do(self) -> None:
         """Wait until a run that was left has something for W&B again, or is to be ended."""
@@ -258,12 +267,15 @@ class SinkProcess:
             self._wake.clear()
             if self._cursor is None or self._outbox.read(self._cursor, 1):
                 return
+            if not self._updates.settled:
+                return
             await self._wake.wait()
 
     async def _open(self, request: Open) -> Opened:
         opened = await self._ask(request, Opened)
         self._check_rows(opened.next_row)
         self._on_opened(opened)
+        self._updates.begin_session(opened.alerts)
         self.delivered_rows = self.confirmed_rows = opened.next_row
         if self.found_rows is None:
             self.found_rows = opened.next_row
@@ -315,8 +327,10 @@ class SinkProcess:
 
     async def _end_run(self, exit_code: int | None) -> None:
         deadline_s = self._deadline_s if exit_code is not None else self._deadline_s + LEAVE_S
-        end = Finish(exit_code, self._fold.summary(), self._fold.config)
+        summary = {**self._updates.tables, **self._fold.summary()}
+        end = Finish(exit_code, summary, self._fold.config)
         finished = await self._ask(end, Finished, deadline_s)
+        self._updates.end_session(finished.updates)
         self.delivered_rows = self.confirmed_rows = finished.rows
 
     async def _ask(
@@ -380,14 +394,17 @@ def _apply_request(items: list[tuple[int | None, Item]]) -> Apply:
     config: dict[str, object] = {}
     summary: dict[str, object] = {}
     defines = []
+    tables = []
     for number, item in items:
         match item:
             case OutRow() if number is not None:
                 rows.append((number, item.time_s, item.metrics))
+                if table := table_of_row(number, item):
+                    tables.append(table)
             case OutConfig():
                 config.update(item.values)
             case OutSummary():
                 summary.update(item.values)
             case OutDefine():
                 defines.append(_definition(item))
-    return Apply(rows, config, summary, defines)
+    return Apply(rows, config, summary, defines, tables)

@@ -33,6 +33,22 @@ FILE_NAME = "service.json"
 COPY_NAME = "service.json.copy"
 
 
+class UpdateMarks(msgspec.Struct, kw_only=True):
+    """Which of a run's tables, artifacts and alerts need nothing more; they are numbered from 0.
+
+    Attributes:
+        before: all before this number are done.
+        done: numbers behind it that are done too.
+        unconfirmed_alerts: alerts that were marked, and then the sink died: sent or not.
+        tables: by key, the last row that holds a table, and what the run's summary says of it.
+    """
+
+    before: int = 0
+    done: list[int] = []
+    unconfirmed_alerts: int = 0
+    tables: dict[str, tuple[int, dict[str, Any]]] = {}
+
+
 class RunState(msgspec.Struct, kw_only=True):
     """One run of this service.
 
@@ -46,6 +62,7 @@ class RunState(msgspec.Struct, kw_only=True):
         cut: ledger position up to which rows belong to it, set with ``exit_code``.
         closed_rows: rows that W&B had when it closed the run.
         received_rows, lost, rejected: what had come by the cut.
+        updates: how far its tables, artifacts and alerts are.
         unconfirmed: sources whose journal could not be had for it.
         unreached: nodes that did not answer then.
         report: how it ended.
@@ -62,6 +79,7 @@ class RunState(msgspec.Struct, kw_only=True):
     received_rows: int = 0
     lost: dict[str, int] = {}
     rejected: int = 0
+    updates: UpdateMarks = msgspec.field(default_factory=UpdateMarks)
     unconfirmed: list[UnconfirmedSource] = []
     unreached: list[str] = []
     report: FinishReport | None = None

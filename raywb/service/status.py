@@ -64,6 +64,7 @@ def make_status(
         sources=_sources(delivery, ingest),
         problems=found,
         unconfirmed=delivery.unconfirmed(),
+        undelivered_updates=runs.undelivered_updates(run),
     )
 
 

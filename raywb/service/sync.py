@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import copy
 import dataclasses
 import os
 import time
@@ -18,6 +19,7 @@ import msgspec
 
 from raywb.errors import DirectoryError, DirectoryInUse, SinkError
 from raywb.reports import SyncedRun, SyncReport
+from raywb.service.blobs import BlobStore
 from raywb.service.confirm import RunAtServer, ask_run
 from raywb.service.fold import Fold
 from raywb.service.left import LeftDirectory, Step, Tell, load_left_state, watch_sink
@@ -28,6 +30,7 @@ from raywb.service.runs import make_open_request
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess
 from raywb.service.state import RunState, lock_directory
+from raywb.service.updates import Updates
 from raywb.service.uploads import Target, Upload, Uploads
 from raywb.settings import DEFAULT_BASE_URL, Settings, find_api_key, resolve
 
@@ -140,6 +143,7 @@ class _Sync:
         self._tell = tell
         self._uploads = Uploads(directory)
         self._outbox = Outbox(directory / "outbox", read_only=True)
+        self._blobs = BlobStore(directory / "blobs")
         self._folds: dict[int, Fold] = {}
         for batch in self._outbox.recover():
             for item in batch.items:
@@ -192,9 +196,11 @@ class _Sync:
         """Ask, and send what is missing.
 
         Raises:
-            SinkError: the server cannot be asked, has another run of this id, or is too slow.
+            SinkError: the server cannot be asked, has another run of this id, is too slow, or
+                does not have all tables, artifacts and alerts.
         """
         found = await self._ask(run, target, upload)
+        uploaded_by_us = upload.base is not None or self._is_own(run)
         self._find_base(run, upload, found)
         there = 0
         if found is not None and upload.base is not None:
@@ -206,8 +212,14 @@ class _Sync:
                 f"the server has {there} rows behind the first of this run, which has "
                 f"{numbers.rows}: somebody else writes to it, or it was rewound"
             )
-        if there < numbers.rows or not upload.closed:
-            await self._send(run, target, upload)
+        updates = self._updates_of(run, upload)
+        if found is not None and found.rows and not uploaded_by_us:
+            # `wandb sync` sends the alerts of the files as well, and none is sent twice.
+            updates.note_alerts_sent()
+        if there < numbers.rows or not upload.closed or not updates.settled:
+            await self._send(run, target, upload, updates)
+        if left := updates.undelivered(closed=True):
+            raise SinkError(f"the server does not have {'; '.join(left)}")
         numbers.sent = numbers.rows - numbers.before
 
     async def _ask(self, run: RunState, target: Target, upload: Upload) -> RunAtServer | None:
@@ -230,6 +242,7 @@ class _Sync:
         if upload.base is None and self._is_own(run) and run.base is not None:
             # It was delivered there by its own sink.
             upload.base, upload.closed, upload.url = run.base, True, run.info.url
+            upload.updates = copy.deepcopy(run.updates)
         if upload.base is not None or found is None or found.last_row is None:
             return
         # Not sent by us: by `wandb sync`, which keeps the steps of the run's files; or it is
@@ -259,7 +272,17 @@ class _Sync:
                     return item
         return None
 
-    async def _send(self, run: RunState, target: Target, upload: Upload) -> None:
+    def _updates_of(self, run: RunState, upload: Upload) -> Updates:
+        return Updates(
+            run.number,
+            self._outbox,
+            self._blobs,
+            upload.updates,
+            save=self._uploads.save,
+            on_done=lambda: None,
+        )
+
+    async def _send(self, run: RunState, target: Target, upload: Upload, updates: Updates) -> None:
         """Send what is missing and end the run there.
 
         Raises:
@@ -291,9 +314,9 @@ class _Sync:
 
         sink = SinkProcess(
             run.info,
-            run.number,
             self._outbox,
             fold,
+            updates,
             open_request,
             on_opened=note,
             deadline_s=settings.sink_deadline_s,

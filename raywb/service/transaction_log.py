@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Segment", "find_segments", "read_segment"]
+__all__ = ["Segment", "find_segments", "read_artifacts", "read_segment"]
 
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32 * 1024
@@ -31,12 +31,14 @@ class Segment(NamedTuple):
         next_row: the number after the last one.
         ended: the run was ended in it.
         summary_keys: keys that the client itself set in the summary behind the last row.
+        alerts: how many alerts.
     """
 
     rows: int
     next_row: int
     ended: bool
     summary_keys: frozenset[str] = frozenset()
+    alerts: int = 0
 
 
 def find_segments(wandb_dir: Path, run_id: str) -> list[Path]:
@@ -81,6 +83,7 @@ def read_segment(path: Path) -> Segment:
     rows = 0
     next_row = 0
     ended = False
+    alerts = 0
     summary_keys: set[str] = set()
     record = wandb_internal_pb2.Record()
     for message in _messages(path):
@@ -98,4 +101,20 @@ def read_segment(path: Path) -> Segment:
             summary_keys |= {item.key for item in record.summary.update if item.key}
         elif kind == "exit":
             ended = True
-    return Segment(rows, next_row, ended, frozenset(summary_keys))
+        alerts += kind == "alert"
+    return Segment(rows, next_row, ended, frozenset(summary_keys), alerts)
+
+
+def read_artifacts(path: Path) -> Iterator[tuple[str, str]]:
+    """Yield name and digest of the artifacts that a file asks W&B to keep."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record()
+    for message in _messages(path):
+        try:
+            record.ParseFromString(message)
+        except DecodeError:
+            return
+        if record.WhichOneof("record_type") == "artifact":
+            yield record.artifact.name, record.artifact.digest

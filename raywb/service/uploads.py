@@ -11,7 +11,7 @@ from typing import NamedTuple
 import msgspec
 
 from raywb.errors import DirectoryError
-from raywb.service.state import replace_file
+from raywb.service.state import UpdateMarks, replace_file
 
 __all__ = ["Target", "Upload", "Uploads"]
 
@@ -35,6 +35,7 @@ class Upload(msgspec.Struct, kw_only=True):
         closed: it was brought to its end there.
         opened_entity: the entity that the server put it under.
         url: the run's page.
+        updates: which of its tables, artifacts and alerts are there.
     """
 
     run: int
@@ -43,6 +44,7 @@ class Upload(msgspec.Struct, kw_only=True):
     closed: bool = False
     opened_entity: str | None = None
     url: str | None = None
+    updates: UpdateMarks = msgspec.field(default_factory=UpdateMarks)
 
 
 class Uploads:

@@ -29,18 +29,24 @@ from raywb.service.sink_messages import (
     LENGTH,
     Applied,
     Apply,
+    AskUpdates,
     Confirm,
     Confirmed,
     Definition,
     Failed,
     Finish,
     Finished,
+    LogArtifact,
+    LogTable,
     Open,
     Opened,
     Reply,
     Request,
+    SendAlert,
+    Updated,
     pack,
 )
+from raywb.service.wandb_updates import WandbUpdates
 from raywb.settings import DEFAULT_BASE_URL
 
 __all__ = ["WandbSink", "main"]
@@ -70,6 +76,8 @@ class WandbSink:
         self._next_row = 0
         self._entity: str | None = None
         self._watch: Watch | None = None
+        self._updates: WandbUpdates | None = None
+        self._alerts = 0
 
     def open(self, request: Open) -> Opened:
         """Start the run, or resume it behind the last row that W&B has."""
@@ -114,6 +122,8 @@ class WandbSink:
             next_row = self._online_rows(request)
             interval_s = self._begin_watch(request, self._base + next_row)
         self._next_row = next_row
+        segments = (lambda: self._segments(request)) if request.mode == "offline" else None
+        self._updates = WandbUpdates(self._run, self._base, segments, self._alerts)
         self._take(request.config, {}, request.defines)
         return Opened(
             next_row=next_row,
@@ -121,13 +131,28 @@ class WandbSink:
             url=self._run.url if request.mode == "online" else None,
             entity=self._entity,
             confirm_interval_s=interval_s,
+            alerts=self._alerts if request.mode == "offline" else None,
         )
 
-    def _offline_rows(self, request: Open) -> int:
-        from raywb.service.transaction_log import find_segments, read_segment
+    @staticmethod
+    def _segments(request: Open) -> list[Path]:
+        from raywb.service.transaction_log import find_segments
 
-        segments = find_segments(Path(request.dir) / "wandb", request.run_id)
-        step = max((read_segment(path).next_row for path in segments), default=0)
+        return find_segments(Path(request.dir) / "wandb", request.run_id)
+
+    @property
+    def updates(self) -> WandbUpdates:
+        """What goes to the run besides plain rows."""
+        if self._updates is None:
+            raise SinkError("a table, artifact or alert came before open")
+        return self._updates
+
+    def _offline_rows(self, request: Open) -> int:
+        from raywb.service.transaction_log import read_segment
+
+        segments = [read_segment(path) for path in self._segments(request)]
+        step = max((segment.next_row for segment in segments), default=0)
+        self._alerts = sum(segment.alerts for segment in segments)
         self._base = step if request.base is None else request.base
         return step - self._base
 
@@ -193,16 +218,21 @@ class WandbSink:
     def apply(self, request: Apply) -> Applied:
         """Log what is new in the request."""
         self._take(request.config, {}, request.defines)
+        tables = {table.row: table for table in request.tables}
+        logged = []
         for number, time_s, metrics in request.rows:
             if number < self._next_row:
                 continue
-            row = {**metrics, "_timestamp": time_s}
+            row: dict[str, Any] = {**metrics, "_timestamp": time_s}
+            if table := tables.get(number):
+                row[table.key], of_summary = self.updates.value(table)
+                logged.append(of_summary)
             # The step is W&B's own row counter, which belongs to this sink alone. Without
             # commit=True a row with a step would wait for the next one and merge with it.
             self._run.log(row, step=self._base + number, commit=True)
             self._next_row = number + 1
         self._take({}, request.summary, [])
-        return Applied(self._next_row)
+        return Applied(self._next_row, logged)
 
     def finish(self, request: Finish) -> Finished:
         """End the run, or leave it as it is; then look what is really there."""
@@ -217,10 +247,11 @@ class WandbSink:
             deadline = time.monotonic() + LEAVE_S
             rows = self._confirmed(opened, request, deadline)
             self._await_summary(opened, request.summary, deadline)
-            return Finished(rows)
+            return Finished(rows, self.updates.found_in_files(deadline))
         self._run.finish(exit_code=request.exit_code)
         deadline = time.monotonic() + min(CONFIRM_S, opened.deadline_s / 3)
-        return Finished(self._confirmed(opened, request, deadline))
+        rows = self._confirmed(opened, request, deadline)
+        return Finished(rows, self.updates.found_in_files(deadline))
 
     def _await_summary(self, opened: Open, summary: dict[str, Any], deadline: float) -> None:
         """Wait until W&B has the summary of a run that is left, since its client goes with us.
@@ -365,8 +396,17 @@ def _carry_out(sink: WandbSink, request: Request) -> Reply:
             return sink.apply(request)
         case Confirm():
             return sink.confirm()
+        case LogTable():
+            sink.updates.log_table(request)
+        case LogArtifact():
+            sink.updates.log_artifact(request)
+        case SendAlert():
+            sink.updates.alert(request)
+        case AskUpdates():
+            return Updated(sink.updates.outcomes())
         case Finish():
             return sink.finish(request)
+    return Updated()
 
 
 def main() -> None:

@@ -82,6 +82,8 @@ def render_status(status: Status) -> RenderableType:
         ("W&B", sink),
         ("lost", _losses(status.lost, status.rejected)),
     ]
+    if status.undelivered_updates:
+        facts.append(("not with W&B", "; ".join(status.undelivered_updates)))
     if status.after_finish_rows:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
     facts += _unconfirmed(status.unconfirmed)
