@@ -144,7 +144,7 @@ run = raywb.start(project="lost", silent_after_s=4.0)
 workers = [worker_on(2), worker_on(2), worker_on(3)]
 ray.get([worker.stream.remote(f"worker_{n}") for n, worker in enumerate(workers)])
 until("rows of all", lambda: 3 == sum(
-    source.stages[0].startswith("worker_") and source.received_rows > 20
+    "".join(source.stages).startswith("worker_") and source.received_rows > 20
     for source in raywb.status().sources
 ))
 report(node(2))
