@@ -23,6 +23,7 @@ def test_a_cluster_that_does_not_answer_is_not_replaced() -> None:
         "RAY_gcs_rpc_server_connect_timeout_s": "1",
         "RAY_gcs_server_request_timeout_seconds": "1",
         "RAY_NUM_REDIS_GET_RETRIES": "1",
+        "RAY_py_gcs_connect_timeout_s": "1",
     }
     with driver_alone(script, {"RAY_ADDRESS": "127.0.0.1:9", **impatient}) as driver:
         said, connected = driver.next_report()
