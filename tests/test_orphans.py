@@ -18,6 +18,8 @@ from rich.console import Console
 from wandb_file import read_runs
 
 from raywb import orphans
+from raywb.blobs import BlobLane
+from raywb.frozen import Frozen
 from raywb.journal import Journal, find_journals, new_source_id, sole_sweeper
 from raywb.orphans import sweep_node
 from raywb.reports import SweepReport
@@ -168,7 +170,8 @@ def test_requests_for_others_leave_room_for_ours(service: LocalService, tmp_path
 
     journal = Journal(base())
     journal.append(encode(hello(journal.source_id)), counted=False)
-    shipper = Shipper(journal, service.endpoint, lambda: None, endless)
+    blobs = BlobLane(Frozen(journal.directory), lambda reason: None)
+    shipper = Shipper(journal, service.endpoint, lambda: None, blobs, endless)
     shipper.start()
     began = time.monotonic()
     for _ in range(20):
