@@ -16,7 +16,7 @@ __all__ = ["SUPERSEDED", "set_aside"]
 SUPERSEDED = "superseded"
 
 
-def set_aside(directory: Path, run_id: str) -> bool:
+def set_aside(directory: Path, run_id: str) -> list[Path]:
     """Move the offline files of one run to where ``wandb sync wandb/offline-run-*`` finds none.
 
     Args:
@@ -24,7 +24,7 @@ def set_aside(directory: Path, run_id: str) -> bool:
         run_id: whose files; nobody writes to them any more.
 
     Returns:
-        Whether any of them, now or at an earlier call, had been uploaded.
+        All of them, also those that an earlier call moved.
 
     Raises:
         OSError: they cannot be moved.
@@ -33,5 +33,4 @@ def set_aside(directory: Path, run_id: str) -> bool:
     for segment in find_segments(directory / "wandb", run_id):
         aside.mkdir(exist_ok=True)
         segment.parent.rename(aside / segment.parent.name)
-    # W&B's client leaves such a mark beside what it has uploaded.
-    return any(Path(f"{path}.synced").exists() for path in find_segments(aside, run_id))
+    return find_segments(aside, run_id)

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Segment", "find_segments", "read_artifacts", "read_segment"]
+__all__ = ["Segment", "find_segments", "read_artifacts", "read_row_time", "read_segment"]
 
 _HEADER_BYTES = 7
 _BLOCK_BYTES = 32 * 1024
@@ -103,6 +103,24 @@ def read_segment(path: Path) -> Segment:
             ended = True
         alerts += kind == "alert"
     return Segment(rows, next_row, ended, frozenset(summary_keys), alerts)
+
+
+def read_row_time(path: Path, step: int) -> float | None:
+    """The time of the row with this step, unix seconds; None when the file has no such row."""
+    from google.protobuf.message import DecodeError
+    from wandb.proto import wandb_internal_pb2
+
+    record = wandb_internal_pb2.Record()
+    for message in _messages(path):
+        try:
+            record.ParseFromString(message)
+        except DecodeError:
+            return None
+        if record.WhichOneof("record_type") == "history" and record.history.step.num == step:
+            for item in record.history.item:
+                if "_timestamp" in (item.key, *item.nested_key):
+                    return float(item.value_json)
+    return None
 
 
 def read_artifacts(path: Path) -> Iterator[tuple[str, str]]:

@@ -22,7 +22,7 @@ from typing import IO, Any
 import msgspec
 
 from raywb.errors import RaywbError, SinkError
-from raywb.service.confirm import Shown, Watch, ask_run, ask_server
+from raywb.service.confirm import RunAtServer, Shown, Watch, ask_run, ask_server
 from raywb.service.offline_files import set_aside
 from raywb.service.sink_messages import (
     LEAVE_S,
@@ -57,6 +57,9 @@ CONFIRM_S = 20.0
 #: W&B's client sends rows to the server this often, in seconds, unless its settings say otherwise
 #: (``WANDB_X_FILE_STREAM_TRANSMIT_INTERVAL``); asking more often would show nothing new.
 TRANSMIT_INTERVAL_S = 15.0
+
+#: Two times of one row differ by less, in seconds: it was written as text in between.
+SAME_TIME_S = 0.001
 
 #: W&B's client keeps rows in memory until a block is full or this time has passed.
 FLUSH_INTERVAL_S = 1.0
@@ -161,8 +164,8 @@ class WandbSink:
         step = int(self._run.starting_step)
         self._base = step if request.base is None else request.base
         if request.began_offline:
-            uploaded = set_aside(Path(request.dir), request.run_id)
-            if uploaded and request.base is None:
+            files = set_aside(Path(request.dir), request.run_id)
+            if request.base is None and step and self._is_uploaded(request, files):
                 # What the server has are our own first rows, which somebody uploaded.
                 self._base = 0
         if step < self._base:
@@ -171,6 +174,17 @@ class WandbSink:
                 "which it was first opened: it was deleted or rewound; start a new run"
             )
         return step - self._base
+
+    def _is_uploaded(self, request: Open, files: list[Path]) -> bool:
+        """Whether the server's last row is one of these files: its time tells."""
+        from raywb.service.transaction_log import read_row_time
+
+        found = self._ask_run(request)
+        stamp = found.last_row.get("_timestamp") if found and found.last_row else None
+        if found is None or not isinstance(stamp, (int, float)):
+            return False
+        times = [read_row_time(path, found.next_step - 1) for path in files]
+        return any(time_s is not None and abs(time_s - stamp) < SAME_TIME_S for time_s in times)
 
     def _begin_watch(self, request: Open, next_step: int) -> float:
         """Ask the server for its step from now on; returns how often, in seconds."""
@@ -311,6 +325,15 @@ class WandbSink:
             end=end,
         )
 
+    def _ask_run(self, opened: Open) -> RunAtServer | None:
+        return ask_run(
+            opened.base_url or DEFAULT_BASE_URL,
+            opened.api_key,
+            entity=opened.entity or self._entity,
+            project=opened.project,
+            run_id=opened.run_id,
+        )
+
     @staticmethod
     def _summary_on_disk(opened: Open, summary: dict[str, Any]) -> bool:
         from raywb.service.transaction_log import find_segments, read_segment
@@ -319,13 +342,7 @@ class WandbSink:
         return summary.keys() <= read_segment(last).summary_keys
 
     def _summary_at_server(self, opened: Open, summary: dict[str, Any]) -> bool:
-        found = ask_run(
-            opened.base_url or DEFAULT_BASE_URL,
-            opened.api_key,
-            entity=opened.entity or self._entity,
-            project=opened.project,
-            run_id=opened.run_id,
-        )
+        found = self._ask_run(opened)
         return found is not None and all(
             key in found.summary and _is_shown(value, found.summary[key])
             for key, value in summary.items()
