@@ -147,7 +147,7 @@ class Streams:
         assert (run.run_id, run.group, run.overwritten) == ("run00001", "group", 0)
         assert run.state == "finished"
         assert run.config == {"lr": 0.1, "model": {"layers": 2}}
-        assert run.metrics["s0/peak"] == MetricDefinition(None, frozenset({"max"}))
+        assert run.metrics["s0/peak"] == MetricDefinition("s0/step", frozenset({"max"}))
         assert run.summary["s0/peak"] == {"max": 0}
         assert run.summary["s0/best"] == 7
         assert slowest_s < 1.0, "log() waited for somebody"
