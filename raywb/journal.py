@@ -266,7 +266,11 @@ class Journal:
         except OSError as error:
             return self._lose(_reason(error), counted)
         finally:
-            lock.release()
+            # Not ours when the wait for it was interrupted.
+            try:  # noqa: SIM105 - suppress() would take a third of the time of all of this
+                lock.release()
+            except RuntimeError:
+                pass
 
     def count_loss(self, reason: str) -> None:
         """Count a row that could not even be offered to ``append``."""
@@ -285,8 +289,10 @@ class Journal:
             # meets it too and is counted there.
             return True
         full = self._fd
-        self._fd, self._start, self._size = fd, start, 0
-        os.close(full)
+        try:
+            self._fd, self._start, self._size = fd, start, 0
+        finally:
+            os.close(full)
         return True
 
     def _lose(self, reason: str, counted: bool) -> bool:

@@ -69,8 +69,9 @@ def bring_home(
     if journal.is_free and not answer.home:
         # Its process may have ended while its disk was full. Totals may be told twice.
         last = journal.losses()
-        if not answer.ended:
-            last += frame(encode(End(time.time(), killed=True)))
+        if last or not answer.ended:
+            # The end stays the last thing in the ledger, or its source would seem to go on.
+            last += frame(encode(End(time.time(), killed=not answer.ended)))
         if last:
             yield sender.send(source_id, answer.end, last)
 

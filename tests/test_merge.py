@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -277,6 +278,30 @@ def test_interrupted_anywhere_the_outbox_is_the_same(tmp_path: Path, rounds: int
             )
             assert delivery.merge.lost == {"disk_full": 2}
         assert outboxes[0] == outboxes[1]
+
+
+def test_rows_behind_a_ledger_that_lost_its_end_are_delivered(tmp_path: Path) -> None:
+    """After a power cut the ledger may be shorter than what the outbox made of it."""
+    delivery = Delivery(tmp_path)
+    delivery.open_run(1)
+    first = stream(Channel(0, "s", None, None), *(Row(0, 1.0, n, {"x": n}) for n in range(20)))
+    delivery.ledger.append(A, 0, first)
+    delivery.advance(None)
+    delivery.close()
+    (segment,) = (tmp_path / "ledger").iterdir()
+    os.truncate(segment, 0)
+    delivery = Delivery(tmp_path)
+    delivery.open_run(1)
+    assert delivery.ledger.append(A, 0, first) == len(first), "its source sends it again"
+    delivery.ledger.append(B, 0, stream(Channel(0, "t", None, None), Row(0, 1.0, 1, {"y": 1})))
+    delivery.advance(None)
+    delivery.close()
+    delivery = Delivery(tmp_path)
+    delivery.advance(None)
+    found = rows_of(everything(delivery))
+    assert [row["s/x"] for row in found if "s/x" in row] == list(range(20))
+    assert [row["t/y"] for row in found if "t/y" in row] == [1]
+    assert len(found) == 21
 
 
 def _messages(chance: random.Random) -> list[Message]:

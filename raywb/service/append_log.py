@@ -143,8 +143,13 @@ class AppendLog:
         self._dirty = True
         return self.end
 
-    def _roll(self) -> None:
-        following = self.end
+    def skip_to(self, position: int) -> None:
+        """Go on at this position, if the log ends before it; what lies between is nothing."""
+        if self.end < position:
+            self._roll(position)
+
+    def _roll(self, following: int | None = None) -> None:
+        following = self.end if following is None else following
         fd = self._open(following)
         try:
             self.sync()

@@ -12,6 +12,7 @@ from typing import Any
 
 from raywb.errors import FrameError
 from raywb.rows import (
+    ACROSS_RANKS,
     MAX_ARTIFACT_BYTES,
     Alert,
     Artifact,
@@ -81,6 +82,8 @@ def _check_define(message: Define) -> None:
     _check_names(message)
     if not message.name or "*" in message.name[:-1]:
         raise FrameError(f"a metric called {message.name!r}")
+    if message.across_ranks is not None and message.across_ranks not in ACROSS_RANKS:
+        raise FrameError(f"values of ranks joined by {message.across_ranks[:48]!r}")
 
 
 def _check_update(message: Table | Artifact | Alert) -> None:

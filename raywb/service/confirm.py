@@ -12,6 +12,7 @@ step stands still are the only sign of it.
 from __future__ import annotations
 
 import base64
+import http.client
 import json
 import threading
 import urllib.request
@@ -149,7 +150,7 @@ def ask_run(
             state=bucket.get("state"),
             config_keys=frozenset(json.loads(config)) if config else None,
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError) as error:
         # The request carries the key in a header; neither is part of these errors' texts.
         raise SinkError(f"W&B's server could not be asked for its rows: {error!r}") from error
 
@@ -197,7 +198,7 @@ class Watch:
                 continue
             try:
                 self.next_step = max(self.next_step, self._ask().next_step)
-            except SinkError as error:
+            except Exception as error:  # noqa: BLE001 - there is a next question
                 self.error = str(error)
                 continue
             self.error = None

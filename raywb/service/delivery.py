@@ -20,6 +20,9 @@ from raywb.service.ranks import Waiting
 
 __all__ = ["Delivery"]
 
+#: A message's second byte, of those that are rows.
+_ROW_TAGS = {bytes([ROW_TAG]), bytes([TABLE_TAG])}
+
 _run_of = operator.attrgetter("run")
 _position_of = operator.attrgetter("next_position")
 
@@ -49,6 +52,8 @@ class Delivery:
         for batch in self.outbox.recover():
             self.merge.replay(batch)
             self._take(batch)
+        # A power cut may leave the ledger shorter than what the outbox has consumed of it.
+        self.ledger.skip_to(self.position)
         if self.outbox.damaged:
             self._recall()
 
@@ -158,7 +163,7 @@ class Delivery:
     def waiting_rows(self) -> int:
         """Rows in the ledger that belong to no run yet, since they came after a finish."""
         return sum(
-            found.payload[1] in (ROW_TAG, TABLE_TAG)
+            bytes(found.payload[1:2]) in _ROW_TAGS
             for entry in self.ledger.read(self.position)
             for found in scan(entry.data)
             if isinstance(found, Frame)
@@ -172,7 +177,8 @@ class Delivery:
             end = self.ledger.end_of(source_id)
             missing = None
             # What is still to be merged has not been counted.
-            if presence.rows is not None and source.consumed >= end:
+            is_merged = source.consumed >= end or source.used.covers(end - 1)
+            if presence.rows is not None and is_merged:
                 missing = max(presence.rows - source.rows, 0)
             found.append(
                 UnconfirmedSource(

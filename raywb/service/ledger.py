@@ -176,6 +176,10 @@ class Ledger:
         self._unsynced.add(source_id)
         return self._ends[source_id]
 
+    def skip_to(self, position: int) -> None:
+        """Make sure that what comes from now on lies behind a position that was consumed."""
+        self._log.skip_to(position)
+
     def read(self, position: int) -> Iterator[Entry]:
         """Yield the entries from ``position`` on, also what damage has left of one."""
         for piece in self._log.read_all(position):

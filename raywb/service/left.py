@@ -251,8 +251,10 @@ def take_in(delivery: Delivery, journal: FoundJournal) -> Iterator[None]:
     yield from _take_in_blobs(delivery.blobs, journal)
     # Its process may have ended while its disk was full. Totals may be told twice.
     end = journal.losses()
-    if not _ends_with_end(last):
-        end += frame(encode(End(time.time(), killed=True)))
+    ended = _ends_with_end(last)
+    if end or not ended:
+        # The end stays the last thing in the ledger, or its source would seem to go on.
+        end += frame(encode(End(time.time(), killed=not ended)))
     if end:
         ledger.append(source_id, ledger.end_of(source_id), end)
 

@@ -383,7 +383,9 @@ class Merge:
                 source.counters = _later(source.counters, known)
             case End():
                 source.ended = True
-                source.end = message
+                # Its own word counts, also when rows of an exit handler came behind it.
+                if source.end is None or source.end.killed:
+                    source.end = message
             case Owner():
                 source.owner = message
 

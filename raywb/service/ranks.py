@@ -130,7 +130,7 @@ def _combined(kind: str, values: list[Scalar]) -> Scalar:
         return values[0]
     if any(value != value for value in numbers):
         return math.nan
-    total = _COMBINE[kind](numbers)
+    total = _COMBINE.get(kind, _mean)(numbers)
     # msgpack, and W&B, take integers of 64 bits.
     return float(total) if isinstance(total, int) and total.bit_length() > 63 else total
 

@@ -103,6 +103,7 @@ class Runs:
         self._delivery = delivery
         self._keep_running = keep_running
         self._sinks: dict[int, SinkProcess] = {}
+        delivery.ledger.skip_to(max((run.cut or 0 for run in state.runs), default=0))
         self._updates: dict[int, Updates] = {}
 
     @property
@@ -430,6 +431,8 @@ class Runs:
                 run.cut = self._delivery.ledger.end
             if run.exit_code is None:
                 run.exit_code, run.crashed = exit_code, crashed
+            if self.rows_of(run) > (run.closed_rows or 0):
+                run.report = None
             save_state(self._directory, self._state)
         except OSError:
             for name, value in before.items():

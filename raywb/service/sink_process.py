@@ -249,6 +249,9 @@ class SinkProcess:
                 continue
             if self._finish is not None and self._updates.settled:
                 await self._end_run(self._finish.exit_code)
+                if self._outbox.rows_of(self._number) > self.delivered_rows:
+                    self._state = "opening"
+                    return  # more came while W&B ended the run: it is opened again for that
                 self._state = "finished"
                 self.done.set()
                 return
