@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
-import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
@@ -92,10 +90,9 @@ class Client:
         self._closed = False
         self._warned: set[str] = set()
         self._shapes: dict[int, Shape] = {}
-        # A row is counted without a lock: no thread can come between. To look counts as well.
-        self._count = itertools.count().__next__
-        self._looks = 0
-        self._look_lock = threading.RLock()
+        # Counted without a lock: Python changes threads at calls and at loops, and an addition
+        # has neither.
+        self._logged = 0
         #: Prefix of this client's keys, without the slash.
         self.stage = stage
         #: The run as it was known at ``attach()``.
@@ -127,7 +124,7 @@ class Client:
             mask, fixed = self._shapes.get(len(payload), NO_SHAPE)
             if _as_int(payload, "little") & mask == fixed or self._is_plain(payload, step, metrics):
                 self._connection.append(payload)
-                self._count()
+                self._logged += 1
                 return None
         return self._log_with_care(metrics, step)
 
@@ -171,7 +168,7 @@ class Client:
             size = f"a row of {len(payload)} bytes"
             return self._refuse([Refusal(next(iter(row)), size, f"{MAX_MESSAGE_BYTES} are most")])
         self._connection.append(payload)
-        self._count()
+        self._logged += 1
         return None
 
     def _refuse(self, refused: list[Refusal]) -> None:
@@ -263,7 +260,7 @@ class Client:
         connection = self._connection
         journal, shipper = connection.journal, connection.shipper
         return ClientStats(
-            logged=self._logged_rows(),
+            logged=self._logged,
             acked_bytes=journal.acknowledged if journal else 0,
             backlog_bytes=journal.backlog_bytes if journal else 0,
             rejected=connection.rejected,
@@ -271,11 +268,6 @@ class Client:
             failed_requests=shipper.failures if shipper else 0,
             last_error=shipper.last_error if shipper else None,
         )
-
-    def _logged_rows(self) -> int:
-        with self._look_lock:
-            self._looks += 1
-            return self._count() - self._looks + 1
 
     def open_series(self, namespace: str, *, label: str, axis: str) -> Series:
         """Open one of several series that share a namespace in the run.

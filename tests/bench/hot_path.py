@@ -234,6 +234,6 @@ def _line_of_peer(ours: Cost, name: str, peer: Peer, wanted: int | None, how: st
         f"(medians: {median_us / ours.median_us:.0f}x)",
         f"mean {mean_us:.0f} µs, median {median_us:.0f} µs"
         + (f"; wanted: at least {wanted}x" if wanted else ""),
-        f"ten floats, {how}; what the caller's loop loses for each row, the median of the rounds' means",
+        f"ten floats, {how}; what a row costs the caller's loop, median of the rounds' means",
         ratio >= wanted if wanted else None,
     )
