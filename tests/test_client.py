@@ -222,6 +222,7 @@ def test_threads_lose_nothing(service: LocalService) -> None:
         thread.start()
     for thread in threads:
         thread.join()
+    assert client.stats.logged == 4000
     assert client.flush(30.0)
     assert service.service.finish(60.0, 0).received_rows == 4000
     (run,) = read_runs(service.directory).values()

@@ -13,6 +13,7 @@ from unittest import mock
 
 from raywb.service import ingest
 from raywb.service.ingest import REQUESTS_PER_S, Ingest
+from raywb.service.liveness import Liveness
 from raywb.shipping import FIRST_PACE_S, Endpoint, spread
 from tests.bench.processes import at, flat_rows, in_processes, open_client, service_process
 from tests.bench.table import Line
@@ -91,7 +92,16 @@ def simulate(sources: int, seconds: int) -> list[int]:
     """Requests in each second when all sources come up at once, by the service's own pacing."""
     clock = SimpleNamespace(monotonic=lambda: now)
     now = 0.0
-    listener = Ingest(None, "", "", "off", on_append=lambda: None, has_ended=lambda _: False)  # type: ignore[arg-type]
+    listener = Ingest(
+        None,  # type: ignore[arg-type]
+        "",
+        "",
+        "off",
+        on_append=lambda: None,
+        liveness=Liveness(lambda: now),
+        silent_after_s=30.0,
+        run_closed=lambda: False,
+    )
     due = [(random.random() * FIRST_PACE_S, f"{n:032x}") for n in range(sources)]
     heapq.heapify(due)
     requests = [0] * seconds
@@ -99,7 +109,7 @@ def simulate(sources: int, seconds: int) -> list[int]:
         while due[0][0] < seconds:
             now, source_id = due[0]
             requests[int(now)] += 1
-            listener.heard[source_id] = now
+            listener.heard[source_id] = listener._gave[source_id] = now
             heapq.heapreplace(due, (now + spread(listener._pace()), source_id))
     return requests
 
