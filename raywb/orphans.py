@@ -66,7 +66,8 @@ def bring_home(
     # Before the end: a source whose files are not home has not ended.
     for _ in bring_blobs_home(sender, journal.directory):
         yield answer
-    if journal.is_free and not answer.home:
+    # What lies behind the journal's own end was written in its place by an earlier visit.
+    if journal.is_free and not answer.home and answer.end <= target:
         # Its process may have ended while its disk was full. Totals may be told twice.
         last = journal.losses()
         if last or not answer.ended:
