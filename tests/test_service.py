@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 import pytest
 from local_service import CLUSTER, LocalService, local_service
+from ray_cluster import until
 from wandb_file import read_runs
 from wandb_server import WandbServer
 
@@ -528,9 +529,8 @@ def test_a_dead_process_is_swept(service: LocalService) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(pid, 0)
     assert client.flush()
-    swept = service.sweep()
-    assert (swept.journals, swept.removed, swept.failed) == (2, 1, {})
-    assert service.sweep().journals == 1
+    # Its neighbour, our own process, may be about to do the same.
+    until("the dead process's journal to be gone", lambda: service.sweep().journals == 1)
     assert service.service.finish(60.0, 0).received_rows == 2
     assert sorted(row["s/x"] for row in history(service)) == [0, 1]
 
