@@ -13,7 +13,7 @@ import random
 import threading
 import time
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import msgspec
 
@@ -24,6 +24,8 @@ from raywb.rows import PROTOCOL
 __all__ = ["Answer", "Endpoint", "Sender", "Shipper"]
 
 _log = logging.getLogger(__name__)
+
+_AnswerT = TypeVar("_AnswerT")
 
 #: Most bytes in one request; the service reads up to four times that.
 BATCH_BYTES = 2 * 1024 * 1024
@@ -114,11 +116,7 @@ class Sender:
         path = f"/v1/frames?source={source_id}&offset={offset}{'&gap=1' if gap else ''}"
         if rows is not None:
             path += f"&rows={rows}"
-        body = self._request("POST", path, data)
-        try:
-            return msgspec.json.decode(body, type=Answer)
-        except msgspec.DecodeError as error:
-            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+        return self._request("POST", path, data, Answer)
 
     def send_piece(self, digest: str, size: int, offset: int, data: bytes) -> PieceAnswer:
         """Offer a piece of a blob; an empty one asks how far it has come.
@@ -128,13 +126,9 @@ class Sender:
             OSError: no answer, or one that is no acceptance; its text says which.
         """
         path = f"/v1/blobs/{digest}?offset={offset}&size={size}"
-        body = self._request("PUT", path, data)
-        try:
-            return msgspec.json.decode(body, type=PieceAnswer)
-        except msgspec.DecodeError as error:
-            raise ConnectionError(f"an answer that makes no sense: {error}") from error
+        return self._request("PUT", path, data, PieceAnswer)
 
-    def _request(self, method: str, path: str, data: bytes) -> bytes:
+    def _request(self, method: str, path: str, data: bytes, expected: type[_AnswerT]) -> _AnswerT:
         try:
             self._connection.request(method, path, body=data, headers=self._headers)
             response = self._connection.getresponse()
@@ -148,7 +142,10 @@ class Sender:
         if response.status != 200:
             text = f"HTTP {response.status}: {body[:200].decode(errors='replace')}"
             raise BlobRefused(text) if response.status in (409, 413) else ConnectionError(text)
-        return body
+        try:
+            return msgspec.json.decode(body, type=expected)
+        except msgspec.DecodeError as error:
+            raise ConnectionError(f"an answer that makes no sense: {error}") from error
 
     def deliver(
         self,

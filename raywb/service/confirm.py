@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 from raywb.errors import SinkError
 
-__all__ = ["RunAtServer", "Shown", "Standstill", "Watch", "ask_run", "ask_server"]
+__all__ = ["RunAtServer", "Shown", "Standstill", "Watch", "ask_run"]
 
 #: Longest wait for the answer, in seconds.
 TIMEOUT_S = 15.0
@@ -84,32 +84,6 @@ class Shown(NamedTuple):
         return self.state not in ("pending", "running", "crashed")
 
 
-def ask_server(
-    base_url: str,
-    api_key: str | None,
-    *,
-    entity: str | None,
-    project: str,
-    run_id: str,
-    end: bool = False,
-) -> Shown:
-    """How far the server has come with this run; nowhere when it does not know it.
-
-    Args:
-        base_url: the server's address.
-        api_key: W&B's key.
-        entity: the run's team or user; None is the key's own.
-        project: the run's project.
-        run_id: the run.
-        end: ask for state and config, too.
-
-    Raises:
-        SinkError: the server cannot be asked, or gives no answer that makes sense.
-    """
-    run = ask_run(base_url, api_key, entity=entity, project=project, run_id=run_id, end=end)
-    return Shown(run.next_step, run.state, run.config_keys) if run else Shown(0)
-
-
 def ask_run(
     base_url: str,
     api_key: str | None,
@@ -121,7 +95,13 @@ def ask_run(
 ) -> RunAtServer | None:
     """What the server has of this run; None when it does not know it.
 
-    ``end`` asks for state and config, too; see :func:`ask_server`.
+    Args:
+        base_url: the server's address.
+        api_key: W&B's key.
+        entity: the run's team or user; None is the key's own.
+        project: the run's project.
+        run_id: the run.
+        end: ask for state and config, too.
 
     Raises:
         SinkError: the server cannot be asked, or gives no answer that makes sense.

@@ -412,11 +412,6 @@ class Runs:
             crashed: leave the run without W&B's own finish.
             swept: what the sweep of the nodes found that came before, where there was one.
 
-        Args:
-            run: the last run.
-            exit_code: how it ends.
-            swept: what the sweep of the nodes found that came before, where there was one.
-
         Raises:
             OSError: the outbox takes nothing, or the state cannot be written down.
         """

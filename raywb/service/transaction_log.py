@@ -13,7 +13,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 __all__ = ["Segment", "find_segments", "read_artifacts", "read_row_time", "read_segment"]
 
@@ -75,23 +75,28 @@ def _messages(path: Path) -> Iterator[bytes]:
             offset = 0
 
 
-def read_segment(path: Path) -> Segment:
-    """Count the rows of a file, from its history records."""
+def _records(path: Path) -> Iterator[tuple[str | None, Any]]:
+    """Yield kind and record of what a file holds, up to the first damage; each until the next."""
     from google.protobuf.message import DecodeError
     from wandb.proto import wandb_internal_pb2
 
-    rows = 0
-    next_row = 0
-    ended = False
-    alerts = 0
-    summary_keys: set[str] = set()
     record = wandb_internal_pb2.Record()
     for message in _messages(path):
         try:
             record.ParseFromString(message)
         except DecodeError:
-            break
-        kind = record.WhichOneof("record_type")
+            return
+        yield record.WhichOneof("record_type"), record
+
+
+def read_segment(path: Path) -> Segment:
+    """Count the rows of a file, from its history records."""
+    rows = 0
+    next_row = 0
+    ended = False
+    alerts = 0
+    summary_keys: set[str] = set()
+    for kind, record in _records(path):
         if kind == "history":
             rows += 1
             next_row = record.history.step.num + 1
@@ -107,16 +112,8 @@ def read_segment(path: Path) -> Segment:
 
 def read_row_time(path: Path, step: int) -> float | None:
     """The time of the row with this step, unix seconds; None when the file has no such row."""
-    from google.protobuf.message import DecodeError
-    from wandb.proto import wandb_internal_pb2
-
-    record = wandb_internal_pb2.Record()
-    for message in _messages(path):
-        try:
-            record.ParseFromString(message)
-        except DecodeError:
-            return None
-        if record.WhichOneof("record_type") == "history" and record.history.step.num == step:
+    for kind, record in _records(path):
+        if kind == "history" and record.history.step.num == step:
             for item in record.history.item:
                 if "_timestamp" in (item.key, *item.nested_key):
                     return float(item.value_json)
@@ -125,14 +122,6 @@ def read_row_time(path: Path, step: int) -> float | None:
 
 def read_artifacts(path: Path) -> Iterator[tuple[str, str]]:
     """Yield name and digest of the artifacts that a file asks W&B to keep."""
-    from google.protobuf.message import DecodeError
-    from wandb.proto import wandb_internal_pb2
-
-    record = wandb_internal_pb2.Record()
-    for message in _messages(path):
-        try:
-            record.ParseFromString(message)
-        except DecodeError:
-            return
-        if record.WhichOneof("record_type") == "artifact":
+    for kind, record in _records(path):
+        if kind == "artifact":
             yield record.artifact.name, record.artifact.digest

@@ -22,7 +22,7 @@ from typing import IO, Any
 import msgspec
 
 from raywb.errors import RaywbError, SinkError
-from raywb.service.confirm import RunAtServer, Shown, Watch, ask_run, ask_server
+from raywb.service.confirm import RunAtServer, Shown, Watch, ask_run
 from raywb.service.offline_files import set_aside
 from raywb.service.sink_messages import (
     LEAVE_S,
@@ -316,22 +316,17 @@ class WandbSink:
         return Shown(sum(read_segment(path).rows for path in segments))
 
     def _ask_server(self, opened: Open, *, end: bool = False) -> Shown:
-        return ask_server(
-            opened.base_url or DEFAULT_BASE_URL,
-            opened.api_key,
-            entity=opened.entity or self._entity,
-            project=opened.project,
-            run_id=opened.run_id,
-            end=end,
-        )
+        run = self._ask_run(opened, end=end)
+        return Shown(run.next_step, run.state, run.config_keys) if run else Shown(0)
 
-    def _ask_run(self, opened: Open) -> RunAtServer | None:
+    def _ask_run(self, opened: Open, *, end: bool = False) -> RunAtServer | None:
         return ask_run(
             opened.base_url or DEFAULT_BASE_URL,
             opened.api_key,
             entity=opened.entity or self._entity,
             project=opened.project,
             run_id=opened.run_id,
+            end=end,
         )
 
     @staticmethod
