@@ -264,24 +264,25 @@ def test_what_a_dead_sink_was_working_on_is_handed_over_again(
     assert (artifact.committed, artifact.files) == (True, {"data.bin": b"1" * 1000})
 
 
-def test_the_same_contents_are_one_version(
+def test_versions_are_numbered_in_the_order_of_logging(
     service: LocalService, server: WandbServer, tmp_path: Path
 ) -> None:
-    """An artifact that is logged again is the same version; other contents are the next one."""
+    """Versions of one name arrive one after the other; the same contents are the same version."""
     service.up()
     start_online(service, server)
     client = service.client("s")
     path = tmp_path / "model.bin"
-    for text in ("one", "one", "two"):
-        path.write_text(text)
+    # The first ones take longest to upload.
+    contents = [bytes([n]) * (1 + (3 - n) * 2_000_000) for n in (0, 0, 1, 2, 3)]
+    for content in contents:
+        path.write_bytes(content)
         client.log_artifact(path, "model", "model")
-        assert client.flush()
-        service.wait_for(lambda status: not status.undelivered_updates)
+    client.log_artifact(path, "other", "model")
+    assert client.flush()
     assert service.service.finish(60.0, 0).complete
-    assert [(one.version, one.files) for one in server.artifacts] == [
-        (0, {"model.bin": b"one"}),
-        (1, {"model.bin": b"two"}),
-    ]
+    models = [one for one in server.artifacts if one.name == "model"]
+    assert [one.version for one in models] == [0, 1, 2, 3]
+    assert [one.files["model.bin"] for one in models] == contents[1:]
 
 
 def test_an_artifact_whose_files_never_come_is_reported(service: LocalService) -> None:

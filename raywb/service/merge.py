@@ -56,7 +56,7 @@ from raywb.service.outbox import (
     State,
 )
 from raywb.service.ranges import Ranges
-from raywb.service.ranks import Group, Part, RankMerge, Waiting
+from raywb.service.ranks import Group, Part, RankMerge, Seat, Waiting
 
 __all__ = ["Merge", "Source"]
 
@@ -79,6 +79,8 @@ class Source:
 
     hello: Hello | None = None
     channels: dict[int, Channel] = dataclasses.field(default_factory=dict)
+    #: Of those channels whose rows meet those of other ranks.
+    seats: dict[int, Seat] = dataclasses.field(default_factory=dict)
     counters: Counters = dataclasses.field(default_factory=lambda: Counters(0, {}))
     rows: int = 0
     #: Everything before it was seen since the service's start, and what before that was used.
@@ -357,7 +359,9 @@ class Merge:
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
                 if isinstance(message, Channel) and _has_rank(message):
-                    number = self._attempt(source_id, message)
+                    rank, world_size = message.rank or 0, message.world_size or 1
+                    prefix = _stage_prefix(message)
+                    number = self._ranks.number_of(prefix, source_id, rank, world_size)
                     batch.state.append((source_id, AttemptNumber(message.channel, number)))
 
     def _note(self, source_id: str, source: Source, message: State) -> None:
@@ -378,6 +382,7 @@ class Merge:
                 source.hello = message
             case Channel():
                 source.channels[message.channel] = message
+                source.seats.pop(message.channel, None)
             case Counters():
                 known = self._known_reasons(message)
                 source.counters = _later(source.counters, known)
@@ -408,8 +413,14 @@ class Merge:
             stamp = values.pop("_timestamp")
             if not isinstance(stamp, str) and math.isfinite(stamp):
                 time_s = float(stamp)
-        if channel is not None and _has_rank(channel) and _is_ordered(row.step):
-            self._use_ranked(entry, channel, row.step, Part(time_s, values), frame)
+        seat = source.seats.get(row.channel)
+        if seat is None and channel is not None and _has_rank(channel):
+            seat = self._take_seat(entry.source_id, source, channel)
+        if seat is not None and _is_ordered(row.step):
+            part = Part(seat.rank, time_s, values)
+            groups = self._ranks.add(seat, row.step, part, frame, entry.position, entry.now_s)
+            if groups:
+                self._use_groups(groups, batch)
             return False
         prefix = self._prefix(entry.source_id, source, row.channel, batch)
         metrics: dict[str, Scalar] = {prefix + key: value for key, value in values.items()}
@@ -450,31 +461,12 @@ class Merge:
         elif step is not None:
             self._definitions.put_steps(items, prefix, metrics, step)
 
-    def _use_ranked(
-        self,
-        entry: _Entry,
-        channel: Channel,
-        step: int | float,
-        part: Part,
-        frame: tuple[str, int, int],
-    ) -> None:
-        number = self._attempt(entry.source_id, channel)
-        groups = self._ranks.add(
-            _stage_prefix(channel),
-            number,
-            channel.rank or 0,
-            step,
-            part,
-            frame,
-            entry.position,
-            entry.now_s,
-        )
-        self._use_groups(groups, entry.batch)
-
-    def _attempt(self, source_id: str, channel: Channel) -> int:
-        """The attempt of a channel with a rank; decided when it is opened."""
+    def _take_seat(self, source_id: str, source: Source, channel: Channel) -> Seat:
+        """Where a channel's rows meet those of other ranks; decided when it was opened."""
         rank, world_size = channel.rank or 0, channel.world_size or 1
-        return self._ranks.number_of(_stage_prefix(channel), source_id, rank, world_size)
+        seat = self._ranks.seat(_stage_prefix(channel), source_id, rank, world_size)
+        source.seats[channel.channel] = seat
+        return seat
 
     def _use_groups(self, groups: list[Group], batch: Batch) -> None:
         """One row for each group, and the ranges of those that it was made of."""

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import statistics
+import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 from raywb.rows import Scalar
 
@@ -46,8 +46,17 @@ class Waiting(NamedTuple):
 class Part:
     """What one rank has logged for a group."""
 
+    rank: int
     time_s: float
     metrics: dict[str, Scalar]
+
+
+class Seat(NamedTuple):
+    """A source's place among the ranks of a stage."""
+
+    prefix: str
+    attempt: _Attempt
+    rank: int
 
 
 @dataclasses.dataclass(slots=True)
@@ -80,59 +89,54 @@ class Group:
     def metrics(self, kind_of: Callable[[str], str]) -> dict[str, Scalar]:
         """The values of the merged row, keys relative to the stage.
 
-        ``ranks`` says how many took part; of more than one, ``straggler_rank`` names the last,
-        and ``straggler_lag_s`` is how much later than the others' median it was.
+        ``ranks`` says how many took part; of more than one, ``slowest_rank`` names the last, and
+        ``rank_spread_s`` is how much later than the first it was.
 
         Args:
             kind_of: how the values of a key, given in full, become one; see
                 :data:`raywb.rows.ACROSS_RANKS`.
         """
-        ranks = sorted(self.parts)
-        columns: dict[str, list[tuple[int, Scalar]]] = {}
-        for rank in ranks:
-            for key, value in self.parts[rank].metrics.items():
-                columns.setdefault(key, []).append((rank, value))
+        parts = [self.parts[rank] for rank in sorted(self.parts)]
+        keys = parts[0].metrics.keys()
+        alike = all(part.metrics.keys() == keys for part in parts)
         merged: dict[str, Scalar] = {}
-        for key, column in columns.items():
+        for key in keys if alike else {key: 0 for part in parts for key in part.metrics}:
+            having = parts if alike else [part for part in parts if key in part.metrics]
             kind = kind_of(self.prefix + key)
             if kind == "per_rank":
-                merged |= {f"{key}/rank_{rank}": value for rank, value in column}
+                for part in having:
+                    merged[f"{key}/rank_{part.rank}"] = part.metrics[key]
             elif kind == "last":
-                latest = max(column, key=lambda item: self.parts[item[0]].time_s)
-                merged[key] = latest[1]
+                merged[key] = max(having, key=_time_of).metrics[key]
             else:
-                merged[key] = _combined(kind, [value for _, value in column])
-        merged["ranks"] = len(ranks)
-        if len(ranks) > 1:
-            last = max(ranks, key=lambda rank: self.parts[rank].time_s)
-            others = statistics.median(self.parts[r].time_s for r in ranks if r != last)
-            merged["straggler_rank"] = last
-            merged["straggler_lag_s"] = round(self.parts[last].time_s - others, 6)
+                merged[key] = _combined(kind, [part.metrics[key] for part in having])
+        merged["ranks"] = len(parts)
+        if len(parts) > 1:
+            slowest = max(parts, key=_time_of)
+            merged["slowest_rank"] = slowest.rank
+            merged["rank_spread_s"] = round(slowest.time_s - min(map(_time_of, parts)), 6)
         return merged
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+_time_of = operator.attrgetter("time_s")
 
-
-_COMBINE: dict[str, Callable[[list[float]], float]] = {
-    "mean": _mean,
-    "min": min,
-    "max": max,
-    "sum": sum,
-}
+_COMBINE: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "sum": sum}
 
 
 def _combined(kind: str, values: list[Scalar]) -> Scalar:
     """One value of many; of texts, which cannot be added up, the lowest rank's."""
-    numbers = [value for value in values if not isinstance(value, str)]
-    if len(numbers) < len(values):
+    numbers = cast("list[float]", values)
+    try:
+        total = sum(numbers)
+    except TypeError:
         return values[0]
-    if any(value != value for value in numbers):
+    if kind not in _COMBINE:
+        return total / len(values)
+    if total != total:
         return math.nan
-    total = _COMBINE.get(kind, _mean)(numbers)
+    found = _COMBINE[kind](numbers)
     # msgpack, and W&B, take integers of 64 bits.
-    return float(total) if isinstance(total, int) and total.bit_length() > 63 else total
+    return float(found) if isinstance(found, int) and found.bit_length() > 63 else found
 
 
 class _Attempt:
@@ -165,8 +169,8 @@ class _Attempt:
     def key_for(self, rank: int, step: _Step, metrics: dict[str, Scalar]) -> _Key:
         """The step and the round in which a row of this rank belongs."""
         last = self.rounds.get(rank)
-        number = last[1] if last is not None and last[0] == step else 0
         again = last is not None and last[0] == step
+        number = last[1] if last is not None and again else 0
         while True:
             group = self.groups.get((step, number))
             part = group.parts.get(rank) if group is not None else None
@@ -245,6 +249,11 @@ class RankMerge:
         self.assign(prefix, source_id, rank, world_size, number)
         return number
 
+    def seat(self, prefix: str, source_id: str, rank: int, world_size: int) -> Seat:
+        """Where rows of a source's rank go; always the same."""
+        number = self.number_of(prefix, source_id, rank, world_size)
+        return Seat(prefix, self._attempts[prefix][number], rank)
+
     def assign(self, prefix: str, source_id: str, rank: int, world_size: int, number: int) -> None:
         """Put a source's rank into an attempt, as it was decided before a restart."""
         attempts = self._attempts.setdefault(prefix, [])
@@ -256,9 +265,7 @@ class RankMerge:
 
     def add(
         self,
-        prefix: str,
-        number: int,
-        rank: int,
+        seat: Seat,
         step: _Step,
         part: Part,
         frame: tuple[str, int, int],
@@ -266,8 +273,9 @@ class RankMerge:
         now_s: float,
     ) -> list[Group]:
         """Take a row in; returns the groups that are done by it."""
-        attempt = self._attempts[prefix][number]
-        attempt.expect(rank)
+        prefix, attempt, rank = seat
+        if rank not in attempt.expected:
+            attempt.expect(rank)
         key = attempt.key_for(rank, step, part.metrics)
         group = attempt.groups.get(key)
         if group is None:
@@ -286,7 +294,7 @@ class RankMerge:
         attempt.rounds[rank] = key
         attempt.progress[rank] = max(attempt.progress.get(rank, step), step)
         self.rows += 1
-        return self._finished(attempt.take([key]) if group.missing == 0 else [])
+        return self._finished(attempt.take([key])) if group.missing == 0 else []
 
     def end_source(self, source_id: str) -> list[Group]:
         """A source has ended: none of its ranks is waited for; returns what is done by it."""

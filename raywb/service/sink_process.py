@@ -115,6 +115,8 @@ class SinkProcess:
         self._restarts = 0
         self._last_error: str | None = None
         self._child: asyncio.subprocess.Process | None = None
+        #: Requests with rows that the child has not answered yet.
+        self._unanswered = 0
         self._wake = asyncio.Event()
         self._again = asyncio.Event()
         self._finish: Finish | None = None
@@ -215,6 +217,7 @@ class SinkProcess:
     async def _session(self) -> None:
         """One child's life: open, feed, confirm, finish."""
         request = self._open_request()
+        self._unanswered = 0
         with self._open_stderr() as stderr:
             self._child = await asyncio.create_subprocess_exec(
                 sys.executable,
@@ -236,14 +239,14 @@ class SinkProcess:
                 confirmed_at = loop.time()
                 await self._confirm()
             if self._window_is_full:
+                await self._settle()
                 await self._woken(interval_s)
                 continue
             items = self._outbox.read(cursor, ROWS_PER_REQUEST)
             for start in range(0, len(items), ROWS_PER_REQUEST):
-                request_items = items[start : start + ROWS_PER_REQUEST]
-                applied = await self._ask(_apply_request(request_items), Applied)
-                self._updates.note_tables(applied.tables)
-                self.delivered_rows = applied.next_row
+                await self._apply(items[start : start + ROWS_PER_REQUEST])
+            if not items:
+                await self._settle()
             pause_s = await self._updates.step(self._ask, self.delivered_rows)
             if items:
                 continue
@@ -297,7 +300,8 @@ class SinkProcess:
     @property
     def _window_is_full(self) -> bool:
         online = self.run.mode == "online"
-        return online and self.delivered_rows - self.confirmed_rows >= MOST_UNCONFIRMED_ROWS
+        handed_rows = self.delivered_rows + self._unanswered * ROWS_PER_REQUEST
+        return online and handed_rows - self.confirmed_rows >= MOST_UNCONFIRMED_ROWS
 
     async def _woken(self, timeout_s: float | None) -> None:
         """Wait until there is something to do, or it is time to look at the server's step."""
@@ -336,21 +340,47 @@ class SinkProcess:
         self._updates.end_session(finished.updates)
         self.delivered_rows = self.confirmed_rows = finished.rows
 
+    async def _apply(self, items: list[tuple[int | None, Item]]) -> None:
+        """Hand rows over, and hear what became of those before them.
+
+        So the child finds its next rows in the pipe when it is done with these.
+        """
+        self._pipes[0].write(pack(_apply_request(items)))
+        self._unanswered += 1
+        await self._settle(1)
+
+    async def _settle(self, ahead: int = 0) -> None:
+        """Hear what became of rows that were handed over, but for the last few requests."""
+        while self._unanswered > ahead:
+            applied = await self._answer("apply", Applied, self._deadline_s)
+            self._unanswered -= 1
+            self._updates.note_tables(applied.tables)
+            self.delivered_rows = applied.next_row
+
     async def _ask(
         self, request: Request, expected: type[_ReplyT], deadline_s: float | None = None
     ) -> _ReplyT:
         """Send one request and read its answer, within the deadline."""
-        deadline_s = deadline_s or self._deadline_s
+        await self._settle()
+        self._pipes[0].write(pack(request))
+        what = type(request).__name__.lower()
+        return await self._answer(what, expected, deadline_s or self._deadline_s)
+
+    @property
+    def _pipes(self) -> tuple[asyncio.StreamWriter, asyncio.StreamReader]:
+        """To the child, and from it."""
         child = self._child
         if child is None or child.stdin is None or child.stdout is None:
             raise SinkError("the sink's process is not running")
-        what = type(request).__name__.lower()
+        return child.stdin, child.stdout
+
+    async def _answer(self, what: str, expected: type[_ReplyT], deadline_s: float) -> _ReplyT:
+        requests, answers = self._pipes
         try:
             async with asyncio.timeout(deadline_s):
-                child.stdin.write(pack(request))
-                await child.stdin.drain()
-                header = await child.stdout.readexactly(LENGTH.size)
-                body = await child.stdout.readexactly(LENGTH.unpack(header)[0])
+                await requests.drain()
+                header = await answers.readexactly(LENGTH.size)
+                body = await answers.readexactly(LENGTH.unpack(header)[0])
         except TimeoutError:
             raise SinkError(
                 f"W&B's client did not answer {what!r} within {deadline_s:g} s"

@@ -171,9 +171,13 @@ class Updates:
         now = time.monotonic()
         self._settle_alerts(sum(now - sent_at > ALERT_LEAVES_S for sent_at in self._sent_at))
         await self._hear(ask)
+        before: set[str] = set()
         for number, attempts in list(self._pending.items()):
-            if attempts.state == "waiting" and attempts.due_at <= time.monotonic():
-                await self._begin(number, attempts, ask, applied_rows)
+            is_due = attempts.state == "waiting" and attempts.due_at <= time.monotonic()
+            if is_due and attempts.name not in before:
+                await self._begin(number, attempts, ask, applied_rows, before)
+            if attempts.name and self._may_come(attempts):
+                before.add(attempts.name)
         if any(attempts.state == "working" for attempts in self._pending.values()):
             return ASK_EVERY_S
         due_at = [a.due_at for a in self._pending.values() if a.failed and a.state == "waiting"]
@@ -202,7 +206,13 @@ class Updates:
             self.note_done(done)
             self._on_done()
 
-    async def _begin(self, number: int, attempts: _Attempts, ask: Ask, applied_rows: int) -> None:
+    async def _begin(
+        self, number: int, attempts: _Attempts, ask: Ask, applied_rows: int, before: set[str]
+    ) -> None:
+        """Hand one over, unless an earlier one of its name (in ``before``) is on its way.
+
+        W&B numbers the versions of a name in the order in which they arrive.
+        """
         if attempts.waits_for is not None and not self._blobs.has(attempts.waits_for):
             return
         working = sum(one.state == "working" for one in self._pending.values())
@@ -214,6 +224,9 @@ class Updates:
             attempts.fail(str(error))
             return
         again = number < self._again
+        attempts.name = _artifact_name(update.item)
+        if attempts.name in before:
+            return
         match update.item:
             case OutAlert():
                 await self._alert(number, attempts, ask, update.item)
@@ -335,14 +348,26 @@ class Updates:
         return {file.digest for artifact in artifacts for file in artifact.files}
 
 
+def _artifact_name(item: OutRow | OutArtifact | OutAlert) -> str:
+    """What tells artifacts of one name from those of another; nothing for an alert."""
+    match item:
+        case OutArtifact(name=name):
+            return f"artifact {name}"
+        case OutRow(table=table) if table is not None:
+            return f"table {table.key}"
+    return ""
+
+
 class _Attempts:
     """What was tried with one update: ``waiting``, ``working`` or ``handed``.
 
-    ``handed`` is what W&B's client has in hand offline: it is in its files when the run ends.
+    ``name`` is empty until it is known. ``handed`` is what W&B's client has in hand offline: it
+    is in its files when the run ends.
     """
 
     def __init__(self) -> None:
         self.state = "waiting"
+        self.name = ""
         self.failed = 0
         self.due_at = 0.0
         self.error = ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import multiprocessing
+import os
 import random
 import signal
 import subprocess
@@ -84,7 +85,12 @@ class ServiceProcess:
 def service_process(
     directory: Path, *, mode: str = "offline", looking: bool = False
 ) -> Iterator[ServiceProcess]:
-    """A service that lives as long as the block; with ``looking`` it notes each delivery."""
+    """A service that lives as long as the block; with ``looking`` it notes each delivery.
+
+    Its clients have journals of their own: those that an earlier service left behind would be
+    brought home to this one.
+    """
+    os.environ["RAYWB_JOURNAL_DIR"] = str(directory / "journals")
     service = ServiceProcess(directory / "service", mode=mode, looking=looking)
     try:
         if mode == "offline":
