@@ -20,6 +20,8 @@ from wandb_server import WandbServer
 from raywb.cluster import Cluster
 from raywb.connection import Connection
 from raywb.reports import RunInfo
+from raywb.service import owner
+from raywb.settings import journal_base
 
 #: A driver as start() makes one: it owns the run, logs, and ends in the way that it is told.
 DRIVER = """
@@ -129,6 +131,23 @@ def test_the_owners_end_is_the_runs(
         assert (report.state, report.complete, report.delivered_rows) == (state, True, 100)
         assert written(service).exit_code == int(state == "failed")
     assert written(service).values("s/x") == list(range(100))
+
+
+def test_what_cannot_be_read_does_not_keep_the_run_open(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A broken journal beside a failed owner's: the run ends after a while, and names it."""
+    monkeypatch.setattr(owner, "SETTLE_S", 0.0)
+    monkeypatch.setattr(owner, "SWEEP_S", 1.0)
+    broken = journal_base(None, CLUSTER.cluster_id) / ("0" * 32)
+    (broken / f"{0:020}.seg").mkdir(parents=True)
+    (broken / "lock").touch()
+    info, _ = service.start()
+    assert drive(service, info, "raise") == 1
+    service.wait_for(lambda status: status.finished)
+    report = service.service.finish(60.0, 0)
+    assert (report.state, report.delivered_rows) == ("failed", 100)
+    assert [source.source_id for source in report.unconfirmed] == [broken.name]
 
 
 def test_a_killed_owner_leaves_a_crashed_run(service: LocalService) -> None:

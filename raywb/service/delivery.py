@@ -49,6 +49,8 @@ class Delivery:
         self.folds: dict[int, Fold] = {}
         self.position = 0
         self._unwritten: Batch | None = None
+        #: Rows that wait for a run: from which position, up to which, and how many.
+        self._waiting = (0, 0, 0)
         for batch in self.outbox.recover():
             self.merge.replay(batch)
             self._take(batch)
@@ -161,13 +163,21 @@ class Delivery:
             self._unwritten = None
 
     def waiting_rows(self) -> int:
-        """Rows in the ledger that belong to no run yet, since they came after a finish."""
-        return sum(
+        """Rows in the ledger that belong to no run yet, since they came after a finish.
+
+        What was counted once is not read again while it waits.
+        """
+        since, end, rows = self._waiting
+        if since != self.position:
+            end, rows = self.position, 0
+        rows += sum(
             bytes(found.payload[1:2]) in _ROW_TAGS
-            for entry in self.ledger.read(self.position)
+            for entry in self.ledger.read(end)
             for found in scan(entry.data)
             if isinstance(found, Frame)
         )
+        self._waiting = (self.position, self.ledger.end, rows)
+        return rows
 
     def unconfirmed(self) -> list[UnconfirmedSource]:
         """Sources that fell silent, and whose journal cannot be had, as far as is known."""

@@ -28,6 +28,9 @@ SETTLE_S = 3.0
 #: How long what they left on this node is looked for after that, in seconds.
 SWEEP_S = 10.0
 
+#: Longest that rows are made without a look at what else there is to do, in seconds.
+MERGE_STEP_S = 0.05
+
 
 class OwnerWatch:
     """Looks after the open run's owner.
@@ -87,16 +90,36 @@ class OwnerWatch:
         return source.owner is not None and _is_free(Path(source.owner.journal) / "lock")
 
     async def _ended(self, run: RunState, source: Source) -> None:
-        """The owner ended by itself, and said how."""
+        """The owner ended by itself, and said how.
+
+        Raises:
+            OSError: something that it left cannot be taken in; given up after a while, and
+                named in the run's report.
+        """
         owner, end = source.owner, source.end
         if owner is None or end is None or end.failed is None:
+            return
+        dead_s = self._dead_s()
+        failed: dict[str, str] = {}
+        if owner.ends_cluster or (end.failed and not self._others(run, source)):
+            failed = await self._bring_home(owner.journal)
+            if failed and dead_s < SETTLE_S + SWEEP_S:
+                raise OSError("; ".join(failed.values()))
+        # All may be otherwise after the wait: somebody called finish(), or attached.
+        if self._runs.open is not run:
             return
         if not owner.ends_cluster and (not end.failed or self._others(run, source)):
             self._runs.rest(run, False)
             return
-        await self._bring_home(owner.journal)
-        swept = None if owner.ends_cluster else SweepReport(unreached=self._away(run, source))
-        self._runs.end(run, int(end.failed), swept)
+        unreached = [] if owner.ends_cluster else self._away(run, source)
+        swept = SweepReport(failed=failed, unreached=unreached)
+        self._runs.end(run, int(end.failed), swept if failed or not owner.ends_cluster else None)
+
+    def _dead_s(self) -> float:
+        """Since when the owner is known to be gone, in seconds."""
+        if self._dead_since is None:
+            self._dead_since = time.monotonic()
+        return time.monotonic() - self._dead_since
 
     def _away(self, run: RunState, owner: Source) -> list[str]:
         """Nodes where processes may have rows of the run that only a ``finish()`` reaches."""
@@ -110,23 +133,29 @@ class OwnerWatch:
 
     async def _killed(self, run: RunState, source: Source) -> None:
         """The owner is dead, and the run is nobody's: W&B gets all of it, and is left alone."""
-        now = time.monotonic()
-        if self._dead_since is None:
-            self._dead_since = now
-        dead_s = now - self._dead_since
+        dead_s = self._dead_s()
+        failed: dict[str, str] = {}
         if source.owner is not None and dead_s < SETTLE_S + SWEEP_S:
-            await self._bring_home(source.owner.journal)
-        if dead_s > SETTLE_S:
-            self._runs.rest(run, True)
+            failed = await self._bring_home(source.owner.journal)
+        if dead_s > SETTLE_S and self._runs.open is run:
+            self._runs.rest(run, not self._others(run, source))
+        if failed:
+            raise OSError("; ".join(failed.values()))
 
-    async def _bring_home(self, journal: str) -> None:
-        """Take in what processes of this node have in their journals beside the owner's."""
+    async def _bring_home(self, journal: str) -> dict[str, str]:
+        """Take in what processes of this node have in their journals beside the owner's.
+
+        Returns:
+            What could not be taken in, with the reason.
+        """
         homecoming = Homecoming(self._delivery, self._cluster_id)
         for _ in homecoming.sweep(Path(journal).parent, remove=True):
             await asyncio.sleep(0)
-        self._runs.advance()
-        if homecoming.failed:
-            raise OSError("; ".join(homecoming.failed.values()))
+        end = self._delivery.ledger.end
+        # In steps, so that the listener is heard in between.
+        while self._delivery.position < end and self._runs.advance(MERGE_STEP_S):  # noqa: ASYNC110
+            await asyncio.sleep(0)
+        return homecoming.failed
 
 
 def _is_free(lock: Path) -> bool:
