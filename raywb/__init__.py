@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from raywb import xenna
     from raywb.client import Client
     from raywb.lifecycle import attach, finish, start, status
+    from raywb.nodes.compute import collect_compute_metadata
     from raywb.reports import RunInfo
     from raywb.settings import Settings
 
@@ -45,6 +46,7 @@ __all__ = [
     "RunInfo",
     "Settings",
     "attach",
+    "collect_compute_metadata",
     "finish",
     "start",
     "status",
@@ -58,6 +60,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Client": "raywb.client",
     "attach": "raywb.lifecycle",
+    "collect_compute_metadata": "raywb.nodes.compute",
     "finish": "raywb.lifecycle",
     "start": "raywb.lifecycle",
     "status": "raywb.lifecycle",
