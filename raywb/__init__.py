@@ -34,6 +34,7 @@ from raywb.errors import RaywbError
 
 if TYPE_CHECKING:
     from raywb import xenna
+    from raywb.children import inject_group, runtime_env
     from raywb.client import Client
     from raywb.lifecycle import attach, finish, start, status
     from raywb.reports import RunInfo
@@ -46,6 +47,8 @@ __all__ = [
     "Settings",
     "attach",
     "finish",
+    "inject_group",
+    "runtime_env",
     "start",
     "status",
     "xenna",
@@ -59,6 +62,8 @@ _HOMES = {
     "Client": "raywb.client",
     "attach": "raywb.lifecycle",
     "finish": "raywb.lifecycle",
+    "inject_group": "raywb.children",
+    "runtime_env": "raywb.children",
     "start": "raywb.lifecycle",
     "status": "raywb.lifecycle",
     "RunInfo": "raywb.reports",
