@@ -476,7 +476,6 @@ def test_what_start_exports(jobs_cluster: RayCluster) -> None:
         from ray_cluster import report, without_service
 
         def begin(**settings):
-            without_service()
             run = raywb.start(project="exports", **settings)
             raywb.start()
             seen = [run.group, os.environ.get("WANDB_GROUP"), raywb.inject_group([])]
@@ -486,6 +485,7 @@ def test_what_start_exports(jobs_cluster: RayCluster) -> None:
 
         # The head's environment would name a group to W&B's client.
         ray.init(runtime_env={"env_vars": {"WANDB_RUN_GROUP": "stray"}})
+        without_service()
         report([
             begin(group=""),
             begin(mode="disabled"),
