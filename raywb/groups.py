@@ -18,6 +18,9 @@ _BEFORE_THE_GROUP = re.compile(
     re.MULTILINE | re.VERBOSE,
 )
 
+#: Words that open and close what a shell runs only under a condition.
+_BLOCK_WORDS = re.compile(r"(?<![\w./-])(if|do|case|fi|done|esac)(?![\w./-])")
+
 
 class Group(NamedTuple):
     """A group's name (None: no group) and where it came from, as a person would say it."""
@@ -96,8 +99,9 @@ class _JobConfig(msgspec.Struct):
 def setup_with_group(setup: Iterable[str], name: str) -> list[str]:
     """Setup commands of a Slurm job with ``export WANDB_GROUP=<name>`` among them, in a new list.
 
-    It comes after the last command that sources something or exports ``HYDRA_FULL_ERROR``, else
-    first. An export that this function wrote is replaced; one that somebody else wrote is left.
+    It comes after the last command that sources something or exports ``HYDRA_FULL_ERROR``, and
+    after the end of the block which that may be in, else first. An export that this function
+    wrote is replaced; one that somebody else wrote is left.
 
     Args:
         setup: commands for a shell, one an element.
@@ -105,8 +109,19 @@ def setup_with_group(setup: Iterable[str], name: str) -> list[str]:
     """
     lines = [line for line in setup if not _is_ours(line)]
     before = [i for i, line in enumerate(lines, 1) if _BEFORE_THE_GROUP.search(line)]
-    lines.insert(before[-1] if before else 0, _export(name))
+    lines.insert(_after_block(lines, before[-1]) if before else 0, _export(name))
     return lines
+
+
+def _after_block(lines: list[str], position: int) -> int:
+    """The first position from this one on that is in no block and no continued line."""
+    depth = 0
+    for number, line in enumerate(lines, 1):
+        words = _BLOCK_WORDS.findall(line)
+        depth += sum(1 if word in ("if", "do", "case") else -1 for word in words)
+        if number >= position and depth <= 0 and not line.endswith("\\"):
+            return number
+    return position  # these were words of something else
 
 
 def _export(name: str) -> str:

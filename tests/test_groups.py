@@ -62,6 +62,13 @@ HOSTILE = [
         (["if true; then source e; fi", "x"], ["if true; then source e; fi", EXPORT, "x"]),
         (["export A=1 HYDRA_FULL_ERROR=1", "x"], ["export A=1 HYDRA_FULL_ERROR=1", EXPORT, "x"]),
         (["set -e\nsource env", "x"], ["set -e\nsource env", EXPORT, "x"]),
+        # It is exported whether the condition holds or not.
+        (
+            ["if [ -f e ]; then", "  source e", "fi", "x"],
+            ["if [ -f e ]; then", "  source e", "fi", EXPORT, "x"],
+        ),
+        (["source e && \\", "  f", "x"], ["source e && \\", "  f", EXPORT, "x"]),
+        (["echo what if", SOURCE, "x"], ["echo what if", SOURCE, EXPORT, "x"]),
         # None of these sources or exports anything of the kind.
         (["# source env"], [EXPORT, "# source env"]),
         (["echo the source of HYDRA_FULL_ERROR"], [EXPORT, "echo the source of HYDRA_FULL_ERROR"]),
