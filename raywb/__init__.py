@@ -34,6 +34,7 @@ from raywb.errors import RaywbError
 
 if TYPE_CHECKING:
     from raywb import xenna
+    from raywb.children import inject_group, runtime_env
     from raywb.client import Client
     from raywb.lifecycle import attach, finish, start, status
     from raywb.nodes.compute import collect_compute_metadata
@@ -48,6 +49,8 @@ __all__ = [
     "attach",
     "collect_compute_metadata",
     "finish",
+    "inject_group",
+    "runtime_env",
     "start",
     "status",
     "xenna",
@@ -62,6 +65,8 @@ _HOMES = {
     "attach": "raywb.lifecycle",
     "collect_compute_metadata": "raywb.nodes.compute",
     "finish": "raywb.lifecycle",
+    "inject_group": "raywb.children",
+    "runtime_env": "raywb.children",
     "start": "raywb.lifecycle",
     "status": "raywb.lifecycle",
     "RunInfo": "raywb.reports",

@@ -21,7 +21,16 @@ from raywb.rows import PROTOCOL
 from raywb.settings import Settings, default_dir, process_environment
 from raywb.shipping import Endpoint
 
-__all__ = ["Cluster", "Joined", "call", "connect", "find_service", "join", "make_service"]
+__all__ = [
+    "Cluster",
+    "Joined",
+    "call",
+    "connect",
+    "find_service",
+    "join",
+    "make_service",
+    "present_run",
+]
 
 ACTOR_NAME = "raywb"
 NAMESPACE = "raywb"
@@ -47,6 +56,7 @@ class Cluster(NamedTuple):
         session_dir: Ray's directory on this node; None for a process outside of the cluster.
         is_driver: this process is a job's driver.
         started_here: it started the cluster, which ends with it.
+        submission_id: of the Ray job that this process belongs to, if it was submitted as one.
     """
 
     cluster_id: str
@@ -55,6 +65,7 @@ class Cluster(NamedTuple):
     job_id: str = ""
     is_driver: bool = False
     started_here: bool = False
+    submission_id: str | None = None
 
 
 class Joined(NamedTuple):
@@ -120,6 +131,8 @@ def _present_cluster() -> Cluster:
         job_id=context.get_job_id(),
         is_driver=worker.mode == ray._private.worker.SCRIPT_MODE,
         started_here=bool(node.head),
+        # Workers have it nowhere else: only the driver's environment tells of it.
+        submission_id=worker.core_worker.get_job_config().metadata.get("job_submission_id"),
     )
 
 
@@ -134,6 +147,16 @@ def find_service() -> Any | None:
         return ray.get_actor(ACTOR_NAME, namespace=NAMESPACE)
     except ValueError:
         return None
+
+
+def present_run(*, timeout_s: float) -> RunInfo | None:
+    """The run of this process's cluster; None where Ray is not up, or no service runs.
+
+    Raises:
+        ServiceUnavailable: a service runs, and does not answer within ``timeout_s``.
+    """
+    service = find_service() if ray.is_initialized() else None
+    return join(service, _present_cluster(), timeout_s=timeout_s).run if service else None
 
 
 def make_service(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import ray
 
 from raywb import cluster as ray_side
+from raywb.children import export_group
 from raywb.client import Client
 from raywb.connection import connection_for, present_connection, source_id_for
 from raywb.errors import NoClusterError, ServiceUnavailable, SettingsError
@@ -45,7 +46,9 @@ class _Origin(NamedTuple):
 
 def _origin(settings: Settings, cluster: ray_side.Cluster) -> _Origin:
     """Look around in this process, which may be the only one that has group or key."""
-    group = resolve_group(settings.group, cluster.cluster_id, process_environment())
+    group = resolve_group(
+        settings.group, cluster.cluster_id, process_environment(), cluster.submission_id
+    )
     online = settings.mode not in ("offline", "disabled")
     return _Origin(settings, group, find_api_key(settings) if online else None)
 
@@ -66,6 +69,9 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
       would do it; on one that was there before, the run stays open for other jobs.
 
     Once another job has attached, the run stays open whatever happens to the first driver.
+
+    The run's group is exported as ``WANDB_GROUP``, so that what this process launches inherits
+    it, and so does a later ``start()`` that names none. No other variable is written.
 
     Args:
         settings: see :class:`Settings`.
@@ -92,6 +98,8 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
         endpoint = ray_side.join(service, cluster, timeout_s=START_TIMEOUT_S).endpoint
         connection_for(cluster, endpoint, run.epoch).own(run)
     _say_started(run, joined=joined)
+    if export_group(run):
+        say(f"Setting WANDB_GROUP={run.group} for child stages", who="orchestrator")
     return run  # type: ignore[no-any-return]
 
 
@@ -109,9 +117,9 @@ def _say_started(run: RunInfo, *, joined: bool) -> None:
     say(f"✓ Run started: {run.name} ({what})")
 
 
-def say(text: str) -> None:
+def say(text: str, *, who: str = "raywb") -> None:
     """One line for the person at the terminal."""
-    sys.stderr.write(f"[raywb] {text}\n")
+    sys.stderr.write(f"[{who}] {text}\n")
     sys.stderr.flush()
 
 

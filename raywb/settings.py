@@ -54,6 +54,10 @@ def _check_choice(key: str, value: Any) -> None:
         raise SettingsError(f"{key}={value!r} cannot be used: allowed are {names}")
 
 
+def _can_be_exported(text: str) -> bool:
+    return "\0" not in text and text == text.encode(errors="replace").decode()
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """What a run and its service are to be like; ``None`` leaves the choice to raywb.
 
@@ -119,6 +123,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
                     f"{key}={getattr(self, key)!r} cannot be used: "
                     "it is a number of seconds above 0 and below 86400"
                 )
+        if self.group is not None and not _can_be_exported(self.group):
+            raise SettingsError(
+                f"group={self.group!r} cannot be used: it is text without NUL characters, since "
+                "it becomes an environment variable"
+            )
         if self.base_url is not None and urlsplit(self.base_url).scheme not in ("http", "https"):
             raise SettingsError(
                 f"base_url={self.base_url!r} cannot be used: it starts with http:// or https://"
@@ -282,9 +291,45 @@ def process_environment() -> Mapping[str, str]:
     return os.environ
 
 
+def set_group_variable(name: str | None) -> None:
+    """Set ``WANDB_GROUP`` in this process's environment, the only variable that raywb writes.
+
+    Args:
+        name: the group; None removes the variable.
+    """
+    if name is None:
+        os.environ.pop("WANDB_GROUP", None)
+    else:
+        os.environ["WANDB_GROUP"] = name
+
+
+#: Variables that say where runs and journals go, for a child as for its parent. Not among them:
+#: what belongs to one run (name, id), a service's own directory, which no other service may work
+#: in, and W&B's key, since everybody can read a runtime_env in Ray's dashboard.
+_FOR_CHILDREN = (
+    "WANDB_PROJECT",
+    "WANDB_ENTITY",
+    "WANDB_MODE",
+    "WANDB_BASE_URL",
+    "RAYWB_JOURNAL_DIR",
+)
+
+
+def variables_for_children(environment: Mapping[str, str]) -> dict[str, str]:
+    """The variables of a process that say where runs and journals go, less the group."""
+    return {name: environment[name] for name in _FOR_CHILDREN if environment.get(name)}
+
+
 #: Variables that would make W&B's client in the sink do something else than the service decided:
-#: another run, another mode, or the wandb-core of another process.
-_NOT_FOR_THE_SINK = ("WANDB_SERVICE", "WANDB_RUN_ID", "WANDB_MODE", "WANDB_RESUME", "WANDB_DIR")
+#: another run, a group where there is to be none, another mode, or another process's wandb-core.
+_NOT_FOR_THE_SINK = (
+    "WANDB_SERVICE",
+    "WANDB_RUN_ID",
+    "WANDB_RUN_GROUP",
+    "WANDB_MODE",
+    "WANDB_RESUME",
+    "WANDB_DIR",
+)
 
 
 def sink_environment(environment: Mapping[str, str], data_dir: str = "") -> dict[str, str]:

@@ -182,20 +182,24 @@ class RayCluster:
         home: the HOME of its processes and drivers.
         address: what drivers connect to; they find it in ``RAY_ADDRESS``.
         client_address: what a driver outside the cluster connects to, through Ray Client.
+        dashboard_address: where jobs are submitted, on a cluster with a dashboard.
     """
 
-    def __init__(self, root: Path, num_cpus: int, journals: str | None = None) -> None:
+    def __init__(
+        self, root: Path, num_cpus: int, journals: str | None = None, *, dashboard: bool = False
+    ) -> None:
         self.root = root
         self.home = root / "home"
         self.home.mkdir()
         self._drivers: list[Driver] = []
         self._nodes: list[psutil.Popen] = []
         self._environment = clean_environment(self.home)
-        client_port = _free_port()
+        client_port, dashboard_port = _free_port(), _free_port()
+        self.dashboard_address = f"http://127.0.0.1:{dashboard_port}"
         self.client_address = f"ray://127.0.0.1:{client_port}"
         head = [
             *("--head", "--port=0", f"--temp-dir={root / 'ray'}", f"--num-cpus={num_cpus}"),
-            *("--include-dashboard=false", f"--dashboard-port={_free_port()}"),
+            *(f"--include-dashboard={dashboard}".lower(), f"--dashboard-port={dashboard_port}"),
             f"--ray-client-server-port={client_port}",
         ]
         try:
@@ -208,9 +212,16 @@ class RayCluster:
 
     @classmethod
     @contextlib.contextmanager
-    def start(cls, num_cpus: int = 4, journals: str | None = None) -> Iterator[RayCluster]:
-        """Start a cluster, and end it with the block; for ``journals`` see :meth:`add_node`."""
-        cluster = cls._try(num_cpus, journals) or cls._try(num_cpus, journals, last=True)
+    def start(
+        cls, num_cpus: int = 4, journals: str | None = None, *, dashboard: bool = False
+    ) -> Iterator[RayCluster]:
+        """Start a cluster, and end it with the block; for ``journals`` see :meth:`add_node`.
+
+        ``dashboard`` lets jobs be submitted to it.
+        """
+        cluster = cls._try(num_cpus, journals, dashboard) or cls._try(
+            num_cpus, journals, dashboard, last=True
+        )
         assert cluster is not None
         try:
             yield cluster
@@ -218,12 +229,14 @@ class RayCluster:
             cluster.close()
 
     @classmethod
-    def _try(cls, num_cpus: int, journals: str | None, *, last: bool = False) -> RayCluster | None:
+    def _try(
+        cls, num_cpus: int, journals: str | None, dashboard: bool, *, last: bool = False
+    ) -> RayCluster | None:
         """A cluster, or None: on a machine that is very busy Ray at times does not come up."""
         # Ray's socket paths have 107 characters at most, so pytest's directories are too deep.
         root = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
         try:
-            return cls(root, num_cpus, journals)
+            return cls(root, num_cpus, journals, dashboard=dashboard)
         except RayDidNotStart as error:
             if last:
                 raise
