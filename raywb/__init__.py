@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from raywb.children import inject_group, runtime_env
     from raywb.client import Client
     from raywb.lifecycle import attach, finish, start, status
+    from raywb.logger import WandbLogger
     from raywb.nodes.compute import collect_compute_metadata
     from raywb.reports import RunInfo
     from raywb.settings import Settings
@@ -46,6 +47,7 @@ __all__ = [
     "RaywbError",
     "RunInfo",
     "Settings",
+    "WandbLogger",
     "attach",
     "collect_compute_metadata",
     "finish",
@@ -69,6 +71,7 @@ _HOMES = {
     "runtime_env": "raywb.children",
     "start": "raywb.lifecycle",
     "status": "raywb.lifecycle",
+    "WandbLogger": "raywb.logger",
     "RunInfo": "raywb.reports",
     "Settings": "raywb.settings",
 }

@@ -351,13 +351,19 @@ class Client:
             return
         self._connection.use(joined.endpoint, joined.epoch)
 
-    def close(self, timeout_s: float = 10.0) -> None:
+    def close(self, timeout_s: float = 10.0, *, exit_code: int = 0) -> None:
         """Flush, and take no more rows; a second call does nothing.
 
-        Other clients of this process go on: they share the journal, not this client.
+        Other clients of this process go on: they share the journal, not this client. A stage's
+        own run ends when all that were attached to it are closed.
+
+        Args:
+            timeout_s: longest that it may take.
+            exit_code: how a stage's own run ends: 0 for success, anything else as failed.
         """
         if not self._closed:
             self._closed = True
+            self._connection.end_channel(self._channel, exit_code)
             self.flush(timeout_s)
 
     def __reduce__(self) -> Any:
@@ -375,7 +381,7 @@ class Client:
         exc: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self.close()
+        self.close(exit_code=0 if exc_type is None else 1)
 
     @property
     def stats(self) -> ClientStats:

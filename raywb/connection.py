@@ -35,6 +35,7 @@ from raywb.rows import (
     Channel,
     Counters,
     End,
+    EndChannel,
     Hello,
     Message,
     Owner,
@@ -90,6 +91,8 @@ class Connection:
         self._endpoint = endpoint
         self._epoch = epoch
         self._channels: list[Channel] = []
+        #: Channels of stages' own runs whose clients were not closed.
+        self._open_ends: set[int] = set()
         #: Messages that are no rows, and wait for room on the disk; rows come after them.
         self._unsaid: list[bytes] = []
         self._counters: dict[str, int] = {}
@@ -269,21 +272,35 @@ class Connection:
         *,
         label: str | None = None,
         axis: str | None = None,
+        own_run: tuple[int, int] | None = None,
     ) -> int:
         """Open a channel for a stage; returns its number.
 
         Who asks for the same stage again gets the same channel: a process may attach very often.
-        Each series has its own.
+        Each series has its own, and each client of a stage's own run.
+
+        ``own_run`` is the number and the session of the stage's own run; for the rest see
+        :class:`raywb.rows.Channel`.
         """
         with self._lock:
-            channel = Channel(len(self._channels), stage, rank, world_size, label, axis)
-            for known in self._channels if label is None else ():
+            number, (run, session) = len(self._channels), own_run or (0, 0)
+            channel = Channel(number, stage, rank, world_size, label, axis, run, session)
+            if run:
+                self._open_ends.add(number)
+                self._exit_code = self._exit_code or ExitCode()
+            for known in self._channels if label is None and not run else ():
                 if known == msgspec.structs.replace(channel, channel=known.channel):
                     return known.channel
             self._channels.append(channel)
             if self.journal is not None:  # a new journal begins with all channels
                 self._say(channel)
             return channel.channel
+
+    def end_channel(self, channel: int, exit_code: int) -> None:
+        """The client of a stage's own run was closed; nothing more comes by its channel."""
+        if channel in self._open_ends:
+            self._open_ends.discard(channel)
+            self._say(EndChannel(channel, exit_code))
 
     def use(self, endpoint: Endpoint | None, epoch: int) -> None:
         """Take over an address that was looked up anew."""
@@ -309,7 +326,7 @@ class Connection:
     def disown(self) -> None:
         """The run was finished, or was tried to: this process's end is its own again."""
         self._owned = None
-        if self._exit_code is not None:
+        if self._exit_code is not None and not self._open_ends:
             self._exit_code.remove()
             self._exit_code = None
 
@@ -349,6 +366,8 @@ class Connection:
 
         Files that hold what the service does not have stay for a sweep.
         """
+        for channel in sorted(self._open_ends):
+            self.end_channel(channel, 0)
         self.disown()
         if self.journal is None or self.shipper is None:
             return
@@ -384,6 +403,9 @@ class Connection:
             return  # nothing was ever logged here: a forked child that only inherited the client
         self._write_counters()
         failed = self._exit_code.failed if self._exit_code is not None else None
+        for channel in sorted(self._open_ends):
+            self.end_channel(channel, int(bool(failed)))
+        failed = failed if self._owned is not None else None
         waits = failed is not None and self.shipper is not None and self.shipper.blobs.left
         self._end(OWNER_FLUSH_S if waits else EXIT_FLUSH_S, failed)
         if self._owned is not None and self.cluster.started_here and self._endpoint is not None:
@@ -398,6 +420,9 @@ class Connection:
         self.shipper = None
         self._frozen = None
         self.source_id = new_source_id()
+        # It may log into a stage's own run, whose end is its parent's to say.
+        self._open_ends.clear()
+        self._channels = [msgspec.structs.replace(one, session=0) for one in self._channels]
         self.disown()
         self.rejected = 0
         self._unsaid = []

@@ -15,6 +15,7 @@ from raywb.client import Client
 from raywb.connection import connection_for, present_connection, source_id_for
 from raywb.errors import NoClusterError, ServiceUnavailable, SettingsError
 from raywb.groups import Group, resolve_group
+from raywb.own_runs import check_own_run, log_metadata, open_own_run
 from raywb.reports import FinishReport, RunInfo, Status
 from raywb.settings import (
     Settings,
@@ -98,6 +99,9 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
         endpoint = ray_side.join(service, cluster, timeout_s=START_TIMEOUT_S).endpoint
         connection_for(cluster, endpoint, run.epoch).own(run)
     _say_started(run, joined=joined)
+    if not joined:
+        announced = ray_side.join(service, cluster, timeout_s=START_TIMEOUT_S)
+        say_line(log_metadata(_open_client(cluster, announced, None, None, None), cfg))
     if export_group(run):
         say(f"Setting WANDB_GROUP={run.group} for child stages", who="orchestrator")
     return run  # type: ignore[no-any-return]
@@ -119,7 +123,12 @@ def _say_started(run: RunInfo, *, joined: bool) -> None:
 
 def say(text: str, *, who: str = "raywb") -> None:
     """One line for the person at the terminal."""
-    sys.stderr.write(f"[{who}] {text}\n")
+    say_line(f"[{who}] {text}")
+
+
+def say_line(line: str) -> None:
+    """The same of a line that says already from whom it is."""
+    sys.stderr.write(line + "\n")
     sys.stderr.flush()
 
 
@@ -128,6 +137,8 @@ def attach(
     *,
     rank: int | None = None,
     world_size: int | None = None,
+    own_run: bool = False,
+    run_id: str | None = None,
     cfg: Any = None,
     strict: bool = False,
 ) -> Client:
@@ -136,20 +147,33 @@ def attach(
     Without a service one is made; it takes rows at once, and opens its run when a ``start()``
     brings settings, or after a short while with the defaults.
 
+    With ``own_run`` the stage has a W&B run of its own, beside the cluster's and in its group: its
+    job type is the stage, its keys carry no prefix, and its config says what this job was given.
+    It ends when its clients are closed (as failed, when an exception leaves their ``with``
+    block), as crashed when a process that was attached to it is killed, and with ``finish()`` at
+    the latest.
+
     Args:
         stage: prefix of all keys, for instance ``training/operator``.
         rank: this worker's rank among those that log the stage.
         world_size: how many there are.
-        cfg: config with a ``wandb`` section, for the service that may have to be made.
+        own_run: give the stage a run of its own.
+        run_id: W&B's id of that run; processes that name the same one share it, and one that
+            has ended is opened again.
+        cfg: config with a ``wandb`` section, for the service that may have to be made, and for
+            the stage's own run; what the run's config takes from it is in
+            :func:`raywb.collect_compute_metadata`.
         strict: ``log()`` raises for a value that cannot be charted.
 
     Raises:
         NoClusterError: there is no Ray cluster; ``ray.init()`` or ``raywb.start`` comes first.
-        SettingsError: ``stage``, ``rank`` or ``cfg`` cannot be used.
+        SettingsError: ``stage``, ``rank``, ``run_id`` or ``cfg`` cannot be used.
+        SettingsConflict: ``run_id`` is the id of the cluster's run.
         VersionMismatch: the service speaks another protocol.
     """
     stage = _checked_stage(stage)
     _check_rank(rank, world_size)
+    check_own_run(stage, run_id, own_run=own_run)
     cluster = ray_side.connect()
     service = ray_side.find_service()
     if service is None:
@@ -157,6 +181,14 @@ def attach(
     joined = ray_side.join(
         service, cluster, timeout_s=ATTACH_TIMEOUT_S, source_id=source_id_for(cluster)
     )
+    if own_run and stage is not None:
+        run, session = open_own_run(service, stage, run_id, cfg, timeout_s=ATTACH_TIMEOUT_S)
+        connection = connection_for(cluster, joined.endpoint, joined.epoch)
+        channel = connection.open_channel(stage, rank, world_size, own_run=(run.epoch, session))
+        client = Client(connection, channel, stage, run, strict=strict)
+        _say_started(run, joined=False)
+        say_line(log_metadata(client, cfg))
+        return client
     if joined.finished:
         _log.warning(
             "raywb: run %s is finished; rows logged from here on wait for the next raywb.start()",

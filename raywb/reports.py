@@ -14,6 +14,7 @@ __all__ = [
     "RunInfo",
     "SinkStatus",
     "SourceStatus",
+    "StageRunStatus",
     "Status",
     "SweepReport",
     "SyncReport",
@@ -148,6 +149,23 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     last_error: str | None = None
 
 
+class StageRunStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One run that a stage has of its own.
+
+    Attributes:
+        state: ``running``, or how it ended: ``finished``, ``failed`` or ``crashed``.
+        received_rows: rows that the service has of it.
+        backlog_rows: finished rows that W&B does not have yet.
+        sink: how W&B's side keeps up.
+    """
+
+    run: RunInfo
+    state: str
+    received_rows: int
+    backlog_rows: int
+    sink: SinkStatus
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The service at one moment.
 
@@ -164,6 +182,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         unconfirmed: sources that fell silent, and whose journal cannot be had.
         problems: what is wrong at present, each in one sentence.
         undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
+        stage_runs: runs that stages have of their own.
     """
 
     version: str
@@ -182,6 +201,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     problems: list[str]
     unconfirmed: list[UnconfirmedSource] = []
     undelivered_updates: list[str] = []
+    stage_runs: list[StageRunStatus] = []
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -200,6 +220,7 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
             is unconfirmed but quiet ones.
         message: what is undelivered and where it lies, when something is.
         unconfirmed: sources whose last rows may be missing: their journal could not be had.
+        stage_runs: how the runs ended that stages had of their own meanwhile.
     """
 
     run: RunInfo
@@ -214,6 +235,7 @@ class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
     unconfirmed: list[UnconfirmedSource] = []
     state: str = "finished"
     undelivered_updates: list[str] = []
+    stage_runs: list[FinishReport] = []
 
 
 class RecoveryReport(msgspec.Struct, frozen=True, kw_only=True):

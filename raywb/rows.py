@@ -124,6 +124,11 @@ class Channel(msgspec.Struct, array_like=True, tag=2, frozen=True):
 
     A series (``label`` set) shares its namespace with others: the first of a run is called
     ``stage``, further ones ``stage/<label>_<n>``; its rows carry ``axis`` themselves.
+
+    Attributes:
+        run: number of the stage's own run, in which its keys carry no prefix; 0 for the cluster's.
+        session: how often that run was opened; the run ends when all channels of its last session
+            have. 0 in a forked child, whose end says nothing of the run.
     """
 
     channel: int
@@ -132,6 +137,8 @@ class Channel(msgspec.Struct, array_like=True, tag=2, frozen=True):
     world_size: int | None
     label: str | None = None
     axis: str | None = None
+    run: int = 0
+    session: int = 0
 
 
 #: First element of a row; in its encoded form the second byte, after the array's own.
@@ -238,6 +245,16 @@ class Alert(msgspec.Struct, array_like=True, tag=10, frozen=True):
     level: str
 
 
+class EndChannel(msgspec.Struct, array_like=True, tag=11, frozen=True):
+    """The client of a stage's own run was closed: nothing more comes by this channel.
+
+    ``exit_code`` is 0 for a good end.
+    """
+
+    channel: int
+    exit_code: int
+
+
 class Owner(msgspec.Struct, array_like=True, tag=20, frozen=True):
     """This source is the driver whose ``start()`` opened the run with this number.
 
@@ -263,6 +280,7 @@ Message = (
     | Table
     | Artifact
     | Alert
+    | EndChannel
     | Owner
 )
 

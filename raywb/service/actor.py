@@ -155,6 +155,24 @@ class RaywbService:
         """
         return self._call(self._start(settings, explicit, group, api_key), timeout_s)
 
+    def open_stage_run(
+        self,
+        stage: str,
+        run_id: str | None,
+        explicit: dict[str, Any],
+        api_key: str | None,
+        timeout_s: float = 60.0,
+    ) -> tuple[RunInfo, int]:
+        """Open a stage's own run beside the cluster's, or join the one of this id.
+
+        Returns:
+            The run, and how often it was opened.
+
+        Raises:
+            SettingsConflict: the id is that of a run of the cluster.
+        """
+        return self._call(self._open_stage_run(stage, run_id, explicit, api_key), timeout_s)
+
     def status(self, timeout_s: float = 10.0) -> Status:
         """The service at this moment."""
         return self._call(self._status(), timeout_s)
@@ -312,8 +330,11 @@ class RaywbService:
         return (settings_of(state.runs[-1]) if state.runs else self._boot.settings).fsync
 
     def _run_closed(self) -> bool:
-        last = self._parts.runs.last if self._parts is not None else None
-        return last is not None and last.report is not None
+        runs = self._parts.runs if self._parts is not None else None
+        last = runs.last if runs is not None else None
+        if runs is None or last is None or last.report is None:
+            return False
+        return all(run.report is not None for run in runs.stages.of(last))
 
     def _ready(self) -> _Parts:
         if self._parts is None or not self._up.is_set():
@@ -405,6 +426,18 @@ class RaywbService:
             return self._begin_run(settings, group, provisional=False).info, False
         return runs.join(runs.open, explicit), True
 
+    async def _open_stage_run(
+        self, stage: str, run_id: str | None, explicit: dict[str, Any], api_key: str | None
+    ) -> tuple[RunInfo, int]:
+        await self._up.wait()
+        runs = self._ready().runs
+        if api_key:
+            runs.take_key(api_key)
+        origin = self._boot.settings, self._boot.group
+        if runs.last is not None:
+            origin = runs.stages.origin_of(runs.last)
+        return runs.stages.open(stage, run_id, origin, explicit)
+
     async def _status(self) -> Status:
         parts = self._ready()
         return make_status(
@@ -456,13 +489,15 @@ class RaywbService:
             self._judge(swept)
         runs.end(run, exit_code, swept)
         sink = runs.sink_of(run)
-        if sink is not None:
-            try:
-                async with asyncio.timeout_at(deadline):
+        closed = True
+        try:
+            async with asyncio.timeout_at(deadline):
+                if sink is not None:
                     await sink.done.wait()
-            except TimeoutError:
-                return runs.report(run, closed=False)
-        return runs.report(run, closed=True)
+                await runs.stages.done(run)
+        except TimeoutError:
+            closed = sink is None or sink.done.is_set()
+        return runs.report(run, closed=closed)
 
     def _judge(self, swept: SweepReport) -> None:
         """A sweep of all that was outstanding tells of each source whether it can be had."""

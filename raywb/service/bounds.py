@@ -70,8 +70,8 @@ def check(message: Message) -> None:
             _check_names(message)
         case Channel():
             _check_names(message)
-            if not 0 <= message.channel < MAX_CHANNELS:
-                raise FrameError(f"channel {message.channel} of one source")
+            if not 0 <= message.channel < MAX_CHANNELS or not 0 <= message.run < MAX_COUNT:
+                raise FrameError(f"channel {message.channel} of one source, run {message.run}")
         case Define():
             _check_define(message)
         case Table() | Artifact() | Alert():

@@ -27,6 +27,7 @@ from raywb.rows import (
     Counters,
     Define,
     End,
+    EndChannel,
     Frame,
     Hello,
     Message,
@@ -56,7 +57,8 @@ from raywb.service.outbox import (
     State,
 )
 from raywb.service.ranges import Ranges
-from raywb.service.ranks import Group, Part, RankMerge, Seat, Waiting
+from raywb.service.ranks import Group, Part, RankMerge, Seat, Stage, Waiting
+from raywb.service.stage_runs import FIRST_STAGE_RUN, StageRuns
 
 __all__ = ["Merge", "Source"]
 
@@ -119,7 +121,14 @@ def _has_rank(channel: Channel) -> bool:
 
 
 def _stage_prefix(channel: Channel | None) -> str:
-    return channel.stage + "/" if channel is not None and channel.stage is not None else ""
+    """What stands before the keys of a channel that is no series; nothing in a stage's own run."""
+    if channel is None or channel.stage is None or channel.run:
+        return ""
+    return channel.stage + "/"
+
+
+def _stage_of(channel: Channel) -> Stage:
+    return Stage(channel.run, _stage_prefix(channel))
 
 
 def _joined(ranges: Sequence[Range]) -> list[Range]:
@@ -140,6 +149,7 @@ class Merge:
     Attributes:
         run: number of the run that rows belong to now.
         rows: rows received for that run, those that wait for other ranks among them.
+        stages: runs that stages have of their own.
         damaged: stretches of journals that held no whole frame, and frames of no known message.
         late: rows of that run whose step had been finished without their rank.
     """
@@ -151,6 +161,7 @@ class Merge:
         self.damaged = 0
         self.late = 0
         self._ranks = RankMerge()
+        self.stages = StageRuns()
         self._definitions = Definitions()
         self._series: dict[tuple[str, int], str] = {}
         self._series_count: Counter[str] = Counter()
@@ -236,8 +247,7 @@ class Merge:
             if message is None:
                 batch.damaged += 1
             elif isinstance(message, Row):
-                self.rows += 1
-                source.rows += 1
+                self._count_row(source, message.channel)
                 if self._use_row(entry, message, (source_id, at, after)):
                     rows += 1
                 else:
@@ -290,9 +300,14 @@ class Merge:
         self.open_run(batch.run)
         self.damaged += batch.damaged
         self.late += batch.late
+        of_stages: Counter[int] = Counter()
         for item in batch.items:
             if isinstance(item, OutDefine):
-                self._definitions.note(item)
+                self._definitions_of(item.run).note(item)
+            elif isinstance(item, OutRow) and item.run >= FIRST_STAGE_RUN:
+                of_stages[item.run] += item.logged
+        self.stages.rows += of_stages
+        self.rows -= of_stages.total()
         for source_id, message in batch.state:
             self._note(source_id, self.sources.setdefault(source_id, Source()), message)
         for consumed in batch.consumed:
@@ -308,7 +323,7 @@ class Merge:
         for found in scan(data):
             with contextlib.suppress(FrameError):  # counted when they were consumed
                 message = decode(found.payload) if isinstance(found, Frame) else None
-                if isinstance(message, (Hello, Channel, Counters, End)):
+                if isinstance(message, (Hello, Channel, Counters, End, EndChannel)):
                     check(message)
                     self._note(source_id, source, message)
 
@@ -317,17 +332,19 @@ class Merge:
         match message:
             case Table():
                 # Also one of a rank: what several say in tables cannot be made into one.
-                self.rows += 1
-                source.rows += 1
+                self._count_row(source, message.channel)
+                run = self._run_of(source, message.channel)
                 prefix = self._prefix(source_id, source, message.channel, batch)
                 table = OutTable(prefix + message.name, message.columns, message.rows)
-                batch.items.append(OutRow(self.run, message.time_s, {}, table=table))
+                batch.items.append(OutRow(run, message.time_s, {}, table=table))
                 return 1
             case Artifact():
+                run = self._run_of(source, message.channel)
                 name, kind, files = message.name, message.kind, message.files
-                batch.items.append(OutArtifact(self.run, name, kind, files))
+                batch.items.append(OutArtifact(run, name, kind, files))
             case Alert():
-                batch.items.append(OutAlert(self.run, message.title, message.text, message.level))
+                run = self._run_of(source, message.channel)
+                batch.items.append(OutAlert(run, message.title, message.text, message.level))
             case _:
                 self._use_plain(source_id, source, message, batch)
         return 0
@@ -335,64 +352,89 @@ class Merge:
     def _use_plain(self, source_id: str, source: Source, message: Message, batch: Batch) -> None:
         match message:
             case ConfigUpdate():
-                batch.items.append(OutConfig(self.run, message.values))
+                run = self._run_of(source, message.channel)
+                batch.items.append(OutConfig(run, message.values))
             case SummaryUpdate():
+                run = self._run_of(source, message.channel)
                 prefix = self._prefix(source_id, source, message.channel, batch)
                 values = {prefix + key: value for key, value in message.values.items()}
-                batch.items.append(OutSummary(self.run, values))
+                batch.items.append(OutSummary(run, values))
             case Define():
                 prefix = self._prefix(source_id, source, message.channel, batch)
                 name = prefix + message.name
                 axis = message.step_metric and prefix + message.step_metric
                 if message.step_metric or message.summary or message.across_ranks is None:
-                    item = OutDefine(self.run, name, axis, message.summary)
-                    self._definitions.note(item)
+                    run = self._run_of(source, message.channel)
+                    item = OutDefine(run, name, axis, message.summary)
+                    self._definitions_of(run).note(item)
                     batch.items.append(item)
                 if message.across_ranks is not None:
                     self._note(source_id, source, message)
                     batch.state.append((source_id, message))
+            case _:
+                self._use_state(source_id, source, message, batch)
+
+    def _use_state(self, source_id: str, source: Source, message: State, batch: Batch) -> None:
+        """Take over, and write down, what a source says of itself or of a channel."""
+        match message:
             case End():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
                 self._use_groups(self._ranks.end_source(source_id), batch)
+            case EndChannel():
+                self._note(source_id, source, message)
+                batch.state.append((source_id, message))
+                if seat := source.seats.get(message.channel):
+                    self._use_groups(self._ranks.end_seat(seat), batch)
             case Hello() | Channel() | Counters() | Owner():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
                 if isinstance(message, Channel) and _has_rank(message):
                     rank, world_size = message.rank or 0, message.world_size or 1
-                    prefix = _stage_prefix(message)
-                    number = self._ranks.number_of(prefix, source_id, rank, world_size)
+                    stage = _stage_of(message)
+                    number = self._ranks.number_of(stage, source_id, rank, world_size)
                     batch.state.append((source_id, AttemptNumber(message.channel, number)))
 
     def _note(self, source_id: str, source: Source, message: State) -> None:
+        """Take over what a source says of itself."""
         match message:
-            case AttemptNumber():
-                channel = source.channels[message.channel]
-                rank, world_size = channel.rank or 0, channel.world_size or 1
-                prefix = _stage_prefix(channel)
-                self._ranks.assign(prefix, source_id, rank, world_size, message.number)
-            case Define():
-                of = source.channels.get(message.channel)
-                name = _stage_prefix(of) + message.name
-                self._definitions.set_across_ranks(name, message.across_ranks or "mean")
-            case SeriesName():
-                self._series[source_id, message.channel] = message.name
-                self._series_count[message.namespace] += 1
             case Hello():
                 source.hello = message
-            case Channel():
-                source.channels[message.channel] = message
-                source.seats.pop(message.channel, None)
             case Counters():
                 known = self._known_reasons(message)
                 source.counters = _later(source.counters, known)
             case End():
+                self.stages.note_end(source_id, message)
                 source.ended = True
                 # Its own word counts, also when rows of an exit handler came behind it.
                 if source.end is None or source.end.killed:
                     source.end = message
             case Owner():
                 source.owner = message
+            case _:
+                self._note_channel(source_id, source, message)
+
+    def _note_channel(self, source_id: str, source: Source, message: State) -> None:
+        """Take over what a source says of one of its channels."""
+        match message:
+            case Channel():
+                source.channels[message.channel] = message
+                source.seats.pop(message.channel, None)
+                self.stages.note_channel(source_id, message)
+            case EndChannel():
+                self.stages.note_end_channel(source_id, message)
+            case AttemptNumber():
+                channel = source.channels[message.channel]
+                rank, world_size = channel.rank or 0, channel.world_size or 1
+                self._ranks.assign(_stage_of(channel), source_id, rank, world_size, message.number)
+            case Define():
+                of = source.channels.get(message.channel)
+                name = _stage_prefix(of) + message.name
+                definitions = self._definitions_of(self.stages.run_of(of))
+                definitions.set_across_ranks(name, message.across_ranks or "mean")
+            case SeriesName():
+                self._series[source_id, message.channel] = message.name
+                self._series_count[message.namespace] += 1
 
     def _known_reasons(self, counters: Counters) -> Counters:
         """The same counts; reasons beyond those that are told apart become one."""
@@ -424,6 +466,7 @@ class Merge:
             return False
         prefix = self._prefix(entry.source_id, source, row.channel, batch)
         metrics: dict[str, Scalar] = {prefix + key: value for key, value in values.items()}
+        run = self.stages.run_of(channel)
         last, entry.last = entry.last, row
         if (
             last is not None
@@ -436,14 +479,14 @@ class Merge:
             before = batch.items[entry.last_item]
             if isinstance(before, OutRow):
                 metrics = before.metrics | metrics
-                joined = OutRow(self.run, time_s, metrics, before.logged + 1)
+                joined = OutRow(run or self.run, time_s, metrics, before.logged + 1)
                 # Definitions of the new keys go before the row.
                 del batch.items[entry.last_item]
                 batch.items.append(joined)
         else:
             entry.last_keys = set(values)
             self._put_axes(batch.items, channel, prefix, metrics, row.step)
-            batch.items.append(OutRow(self.run, time_s, metrics))
+            batch.items.append(OutRow(run or self.run, time_s, metrics))
         entry.last_item = len(batch.items) - 1
         return True
 
@@ -456,26 +499,42 @@ class Merge:
         step: int | float | None,
     ) -> None:
         """Define the row's axis, and put its step among the values."""
+        definitions = self._definitions_of(self.stages.run_of(channel))
         if channel is not None and channel.axis is not None:
-            self._definitions.define_axis(items, prefix, prefix + channel.axis, metrics)
+            definitions.define_axis(items, prefix, prefix + channel.axis, metrics)
         elif step is not None:
-            self._definitions.put_steps(items, prefix, metrics, step)
+            definitions.put_steps(items, prefix, metrics, step)
+
+    def _count_row(self, source: Source, channel: int) -> None:
+        source.rows += 1
+        if run := self.stages.run_of(source.channels.get(channel)):
+            self.stages.rows[run] += 1
+        else:
+            self.rows += 1
+
+    def _run_of(self, source: Source, channel: int) -> int:
+        """The run that a channel's messages belong to."""
+        return self.stages.run_of(source.channels.get(channel)) or self.run
+
+    def _definitions_of(self, run: int) -> Definitions:
+        return self.stages.definitions(run) if run >= FIRST_STAGE_RUN else self._definitions
 
     def _take_seat(self, source_id: str, source: Source, channel: Channel) -> Seat:
         """Where a channel's rows meet those of other ranks; decided when it was opened."""
         rank, world_size = channel.rank or 0, channel.world_size or 1
-        seat = self._ranks.seat(_stage_prefix(channel), source_id, rank, world_size)
+        seat = self._ranks.seat(_stage_of(channel), source_id, rank, world_size)
         source.seats[channel.channel] = seat
         return seat
 
     def _use_groups(self, groups: list[Group], batch: Batch) -> None:
         """One row for each group, and the ranges of those that it was made of."""
         for group in groups:
-            prefix = group.prefix
-            merged = group.metrics(self._definitions.across_ranks)
+            prefix, run = group.prefix, group.run if group.run in self.stages.known else 0
+            definitions = self._definitions_of(run)
+            merged = group.metrics(definitions.across_ranks)
             metrics = {prefix + key: value for key, value in merged.items()}
-            self._definitions.put_steps(batch.items, prefix, metrics, group.step)
-            batch.items.append(OutRow(self.run, group.time_s, metrics, len(group.frames)))
+            definitions.put_steps(batch.items, prefix, metrics, group.step)
+            batch.items.append(OutRow(run or self.run, group.time_s, metrics, len(group.frames)))
             batch.consumed += [Range(*frame, 1) for frame in group.frames]
             if group.late:
                 batch.late += len(group.frames)
@@ -483,7 +542,7 @@ class Merge:
     def _prefix(self, source_id: str, source: Source, number: int, batch: Batch) -> str:
         """What stands before the keys of a channel: nothing, or its name and a slash."""
         channel = source.channels.get(number)
-        if channel is None or channel.stage is None:
+        if channel is None or channel.stage is None or channel.run:
             return ""
         if channel.label is None:
             return channel.stage + "/"

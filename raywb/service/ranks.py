@@ -23,7 +23,7 @@ from typing import NamedTuple, cast
 
 from raywb.rows import Scalar
 
-__all__ = ["Group", "Part", "RankMerge", "Waiting"]
+__all__ = ["Group", "Part", "RankMerge", "Seat", "Stage", "Waiting"]
 
 #: Most rows that wait for other ranks at one time; beyond it the oldest groups wait no longer.
 MAX_WAITING_ROWS = 200_000
@@ -51,9 +51,17 @@ class Part:
     metrics: dict[str, Scalar]
 
 
+class Stage(NamedTuple):
+    """What ranks have in common: the number of a run of their own, else 0, and the prefix."""
+
+    run: int
+    prefix: str
+
+
 class Seat(NamedTuple):
     """A source's place among the ranks of a stage."""
 
+    run: int
     prefix: str
     attempt: _Attempt
     rank: int
@@ -64,6 +72,7 @@ class Group:
     """The rows of one step that become one.
 
     Attributes:
+        run: number of the stage's own run; 0 for the cluster's.
         prefix: what stands before the keys of the stage, with its slash.
         step: the users' step.
         parts: by rank.
@@ -72,6 +81,7 @@ class Group:
         late: a row of this step was finished before without these ranks.
     """
 
+    run: int
     prefix: str
     step: _Step
     opened_s: float
@@ -229,16 +239,16 @@ class RankMerge:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._attempts: dict[str, list[_Attempt]] = {}
-        self._number: dict[tuple[str, str, int, int], int] = {}
+        self._attempts: dict[Stage, list[_Attempt]] = {}
+        self._number: dict[tuple[Stage, str, int, int], int] = {}
         self._of_source: dict[str, list[tuple[_Attempt, int]]] = {}
 
-    def number_of(self, prefix: str, source_id: str, rank: int, world_size: int) -> int:
+    def number_of(self, stage: Stage, source_id: str, rank: int, world_size: int) -> int:
         """The attempt that a source's rank belongs to; the first call decides."""
-        number = self._number.get((prefix, source_id, rank, world_size))
+        number = self._number.get((stage, source_id, rank, world_size))
         if number is not None:
             return number
-        attempts = self._attempts.get(prefix, [])
+        attempts = self._attempts.get(stage, [])
         latest = attempts[-1] if attempts else None
         joins = (
             latest is not None
@@ -246,21 +256,21 @@ class RankMerge:
             and latest.sources.get(rank, source_id) == source_id
         )
         number = len(attempts) - joins
-        self.assign(prefix, source_id, rank, world_size, number)
+        self.assign(stage, source_id, rank, world_size, number)
         return number
 
-    def seat(self, prefix: str, source_id: str, rank: int, world_size: int) -> Seat:
+    def seat(self, stage: Stage, source_id: str, rank: int, world_size: int) -> Seat:
         """Where rows of a source's rank go; always the same."""
-        number = self.number_of(prefix, source_id, rank, world_size)
-        return Seat(prefix, self._attempts[prefix][number], rank)
+        number = self.number_of(stage, source_id, rank, world_size)
+        return Seat(*stage, self._attempts[stage][number], rank)
 
-    def assign(self, prefix: str, source_id: str, rank: int, world_size: int, number: int) -> None:
+    def assign(self, stage: Stage, source_id: str, rank: int, world_size: int, number: int) -> None:
         """Put a source's rank into an attempt, as it was decided before a restart."""
-        attempts = self._attempts.setdefault(prefix, [])
+        attempts = self._attempts.setdefault(stage, [])
         while len(attempts) <= number:
             attempts.append(_Attempt(world_size))
         attempts[number].sources[rank] = source_id
-        self._number[prefix, source_id, rank, world_size] = number
+        self._number[stage, source_id, rank, world_size] = number
         self._of_source.setdefault(source_id, []).append((attempts[number], rank))
 
     def add(
@@ -273,7 +283,7 @@ class RankMerge:
         now_s: float,
     ) -> list[Group]:
         """Take a row in; returns the groups that are done by it."""
-        prefix, attempt, rank = seat
+        run, prefix, attempt, rank = seat
         if rank not in attempt.expected:
             attempt.expect(rank)
         key = attempt.key_for(rank, step, part.metrics)
@@ -281,7 +291,7 @@ class RankMerge:
         if group is None:
             late = key in attempt.done
             missing = len(attempt.expected)
-            group = Group(prefix, step, now_s, position, late, missing)
+            group = Group(run, prefix, step, now_s, position, late, missing)
             attempt.groups[key] = group
         present = group.parts.get(rank)
         if present is None:
@@ -302,6 +312,10 @@ class RankMerge:
         for attempt, rank in self._of_source.get(source_id, ()):
             found += attempt.no_longer_expect(rank)
         return self._finished(found)
+
+    def end_seat(self, seat: Seat) -> list[Group]:
+        """Nothing more comes from a rank: it is not waited for; returns what is done by it."""
+        return self._finished(seat.attempt.no_longer_expect(seat.rank))
 
     def due(self, now_s: float, waiting: Waiting) -> list[Group]:
         """Groups that have waited long enough, or for which there is no more room."""

@@ -61,7 +61,7 @@ async def _recover(
     tell(Step("Reading ledger and outbox"))
     left = LeftDirectory(directory)
     try:
-        for run in left.state.runs:
+        for run in left.state.all_runs:
             if run.report is None and run.info.mode == "online":
                 check_api_key(run.info.name, msgspec.convert(run.settings, Settings))
         rows_before = _ledger_rows(left)
@@ -141,7 +141,7 @@ def _end_runs(left: LeftDirectory, exit_code: int | None) -> list[RunState]:
         runs.end(last, CRASHED if exit_code is None else exit_code, crashed=exit_code is None)
         last.unconfirmed = _unconfirmed(left, last)
         save_state(left.directory, left.state)
-    return [run for run in left.state.runs if run.report is None]
+    return [run for run in left.state.all_runs if run.report is None]
 
 
 def _damage(left: LeftDirectory) -> dict[str, int]:

@@ -22,6 +22,7 @@ def make_report(
     delivered: int,
     closed: bool,
     error: str | None,
+    stage_runs: Sequence[FinishReport] = (),
 ) -> FinishReport:
     """The report of a run whose cut was taken.
 
@@ -36,6 +37,7 @@ def make_report(
         delivered: what was logged into the rows that it has.
         closed: W&B has ended the run, or has all of one that is left as crashed.
         error: what W&B's side said last, when that was an error.
+        stage_runs: how the runs ended that stages had of their own.
     """
     undelivered = max(logged - delivered, 0)
     doubtful = [source for source in run.unconfirmed if not source.quiet]
@@ -53,6 +55,7 @@ def make_report(
         texts.append(
             f"W&B does not have {'; '.join(updates)}. What came of it is safe in {run.info.dir}"
         )
+    texts += [f"run {one.run.name}: {one.message}" for one in stage_runs if one.message is not None]
     return FinishReport(
         run=run.info,
         exit_code=run.exit_code or 0,
@@ -61,7 +64,10 @@ def make_report(
         undelivered_rows=undelivered,
         lost=run.lost,
         rejected=run.rejected,
-        complete=closed and not (outstanding or updates or doubtful or run.unreached),
+        complete=closed
+        and not (outstanding or updates or doubtful or run.unreached)
+        and all(one.complete for one in stage_runs),
+        stage_runs=list(stage_runs),
         message="; ".join(texts) or None,
         undelivered_updates=list(updates),
         unconfirmed=run.unconfirmed,

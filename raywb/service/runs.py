@@ -37,6 +37,7 @@ from raywb.service.run_settings import (
 )
 from raywb.service.sink_messages import Open, Opened
 from raywb.service.sink_process import SinkProcess, definitions
+from raywb.service.stages import Stages
 from raywb.service.state import RunState, ServiceState, UpdateMarks, save_state
 from raywb.service.updates import Updates
 from raywb.settings import Settings
@@ -105,6 +106,8 @@ class Runs:
         self._sinks: dict[int, SinkProcess] = {}
         delivery.ledger.skip_to(max((run.cut or 0 for run in state.runs), default=0))
         self._updates: dict[int, Updates] = {}
+        #: The runs that stages have of their own.
+        self.stages = Stages(directory, state, delivery, self)
 
     @property
     def last(self) -> RunState | None:
@@ -125,10 +128,10 @@ class Runs:
         """
         if self.last is not None:
             self._delivery.open_run(self.last.number)
-        for run in self._state.runs:
+        for run in self._state.all_runs:
             self._settle(run)
             if run.report is None and (run.exit_code is not None or not ended_only):
-                self._begin_sink(run)
+                self.begin_sink(run)
 
     def begin(
         self, settings: Settings, group: Group, run_id: str, *, provisional: bool
@@ -152,7 +155,7 @@ class Runs:
             self._state.runs.pop()
             raise
         self._delivery.open_run(number)
-        self._begin_sink(run)
+        self.begin_sink(run)
         return run
 
     def take_key(self, api_key: str) -> None:
@@ -162,7 +165,7 @@ class Runs:
             sink.retry_now()
 
     def go_online(self) -> None:
-        """Let the open run go online, if it is offline only for want of a key and one has come.
+        """Let open runs go online that are offline only for want of a key, if one has come.
 
         The server gets all of its rows, from the outbox; the files of its time offline are set
         aside once the run is open there.
@@ -170,9 +173,12 @@ class Runs:
         Raises:
             OSError: it cannot be written down; the run stays offline.
         """
-        run = self.open
-        if run is None or not lacks_only_a_key(run) or find_key(run, self._api_key) is None:
-            return
+        for run in self._state.all_runs:
+            lacks_key = run.exit_code is None and lacks_only_a_key(run)
+            if lacks_key and find_key(run, self._api_key) is not None:
+                self._go_online(run)
+
+    def _go_online(self, run: RunState) -> None:
         before = run.info, run.base, run.updates
         run.info = msgspec.structs.replace(run.info, mode="online", began_offline=True)
         run.base = None
@@ -192,7 +198,7 @@ class Runs:
         )
         offline = self._sinks.pop(run.number)
         offline.stop()
-        self._begin_sink(run, after=offline)
+        self.begin_sink(run, after=offline)
 
     def join(self, run: RunState, explicit: dict[str, Any]) -> RunInfo:
         """What somebody gets who calls ``start()`` while this run is open.
@@ -209,7 +215,17 @@ class Runs:
             save_state(self._directory, self._state)
         return run.info
 
-    def _begin_sink(self, run: RunState, *, after: SinkProcess | None = None) -> None:
+    def mode_of(self, settings: Settings) -> str:
+        """The mode of a run that has these settings."""
+        return resolve_mode(settings, self._api_key)
+
+    def begin_sink(self, run: RunState, *, after: SinkProcess | None = None) -> None:
+        """Have a process deliver a run to W&B.
+
+        Args:
+            run: one that has none, or one that has done its work.
+            after: another that must be gone before.
+        """
         if run.info.mode == "disabled":
             return
         settings = settings_of(run)
@@ -241,7 +257,7 @@ class Runs:
         if after is not None:
             await after.gone()
         await sink.serve()
-        if sink.done.is_set():
+        if sink.done.is_set() and sink is self._sinks.get(run.number):
             self.report(run, closed=True)
 
     def _note_opened(self, run: RunState, opened: Opened) -> None:
@@ -272,6 +288,7 @@ class Runs:
             waiting = None if is_over else self._waiting(run, pace_s)
             advanced = self._delivery.release(waiting) or advanced
         if advanced:
+            self.stages.settle()
             self.wake()
         return advanced
 
@@ -312,10 +329,10 @@ class Runs:
 
         W&B's offline files refer to blobs, and a journal that was not read to its end may.
         """
-        modes = {run.info.mode for run in self._state.runs}
+        modes = {run.info.mode for run in self._state.all_runs}
         if modes == {"online"} and self._delivery.position >= self._delivery.ledger.end:
             try:
-                needed = [self.updates_of(run).needed_blobs() for run in self._state.runs]
+                needed = [self.updates_of(run).needed_blobs() for run in self._state.all_runs]
             except OSError as error:
                 _log.warning("raywb: no blob is deleted: %s", error)
                 return
@@ -434,7 +451,8 @@ class Runs:
                 setattr(run, name, value)
             raise
         self._settle(run)
-        self._end_in_wandb(run)
+        self.end_in_wandb(run)
+        self.stages.end_all(exit_code, crashed=crashed)
 
     def _note_unconfirmed(self, run: RunState, swept: SweepReport | None) -> None:
         """Which sources' last rows may be missing: still those of an earlier call, and new ones."""
@@ -459,7 +477,7 @@ class Runs:
         self._delivery.add([OutSummary(run.number, values)])
         run.received_rows, run.rejected, run.lost = merge.rows, merge.rejected, self.lost()
 
-    def _end_in_wandb(self, run: RunState) -> None:
+    def end_in_wandb(self, run: RunState) -> None:
         """Have the run's sink end it, or a new one when more came, or may come, after the end."""
         if run.info.mode == "disabled":
             return
@@ -471,7 +489,7 @@ class Runs:
             self.rows_of(run) > (run.closed_rows or 0) or not self.updates_of(run).settled
         ):
             run.report = None
-            self._begin_sink(run)
+            self.begin_sink(run)
         elif sink is not None:
             sink.finish(None if run.crashed else run.exit_code)
 
@@ -516,6 +534,7 @@ class Runs:
             delivered=outbox.logged_rows(run.number, delivered),
             closed=closed,
             error=sink.status.last_error if sink else None,
+            stage_runs=self.stages.reports(run),
         )
         if closed:
             run.report = report

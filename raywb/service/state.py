@@ -53,7 +53,7 @@ class RunState(msgspec.Struct, kw_only=True):
     """One run of this service.
 
     Attributes:
-        number: its number in the outbox, from 1.
+        number: its number in the outbox, from 1; a stage's own run from a million.
         info: what the user sees of it.
         settings: the settings it was started with.
         base: W&B's step of its first row, once it was opened online.
@@ -66,6 +66,9 @@ class RunState(msgspec.Struct, kw_only=True):
         unconfirmed: sources whose journal could not be had for it.
         unreached: nodes that did not answer then.
         report: how it ended.
+        session: of a stage's own run: how often it was opened.
+        writers: how many clients attached to a stage's own run since it was opened last.
+        parent: the cluster's run that was the last one when a stage's own run was opened.
     """
 
     number: int
@@ -83,6 +86,9 @@ class RunState(msgspec.Struct, kw_only=True):
     unconfirmed: list[UnconfirmedSource] = []
     unreached: list[str] = []
     report: FinishReport | None = None
+    session: int = 0
+    writers: int = 0
+    parent: int = 0
 
 
 class Origin(msgspec.Struct, kw_only=True):
@@ -104,6 +110,8 @@ class ServiceState(msgspec.Struct, kw_only=True):
     """The service itself: who it is, where it listens, and its runs.
 
     Attributes:
+        runs: the cluster's, one after the other.
+        stage_runs: those that stages have of their own, side by side.
         checksum: of all the rest, as it is in the file.
         restored: how often the file was damaged, and its copy was used.
     """
@@ -116,6 +124,12 @@ class ServiceState(msgspec.Struct, kw_only=True):
     port: int | None = None
     origin: Origin | None = None
     runs: list[RunState] = []
+    stage_runs: list[RunState] = []
+
+    @property
+    def all_runs(self) -> list[RunState]:
+        """The cluster's runs and those of stages."""
+        return [*self.runs, *self.stage_runs]
 
 
 def load_state(directory: Path) -> ServiceState | None:

@@ -65,6 +65,7 @@ def make_status(
         problems=found,
         unconfirmed=delivery.unconfirmed(),
         undelivered_updates=runs.undelivered_updates(run),
+        stage_runs=runs.stages.status(),
     )
 
 

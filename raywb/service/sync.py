@@ -69,7 +69,7 @@ def sync(
 
 
 async def _sync(directory: Path, wanted: Settings, deadline: float, tell: Tell) -> SyncReport:
-    runs = [run for run in load_left_state(directory).runs if run.info.mode != "disabled"]
+    runs = [run for run in load_left_state(directory).all_runs if run.info.mode != "disabled"]
     if not runs:
         return SyncReport(directory=str(directory), runs=[])
     for run in runs:
@@ -83,7 +83,7 @@ async def _sync(directory: Path, wanted: Settings, deadline: float, tell: Tell) 
     try:
         cut_short = await _deliver_cut_short(directory, deadline, tell)
         synced = _Sync(directory, wanted, deadline, tell)
-        runs = [run for run in load_left_state(directory).runs if run.info.mode != "disabled"]
+        runs = [run for run in load_left_state(directory).all_runs if run.info.mode != "disabled"]
         reports = [await synced.bring(run, cut_short) for run in runs]
     except OSError as error:
         raise DirectoryError(f"{directory} cannot be worked in: {error}") from error
@@ -115,7 +115,7 @@ async def _deliver_cut_short(
         left.runs.resume(ended_only=True)
         left.runs.advance()
         cut_short = [
-            run for run in left.state.runs if run.report is None and run.exit_code is not None
+            run for run in left.state.all_runs if run.report is None and run.exit_code is not None
         ]
         await left.deliver(cut_short, deadline, tell)
         sinks = {run.number: left.runs.sink_of(run) for run in cut_short}
