@@ -211,9 +211,14 @@ def test_ray_may_be_shut_down_and_started_again(cluster: RayCluster) -> None:
 
         threading.setprofile(note)
 
+        def is_cluster(process):
+            try:
+                return "gcs_server" in process.name()
+            except psutil.NoSuchProcess:
+                return False
+
         def own_clusters():
-            children = psutil.Process().children(recursive=True)
-            return sum("gcs_server" in child.name() for child in children)
+            return sum(map(is_cluster, psutil.Process().children(recursive=True)))
 
         ray.init(address="local", num_cpus=1, include_dashboard=False)
         raywb.start(project="first")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Any
 import msgspec
 import pytest
 from local_service import CLUSTER, LocalService, local_service
+from rich.console import Console
 from wandb_file import WandbRun, read_runs
 
 from raywb.client import Client
@@ -21,6 +23,7 @@ from raywb.reports import FinishReport, RunInfo
 from raywb.rows import Channel, Row, encode
 from raywb.service.recover import recover
 from raywb.service.stage_runs import FIRST_STAGE_RUN
+from raywb.view.terminal import render_report, render_status
 
 
 @pytest.fixture
@@ -275,6 +278,22 @@ def test_the_id_of_the_clusters_run_is_refused(service: LocalService) -> None:
     assert service.service is not None
     with pytest.raises(SettingsConflict, match="run00001"):
         service.service.open_stage_run("s", "run00001", {}, None)
+
+
+def test_a_person_sees_the_runs_of_stages(service: LocalService) -> None:
+    """The status and the report name each, with its state and its rows."""
+    client = attach(service, "s", "mine")
+    client.log({"x": 1})
+    assert client.flush()
+    service.wait_for(lambda status: status.stage_runs[0].received_rows == 1)
+    console = Console(width=100)
+    with console.capture() as shown:
+        console.print(render_status(service.status()))
+    assert re.search(rf"{client.run.name} \(mine\) +running +1 ", shown.get())
+    with console.capture() as shown:
+        console.print(render_report(finish(service)))
+    words = " ".join(shown.get().split())
+    assert f"{client.run.name} (mine): finished, 1 rows received, 1 with W&B" in words
 
 
 def test_a_stage_may_have_settings_of_its_own(service: LocalService) -> None:

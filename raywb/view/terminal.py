@@ -88,8 +88,28 @@ def render_status(status: Status) -> RenderableType:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
     facts += _unconfirmed(status.unconfirmed)
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
+    if status.stage_runs:
+        parts += [Text(), _stage_runs(status)]
     parts += [Text(f"! {problem}", style="bold red") for problem in status.problems]
     return Group(*parts)
+
+
+def _stage_runs(status: Status) -> RenderableType:
+    """The runs that stages have of their own: those that are open first, then the latest."""
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("stage's own run", overflow="fold")
+    table.add_column("state")
+    for name in ("rows", "waiting"):
+        table.add_column(name, justify="right")
+    latest = sorted(reversed(status.stage_runs), key=lambda one: one.state != "running")
+    for one in latest[:LISTED_SOURCES]:
+        state = one.state
+        if one.sink.last_error and one.backlog_rows:
+            state += f" ({one.sink.last_error})"
+        rows, waiting = str(one.received_rows), str(one.backlog_rows)
+        table.add_row(f"{one.run.name} ({one.run.id})", state, rows, waiting)
+    more = len(status.stage_runs) - LISTED_SOURCES
+    return Group(table, Text(f"and {more} more")) if more > 0 else table
 
 
 def _sources(status: Status) -> RenderableType:
@@ -127,6 +147,9 @@ def render_report(report: FinishReport) -> RenderableType:
         ("lost", _losses(report.lost, report.rejected)),
         *_unconfirmed(report.unconfirmed),
     ]
+    for one in report.stage_runs:
+        rows = f"{one.received_rows} rows received, {one.delivered_rows} with W&B"
+        facts.append(("stage's run", f"{one.run.name} ({one.run.id}): {one.state}, {rows}"))
     if report.run.mode == "offline":
         facts.append(("upload", f"wandb sync {report.run.dir}/wandb/offline-run-*"))
     parts: list[RenderableType] = [_facts(facts)]
