@@ -19,7 +19,7 @@ from collections.abc import Container, Iterator
 from pathlib import Path
 
 from raywb.blobs import bring_blobs_home
-from raywb.journal import FoundJournal, find_journals, sole_sweeper
+from raywb.found_journals import FoundJournal, find_journals, sole_sweeper
 from raywb.reports import SweepReport
 from raywb.rows import End, encode, frame
 from raywb.shipping import BATCH_BYTES, Answer, Endpoint, Sender

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 # So that a failure in them shows both sides, as it does in a test.
 pytest.register_assert_rewrite("online_service", "left_behind", "ray_cluster", "local_service")
 
+from local_service import LocalService, local_service  # noqa: E402
 from ray_cluster import FOREIGN, RayCluster  # noqa: E402
 
 #: Of Ray's many variables, those that say where a cluster is and which job this would be.
@@ -33,6 +35,14 @@ def _clean_environment(
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path_factory.mktemp("home")))
     monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+
+
+@pytest.fixture
+def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
+    """A service's directory, without Ray; the test brings the service up."""
+    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    with local_service(tmp_path) as local:
+        yield local
 
 
 @pytest.fixture(scope="module")

@@ -9,14 +9,13 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from local_service import LocalService, local_service
+from local_service import LocalService
 from ray_cluster import until
 from wandb_file import read_runs
 
@@ -394,13 +393,6 @@ def test_a_state_without_a_good_copy_is_an_error(tmp_path: Path) -> None:
         path.write_bytes(path.read_bytes().replace(b"1234", b"1235"))
     with pytest.raises(msgspec.DecodeError, match="checksum"):
         load_state(tmp_path)
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        yield local
 
 
 def rows_of_wandb(service: LocalService) -> list[int]:

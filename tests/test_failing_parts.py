@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,6 @@ from raywb.service import background, runs, sink_process
 @pytest.fixture(autouse=True)
 def _environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     set_environment(monkeypatch, tmp_path)
-
-
-@pytest.fixture
-def service(tmp_path: Path) -> Iterator[LocalService]:
-    with local_service(tmp_path) as local:
-        yield local
 
 
 def fail_once(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_service import LocalService, local_service
+from local_service import LocalService
 from ray_cluster import until
 from small_disk import SmallDisk, small_disk
 from wandb_file import read_runs
@@ -37,13 +37,6 @@ def dice() -> random.Random:
     seed = int(SEED or random.SystemRandom().randrange(2**32))
     print(f"RAYWB_SEED={seed}")
     return random.Random(seed)
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        yield local
 
 
 @pytest.fixture

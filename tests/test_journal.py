@@ -15,7 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from raywb.journal import Journal, Segments, find_journals
+from raywb.found_journals import find_journals
+from raywb.journal import Journal, Segments
 from raywb.rows import Frame, frame, scan
 
 SMALL = 200

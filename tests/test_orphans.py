@@ -19,8 +19,9 @@ from wandb_file import read_runs
 
 from raywb import orphans
 from raywb.blobs import BlobLane
+from raywb.found_journals import find_journals, sole_sweeper
 from raywb.frozen import Frozen
-from raywb.journal import Journal, find_journals, new_source_id, sole_sweeper
+from raywb.journal import Journal, new_source_id
 from raywb.orphans import sweep_node
 from raywb.reports import SweepReport
 from raywb.rows import Channel, End, Hello, Row, encode, end_of_source, frame

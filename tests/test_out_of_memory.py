@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_service import LocalService, local_service
+from local_service import LocalService
 
 from raywb.service.outbox import Outbox, OutRow
 
@@ -63,13 +63,6 @@ def kills_of(group: Path) -> int:
             lines = dict(line.split() for line in (group / counts).read_text().splitlines())
             return int(lines["oom_kill"])
     raise AssertionError(f"{group} does not tell of kills")
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        yield local
 
 
 @pytest.mark.parametrize("flushed", [True, False])

@@ -27,7 +27,7 @@ from raywb import connection as connections
 from raywb.client import Client
 from raywb.cluster import Cluster
 from raywb.connection import Connection, connection_for
-from raywb.journal import find_journals
+from raywb.found_journals import find_journals
 from raywb.reports import RunInfo
 from raywb.service.outbox import Outbox, OutRow
 from raywb.settings import journal_base

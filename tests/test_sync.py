@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 from left_behind import LeftBehind
-from local_service import LocalService, local_service
+from local_service import LocalService
 from wandb_client import API_KEY, client_environment, run_client
 from wandb_client import sync as wandb_sync
 from wandb_file import read_runs
@@ -20,13 +19,6 @@ from wandb_server import WandbServer
 from raywb.errors import SettingsError
 from raywb.reports import SyncedRun
 from raywb.service.sync import sync as sync_directory
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        yield local
 
 
 def log_and_finish(

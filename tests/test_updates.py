@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from local_service import CLUSTER, LocalService, local_service
+from local_service import CLUSTER, LocalService
 from wandb_client import sync
 from wandb_file import WandbRun, read_runs
 from wandb_server import WandbServer
@@ -34,16 +34,6 @@ from raywb.service.sink_messages import Updated
 from raywb.service.state import UpdateMarks
 from raywb.service.updates import Updates
 from raywb.tables import plain_table
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "RAYWB_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        yield local
 
 
 @pytest.fixture

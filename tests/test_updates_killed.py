@@ -9,11 +9,10 @@ import json
 import os
 import random
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_service import LocalService, local_service
+from local_service import LocalService
 from test_updates import kill_sink, referred, start_online, tables_in
 from wandb_file import read_runs
 from wandb_server import WandbServer
@@ -25,16 +24,6 @@ SEED = os.environ.get("RAYWB_SEED")
 
 #: Kills of the sink; every third round the service is restarted too.
 ROUNDS = 30 if LONG else 3
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "RAYWB_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        yield local
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from local_service import LocalService, local_service
+from local_service import LocalService
 from test_sync import sync
 from test_updates import artifact_files, check_online, contents, log_all, tables_in
 from wandb_file import read_runs
@@ -17,16 +16,6 @@ from wandb_server import WandbServer
 from raywb.rows import Artifact, ArtifactFile
 from raywb.service.outbox import Batch, OutAlert, Outbox, OutRow, OutTable
 from raywb.service.recover import recover
-
-
-@pytest.fixture
-def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalService]:
-    for name in [name for name in os.environ if name.startswith(("WANDB_", "RAYWB_"))]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        yield local
 
 
 def test_sync_sends_them_once(service: LocalService, tmp_path: Path) -> None:

@@ -17,8 +17,9 @@ from typing import Any, NamedTuple
 import msgspec
 
 from raywb.errors import DirectoryError, DirectoryInUse, FrameError
+from raywb.found_journals import FoundJournal, find_journals
 from raywb.frozen import blobs_in
-from raywb.journal import SEGMENT_BYTES, FoundJournal, find_journals
+from raywb.journal import SEGMENT_BYTES
 from raywb.reports import FinishReport
 from raywb.rows import End, Frame, Hello, decode, encode, frame, scan
 from raywb.service.blobs import BlobStore
