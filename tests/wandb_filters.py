@@ -43,8 +43,16 @@ TIMES: dict[str, Callable[[ServerRun], float]] = {
 }
 
 
+#: Whether a run fits.
+Predicate = Callable[[ServerRun], bool]
+
+
 class Filters:
-    """Filters in the MongoDB manner, as one store takes them."""
+    """Filters in the MongoDB manner, as one store takes them.
+
+    They are translated once and then asked of each run: a real server has an index for them, and
+    what is measured against this one is not to be its search.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -53,48 +61,47 @@ class Filters:
         self, runs: list[ServerRun], wanted: Mapping[str, Any], order: str | None
     ) -> list[ServerRun]:
         """The runs that fit, in this order; oldest first where none is asked for."""
-        self._check(wanted)
-        found = [run for run in runs if self._matches(run, wanted)]
+        found = self.fitting(runs, wanted)
         key = (order or "+created_at").lstrip("+-")
         if key in self._store.refused or key not in TIMES:
             raise QueryError(f"order {order!r} is not supported here")
         # Times of this format sort as texts do, which matters with thousands of runs.
         by_text = key in ("created_at", "createdAt")
         found.sort(
-            key=(lambda run: run.created_at) if by_text else TIMES[key],
+            key=operator.attrgetter("created_at") if by_text else TIMES[key],
             reverse=(order or "").startswith("-"),
         )
         return found
 
-    def _check(self, wanted: Any) -> None:
-        """Refuse what this server does not know, whichever run it would be asked of."""
-        if isinstance(wanted, list):
-            for one in wanted:
-                self._check(one)
-        elif isinstance(wanted, dict):
-            for key, condition in wanted.items():
-                if key in self._store.refused:
-                    raise QueryError(f"filter key {key!r} is not supported here")
-                self._check(condition)
+    def fitting(self, runs: list[ServerRun], wanted: Mapping[str, Any]) -> list[ServerRun]:
+        """The runs that fit, in no order."""
+        fits = self._all(wanted)
+        return [run for run in runs if fits(run)] if wanted else list(runs)
 
-    def _matches(self, run: ServerRun, wanted: Mapping[str, Any]) -> bool:
-        return all(self._holds(run, key, condition) for key, condition in wanted.items())
+    def _all(self, wanted: Mapping[str, Any]) -> Predicate:
+        parts = [self._one(key, condition) for key, condition in wanted.items()]
+        return parts[0] if len(parts) == 1 else lambda run: all(fits(run) for fits in parts)
 
-    def _holds(self, run: ServerRun, key: str, condition: Any) -> bool:
+    def _one(self, key: str, condition: Any) -> Predicate:
+        if key in self._store.refused:
+            raise QueryError(f"filter key {key!r} is not supported here")
         if key in self._store.passed_over:
-            return True
-        if key == "$and":
-            return all(self._matches(run, one) for one in condition)
-        if key == "$or":
-            return any(self._matches(run, one) for one in condition)
-        value = _field(run, key)
+            return lambda _: True
+        if key in ("$and", "$or"):
+            parts = [self._all(one) for one in condition]
+            some = all if key == "$and" else any
+            return lambda run: some(fits(run) for fits in parts)
         if not isinstance(condition, dict):
             condition = {"$eq": condition}
         unknown = condition.keys() - COMPARISONS.keys()
         if unknown:
             raise QueryError(f"filter operators {sorted(unknown)} are not supported here")
-        operand: Callable[[Any], Any] = _time if key in TIMES else lambda given: given
-        return all(COMPARISONS[name](value, operand(given)) for name, given in condition.items())
+        value = _field(key)
+        tests = [
+            (COMPARISONS[name], _time(operand) if key in TIMES else operand)
+            for name, operand in condition.items()
+        ]
+        return lambda run: all(compare(value(run), operand) for compare, operand in tests)
 
 
 def _time(given: Any) -> float:
@@ -104,15 +111,14 @@ def _time(given: Any) -> float:
         raise QueryError(f"{given!r} is no ISO time") from error
 
 
-def _field(run: ServerRun, key: str) -> Any:
-    """What a filter calls by this name."""
-    if key in FIELDS:
-        return FIELDS[key](run)
-    if key in TIMES:
-        return TIMES[key](run)
+def _field(key: str) -> Callable[[ServerRun], Any]:
+    """How to read what a filter calls by this name."""
+    known = FIELDS.get(key) or TIMES.get(key)
+    if known is not None:
+        return known
     place, _, rest = key.partition(".")
     if place == "config":
-        return flat(run.config).get(rest.removesuffix(".value"))
+        return lambda run: flat(run.config).get(rest.removesuffix(".value"))
     if place in ("summary", "summary_metrics"):
-        return flat(run.summary).get(rest)
+        return lambda run: flat(run.summary).get(rest)
     raise QueryError(f"filter key {key!r} is not supported here")

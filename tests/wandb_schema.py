@@ -79,11 +79,7 @@ class Schema:
 
     def _project(self, name: str, entity: str | None) -> Node | None:
         entity, project = entity or self._store.entity, name
-        runs = [
-            run
-            for run in self._store.runs.values()
-            if (run.entity, run.project) == (entity, project)
-        ]
+        runs = self._store.runs_of(entity, project)
         if not runs and (entity, project) not in self._store.projects:
             return None
 
@@ -107,7 +103,9 @@ class Schema:
             "user": self._user,
             "run": run,
             "bucket": run,
-            "runCount": lambda **asked: len(matching(**asked)),
+            "runCount": lambda filters=None: len(
+                self._filters.fitting(runs, json.loads(filters or "{}"))
+            ),
             "runs": page_of_runs,
             "artifact": lambda name: self._artifact(self._named(entity, project, name)),
             "artifactType": lambda name: None,

@@ -7,6 +7,7 @@ replaces the one before; a run without a heartbeat is crashed.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -211,6 +212,17 @@ class Store:
         self.refused: set[str] = set()
         self.passed_over: set[str] = set()
         self.knows_keys = True
+        #: Runs of a project, and how many runs there were at all when they were looked for.
+        self._of_project: dict[tuple[str, str], tuple[int, list[ServerRun]]] = {}
+
+    def runs_of(self, entity: str, project: str) -> list[ServerRun]:
+        """A project's runs in the order in which they came; no run ever goes."""
+        known, runs = self._of_project.get((entity, project), (0, []))
+        if known != len(self.runs):
+            wanted = (entity, project)
+            runs = [run for run in self.runs.values() if (run.entity, run.project) == wanted]
+            self._of_project[wanted] = (len(self.runs), runs)
+        return runs
 
     def find_run(self, project: str, entity: str | None, name: str) -> ServerRun | None:
         """The run of this name, the default entity standing in for none."""
@@ -323,6 +335,7 @@ def iso(time_s: float) -> str:
     return datetime.fromtimestamp(int(time_s), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@functools.lru_cache(maxsize=1 << 16)
 def seconds(text: str) -> float:
     """The reverse of `iso`; a time without a zone is UTC.
 

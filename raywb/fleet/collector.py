@@ -39,7 +39,7 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True):
     details: DetailRules | None = None
     secret_name: str = DEFAULT_SECRET
     limit_s: float = MOST_LIMIT_S
-    per_page: int = 100
+    per_page: int = 200
 
     def __post_init__(self) -> None:
         if not 0 < self.limit_s <= MOST_LIMIT_S:

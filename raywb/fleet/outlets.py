@@ -106,6 +106,7 @@ class DatadogOutlet:
         """
         from datadog_api_client import ApiClient, Configuration
         from datadog_api_client.exceptions import ApiException
+        from datadog_api_client.rest import ClientRetry
         from datadog_api_client.v2.api.metrics_api import MetricsApi
         from datadog_api_client.v2.model.metric_payload import MetricPayload
         from urllib3.exceptions import HTTPError
@@ -117,9 +118,9 @@ class DatadogOutlet:
         configuration = Configuration(
             host=credentials.datadog_url,
             api_key={"apiKeyAuth": key.reveal()},
-            enable_retry=True,
-            max_retries=DATADOG_RETRIES,
-            retry_backoff_factor=self._backoff_s,
+            retry_policy=ClientRetry(
+                DATADOG_RETRIES, backoff_factor=self._backoff_s, raise_on_status=False
+            ),
             request_timeout=DATADOG_TIMEOUT_S,
         )
         configuration.server_variables["site"] = credentials.datadog_site

@@ -63,7 +63,8 @@ def _judged(last: Line, request: ReadRequest, deadline: Deadline) -> Read:
         return last
     where = f"W&B's server at {request.base_url}"
     if isinstance(last, Progress):
-        come = f"{last.runs} runs on {last.pages} pages had come" if last.pages else "nothing came"
+        pages = "1 page" if last.pages == 1 else f"{last.pages} pages"
+        come = f"{last.runs} runs on {pages} had come" if last.pages else "nothing came"
         raise FleetTimeout(
             f"{where} did not give all that was asked for within {deadline.limit_s:g} s: {come}"
         )

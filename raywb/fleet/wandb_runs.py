@@ -290,6 +290,7 @@ class _Asked:
         self, query: str, filters: Mapping[str, Any], order: str, per_page: int
     ) -> Iterator[Page]:
         """The pages of one question; the client's own paging, with our query in it."""
+        self._api.flush()  # it would hand out a former answer, or try a former query again
         found = self._api.runs(
             self._request.path, filters=dict(filters), order=order, per_page=per_page
         )
