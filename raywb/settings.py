@@ -308,7 +308,7 @@ _NOT_FOR_THE_READER = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", *_NOT_FOR_T
 def fleet_reader_environment(environment: Mapping[str, str], home: str) -> dict[str, str]:
     """The environment of the process that reads from W&B for the fleet collector.
 
-    It carries no key, and W&B's client keeps what it writes below ``home``.
+    It carries no key, and W&B's client keeps below ``home`` whatever it writes.
     """
     kept = {
         key: value
@@ -316,7 +316,7 @@ def fleet_reader_environment(environment: Mapping[str, str], home: str) -> dict[
         if key not in _NOT_FOR_THE_READER and not key.startswith(("DD_", "DATADOG_", "AWS_"))
     }
     package_root = str(Path(__file__).resolve().parent.parent)
-    places = ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
+    places = ("TMPDIR", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
     return {
         **kept,
         **dict.fromkeys(places, home),

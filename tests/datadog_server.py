@@ -51,7 +51,7 @@ class DatadogServer:
                 self.end_headers()
                 for index in range(len(text)):
                     self.wfile.write(text[index : index + 1])
-                    if outer.trickles and outer._ended.wait(0.25):
+                    if outer.trickles and outer._ended.wait(1.0):
                         return
 
             def log_message(self, *_: object) -> None:

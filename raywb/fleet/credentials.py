@@ -1,8 +1,7 @@
 """Keys and names for a collection: from the environment, else from AWS Secrets Manager.
 
-A key lies in a :class:`Secret` from where it is read to where it is used, so that no repr, no
-traceback with local variables and no log line shows it; texts of errors that come from elsewhere
-go through :meth:`Credentials.redact`.
+A key lies in a :class:`Secret` from where it is read to where it is used, so that no repr and no
+log line shows it; texts of errors and tracebacks go through :meth:`Credentials.redact`.
 """
 
 from __future__ import annotations

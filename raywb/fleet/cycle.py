@@ -18,7 +18,7 @@ from raywb.fleet.outlets import DatadogOutlet, Outlet, publish
 __all__ = ["Outcome", "parse_interval", "repeat", "run_once"]
 
 #: Shortest pause from one collection's start to the next one's, in seconds.
-SHORTEST_INTERVAL_S = 10.0
+SHORTEST_INTERVAL_S = 1.0
 
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 

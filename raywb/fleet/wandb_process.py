@@ -45,9 +45,13 @@ def read_runs(request: ReadRequest, deadline: Deadline, environment: Mapping[str
         tempfile.TemporaryFile() as printed,
         _process(fleet_reader_environment(environment, home), printed) as child,
     ):
-        with contextlib.suppress(BrokenPipeError), child.stdin as stdin:  # type: ignore[union-attr]
-            stdin.write(msgspec.json.encode(request))
-        for line in _lines(child.stdout, deadline):  # type: ignore[arg-type]
+        stdin, stdout = child.stdin, child.stdout
+        if stdin is None or stdout is None:
+            raise FleetError("the process that reads from W&B has no pipes")
+        with contextlib.suppress(BrokenPipeError):
+            stdin.write(msgspec.json.encode(request) + b"\n")
+            stdin.flush()
+        for line in _lines(stdout, deadline):
             last = msgspec.json.decode(line, type=Line)
             if not isinstance(last, Progress):
                 break
@@ -106,8 +110,10 @@ def _process(
         for process in started:
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
-        if child.stdout is not None:
-            child.stdout.close()
+        for pipe in (child.stdin, child.stdout):
+            if pipe is not None:
+                with contextlib.suppress(BrokenPipeError):  # what nobody read any more
+                    pipe.close()
 
 
 def _lines(stdout: IO[bytes], deadline: Deadline) -> Iterator[bytes]:

@@ -5,9 +5,9 @@ neither can be interrupted, and a client that was left in the middle is of no us
 process can be ended at any moment (:mod:`raywb.fleet.wandb_process` does), and the next collection
 begins with a fresh one.
 
-It reads a :class:`ReadRequest` from stdin, key included, so that the key is in no argument and no
-environment, and writes JSON lines to stdout: :class:`Progress` for each page, then :class:`Read`
-or :class:`Failed`.
+It reads a :class:`ReadRequest`, one JSON line, from stdin, key included, so that the key is in no
+argument and no environment, and writes JSON lines to stdout: :class:`Progress` for each page, then
+:class:`Read` or :class:`Failed`. When its stdin ends, its parent is gone, and so is it.
 
 ``wandb.Api().runs()`` is used for what it is good at, login, filters, order and pages. Its own
 selection is not: it leaves out summary and config, which it then fetches run by run. So the pages
@@ -22,6 +22,7 @@ import math
 import os
 import re
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -343,11 +344,17 @@ def read(request: ReadRequest, tell: Callable[[Progress], None]) -> Read:
     return Read(runs, baseline, asked.requests, elapsed_s, reader.notes, reader.incomplete)
 
 
+def _end_with_the_parent() -> None:
+    sys.stdin.buffer.read()
+    os._exit(1)
+
+
 def main() -> None:
     """Answer the request on stdin."""
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # W&B's client prints, and only answers belong on stdout
-    request = msgspec.json.decode(sys.stdin.buffer.read(), type=ReadRequest)
+    request = msgspec.json.decode(sys.stdin.buffer.readline(), type=ReadRequest)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
 
     def write(line: Line) -> None:
         out.write(msgspec.json.encode(line) + b"\n")
