@@ -17,11 +17,12 @@ from fleet_runs import ENTITY, PROJECT, fleet_environment, put_run, run_fleet, s
 from moto.server import ThreadedMotoServer
 from wandb_server import WandbServer
 
-from raywb.errors import FleetError, SecretMissing
+from raywb.errors import FleetError, SecretMissing, SettingsError
 from raywb.fleet import cycle
 from raywb.fleet.collector import FleetSettings
 from raywb.fleet.credentials import Credentials, Secret, find_credentials
 from raywb.fleet.deadline import Deadline
+from raywb.settings import fleet_reader_environment
 
 WANDB_KEY = "5ec7e7" * 7
 DATADOG_KEY = "d09d09" * 6
@@ -80,6 +81,23 @@ def test_the_environment_is_enough() -> None:
     assert (credentials.entity, credentials.project) == (ENTITY, PROJECT)
     assert (credentials.base_url, credentials.datadog_site) == ("http://w", "datadoghq.eu")
     assert credentials.datadog_key is not None
+
+
+@pytest.mark.parametrize("name", ["WANDB_BASE_URL", "DD_URL"])
+def test_addresses(name: str) -> None:
+    """An address that is none is named; it may carry a password, so it is not shown."""
+    with pytest.raises(SettingsError, match=f"{name} cannot be used") as caught:
+        found(WHOLE | {name: "wandb.example"})
+    assert "wandb.example" not in str(caught.value)
+
+
+def test_the_reader_inherits_no_key() -> None:
+    """The process that reads from W&B has no key in its environment, but the way to the server."""
+    way = {"HTTPS_PROXY": "http://proxy", "SSL_CERT_FILE": "/ca.pem", "WANDB_HTTP_TIMEOUT": "9"}
+    steered = {"WANDB_SERVICE": "a socket", "WANDB_MODE": "offline", "AWS_SECRET_ACCESS_KEY": "a"}
+    kept = fleet_reader_environment(WHOLE | way | steered, "/home")
+    assert way.items() <= kept.items()
+    assert not {"WANDB_API_KEY", "DD_API_KEY", *steered} & set(kept)
 
 
 def test_the_secret_fills_in(aws: dict[str, str]) -> None:

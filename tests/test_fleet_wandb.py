@@ -286,6 +286,32 @@ def test_wrong_key(tmp_path: Path) -> None:
             assert key not in ended.stderr
 
 
+@pytest.mark.parametrize(("status", "code"), [(403, 20), (404, 1), (400, 1)])
+def test_a_login_that_fails(server: WandbServer, tmp_path: Path, status: int, code: int) -> None:
+    """W&B's client blames the key for every failed login; only what the server says counts."""
+    server.misbehave("graphql", status=status)
+    ended = run_fleet(fleet_environment(tmp_path, server))
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert str(status) in ended.stderr
+    assert ("does not accept the key" in ended.stderr) == (code == 20)
+
+
+@pytest.mark.parametrize(("status", "code"), [(401, 20), (403, 21), (404, 21), (400, 1)])
+def test_pages_that_fail(server: WandbServer, tmp_path: Path, status: int, code: int) -> None:
+    """Behind a good login, a key may be withdrawn, or not be allowed to see the project."""
+    put_run(server.store, "r")
+    answered = server._schema.roots
+
+    def roots(kind: str) -> Any:
+        server.misbehave("graphql", status=status)
+        return answered(kind)
+
+    server._schema.roots = roots  # type: ignore[method-assign]
+    ended = run_fleet(fleet_environment(tmp_path, server))
+    assert (ended.returncode, ended.stdout) == (code, "")
+    assert str(status) in ended.stderr
+
+
 def test_unknown_project(server: WandbServer, tmp_path: Path) -> None:
     """A project that is not there has its own exit code, and is named."""
     ended = run_fleet(fleet_environment(tmp_path, server, WANDB_PROJECT="nowhere"))

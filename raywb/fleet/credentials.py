@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
-from raywb.errors import SecretMissing
+from raywb.errors import SecretMissing, SettingsError
 from raywb.fleet.deadline import Deadline, within
 from raywb.settings import DEFAULT_BASE_URL
 
@@ -141,6 +142,7 @@ def find_credentials(
     Raises:
         SecretMissing: something is to be had nowhere.
         FleetTimeout: Secrets Manager did not answer in time.
+        SettingsError: an address is none.
     """
     found = {name: Secret(environment[name]) for name in NAMES if environment.get(name)}
     needed = (*REQUIRED, DATADOG_KEY) if datadog else REQUIRED
@@ -154,6 +156,12 @@ def find_credentials(
             raise SecretMissing(
                 f"{_and(still)} {_is(still)} not set, and the {asked} has no such key: set it in "
                 "the environment, or add it to the secret"
+            )
+    for name in ("WANDB_BASE_URL", "DD_URL"):
+        address = urlsplit(found[name].reveal()) if name in found else None
+        if address and not (address.scheme in ("http", "https") and address.netloc):
+            raise SettingsError(
+                f"{name} cannot be used: it is an address that starts with http:// or https://"
             )
     return Credentials(found)
 

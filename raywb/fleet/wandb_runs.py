@@ -278,14 +278,17 @@ class _Asked:
         self.requests = 1
         self._request = request
         try:
-            with self._failures():
-                self._api = wandb.Api(
-                    overrides={"base_url": request.base_url},
-                    timeout=math.ceil(request.limit_s),
-                    api_key=request.api_key,
-                )
-        except (AuthenticationError, Refused) as error:
-            raise Failure("key", str(error)) from error
+            self._api = wandb.Api(
+                overrides={"base_url": request.base_url},
+                timeout=math.ceil(request.limit_s),
+                api_key=request.api_key,
+            )
+        except AuthenticationError as error:
+            # The client says so of whatever goes wrong at the login.
+            status = _status(error.__cause__) or _status_in(str(error))
+            refused = error.__cause__ is None or status in (401, 403)
+            text = str(error) if refused else f"W&B's server does not let in: {error}"
+            raise Failure("key" if refused else "server", text) from error
 
     def pages(
         self, query: str, filters: Mapping[str, Any], order: str, per_page: int
@@ -316,7 +319,7 @@ class _Asked:
         try:
             yield
         except WandbApiFailedError as error:
-            status = error.response.http_status if error.response is not None else 0
+            status = _status(error)
             text = (error.response.message if error.response is not None else "") or str(error)
             if status == 401:
                 raise Failure("key", text) from error
@@ -325,6 +328,17 @@ class _Asked:
             if status in (200, 400, 422):
                 raise Refused(text) from error
             raise Failure("server", f"W&B's server answers with an error: {text}") from error
+
+
+def _status(error: BaseException | None) -> int:
+    """The HTTP status behind an error of W&B's client; 0 where there is none."""
+    return int(getattr(getattr(error, "response", None), "http_status", 0) or 0)
+
+
+def _status_in(text: str) -> int:
+    """The same, out of the text of an error that does not carry it."""
+    match = re.search(r"returned error (\d{3})", text)
+    return int(match[1]) if match else 0
 
 
 def read(request: ReadRequest, tell: Callable[[Progress], None]) -> Read:
