@@ -3,7 +3,8 @@
     raywb fleet --verbose                 prints them
     raywb fleet --push --every 15m        sends them to Datadog, again and again
 
-wandb_runs.py      a process of its own: W&B's client, the window's pages, nothing else
+wandb_runs.py      a process of its own: W&B's client, and nothing else
+reading.py         which pages to ask for      wandb_process.py  runs that process, and ends it
 runs.py            a run as the collector sees it, and the window
 metrics.py         the 20 definitions          details.py   what stands behind them
 collector.py       one collection              cycle.py     with its outlets, once or at intervals

@@ -12,9 +12,9 @@ from raywb.fleet.credentials import DEFAULT_SECRET, Credentials
 from raywb.fleet.deadline import Deadline
 from raywb.fleet.details import DetailRules, FleetDetails, compute_details, main_regex
 from raywb.fleet.metrics import FleetRules, Metric, compute
+from raywb.fleet.reading import Read, ReadRequest
 from raywb.fleet.runs import FleetRun, Window
 from raywb.fleet.wandb_process import read_runs
-from raywb.fleet.wandb_runs import Read, ReadRequest
 
 __all__ = ["FleetReport", "FleetSettings", "collect"]
 

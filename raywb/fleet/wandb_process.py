@@ -16,7 +16,7 @@ import psutil
 
 from raywb.errors import FleetError, FleetTimeout, KeyRefused, ProjectUnknown
 from raywb.fleet.deadline import Deadline
-from raywb.fleet.wandb_runs import Line, Progress, Read, ReadRequest
+from raywb.fleet.reading import Line, Progress, Read, ReadRequest
 from raywb.settings import fleet_reader_environment
 
 __all__ = ["read_runs"]
