@@ -10,6 +10,7 @@ import click
 
 from raywb import __version__
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
+from raywb.fleet.command import fleet
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -214,6 +215,9 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
         click.echo(msgspec.json.encode(report).decode())
     else:
         Console().print(rendered)
+
+
+main.add_command(fleet)
 
 
 if __name__ == "__main__":

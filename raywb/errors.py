@@ -11,6 +11,11 @@
     ├── MetricTypeError        log(strict=True) was given what W&B cannot chart (also a TypeError)
     ├── ArtifactError          log_artifact(strict=True) was given a path that cannot be taken
     ├── FrameError             bytes that are no whole, undamaged frame
+    ├── FleetError             the fleet collector cannot say what it was asked for
+    │   ├── KeyRefused         W&B's server does not accept the key
+    │   ├── ProjectUnknown     there is no such project, or the key may not see it
+    │   ├── FleetTimeout       not everything was there within the time limit
+    │   └── SecretMissing      a key, an entity or a project is to be had nowhere
     └── SinkError              W&B's side could not take what it was given
         └── KeyMissing         a run is online, and the service has no key of W&B's
 
@@ -25,11 +30,16 @@ __all__ = [
     "ArtifactError",
     "DirectoryError",
     "DirectoryInUse",
+    "FleetError",
+    "FleetTimeout",
     "FrameError",
     "KeyMissing",
+    "KeyRefused",
     "MetricTypeError",
     "NoClusterError",
+    "ProjectUnknown",
     "RaywbError",
+    "SecretMissing",
     "ServiceUnavailable",
     "SettingsConflict",
     "SettingsError",
@@ -80,6 +90,26 @@ class ArtifactError(RaywbError, ValueError):
 
 class FrameError(RaywbError):
     """Raised when bytes are not a whole, undamaged frame."""
+
+
+class FleetError(RaywbError):
+    """Raised when W&B's server, or what stands before it, gives no answer that can be used."""
+
+
+class KeyRefused(FleetError):
+    """Raised when W&B's server does not accept the key."""
+
+
+class ProjectUnknown(FleetError):
+    """Raised when there is no such project, or the key may not see it."""
+
+
+class FleetTimeout(FleetError):
+    """Raised when not everything was there within the time limit."""
+
+
+class SecretMissing(FleetError):
+    """Raised when a key, an entity or a project is to be had nowhere."""
 
 
 class SinkError(RaywbError):

@@ -344,3 +344,29 @@ def sink_environment(environment: Mapping[str, str], data_dir: str = "") -> dict
     if data_dir:
         kept.setdefault("WANDB_DATA_DIR", data_dir)
     return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+#: The fleet collector's reader is given its key otherwise, and asks W&B for nothing but runs.
+_NOT_FOR_THE_READER = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", *_NOT_FOR_THE_SINK)
+
+
+def fleet_reader_environment(environment: Mapping[str, str], home: str) -> dict[str, str]:
+    """The environment of the process that reads from W&B for the fleet collector.
+
+    It carries no key, and W&B's client keeps below ``home`` whatever it writes.
+    """
+    kept = {
+        key: value
+        for key, value in environment.items()
+        if key not in _NOT_FOR_THE_READER and not key.startswith(("DD_", "DATADOG_", "AWS_"))
+    }
+    package_root = str(Path(__file__).resolve().parent.parent)
+    places = ("TMPDIR", "WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR")
+    return {
+        **kept,
+        **dict.fromkeys(places, home),
+        "WANDB_SILENT": "true",
+        "WANDB_CONSOLE": "off",
+        "WANDB_ERROR_REPORTING": "false",
+        "PYTHONPATH": os.pathsep.join([package_root, *filter(None, [kept.get("PYTHONPATH")])]),
+    }

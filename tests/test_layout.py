@@ -52,8 +52,9 @@ def test_the_public_door_is_complete_and_sorted() -> None:
 
 
 def test_only_the_sink_and_the_hook_touch_wandb() -> None:
-    """Nobody but the sink's process imports wandb."""
+    """Nobody but the sink's process writes with wandb, and the fleet collector's reads."""
     assert importers("wandb") == {
+        "raywb/fleet/wandb_runs.py",
         "raywb/service/transaction_log.py",
         "raywb/service/wandb_sink.py",
         "raywb/service/wandb_updates.py",

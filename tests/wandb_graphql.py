@@ -144,6 +144,8 @@ class _Execution:
             yield from self._flat(node, inner)
 
     def _wanted(self, selection: Selection) -> bool:
+        if not selection.directives:
+            return True
         include = self._value(selection.directives.get("include", {})).get("if", True)
         skip = self._value(selection.directives.get("skip", {})).get("if", False)
         return bool(include) and not skip

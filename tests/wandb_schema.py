@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from wandb_filters import matches
+from wandb_filters import Filters
 from wandb_graphql import QueryError
-from wandb_store import EVENTS, ServerArtifact, ServerRun, Store
+from wandb_store import EVENTS, ServerArtifact, ServerRun, Store, iso
 
 Node = dict[str, Any]
 
 #: How many lines a tail holds; what the client reads is the last one.
 TAIL_LINES = 2
+
+#: Most runs on one page, whatever is asked for, and how many where nothing is.
+MOST_PER_PAGE, PER_PAGE = 1000, 50
 
 
 class Schema:
@@ -28,6 +31,7 @@ class Schema:
     def __init__(self, store: Store, base_url: Callable[[], str]) -> None:
         self._store = store
         self._base_url = base_url
+        self._filters = Filters(store)
 
     def roots(self, kind: str) -> Node:
         """The fields at the top of a query or a mutation."""
@@ -74,31 +78,36 @@ class Schema:
         }
 
     def _project(self, name: str, entity: str | None) -> Node | None:
-        entity = entity or self._store.entity
-        runs = [
-            run for run in self._store.runs.values() if (run.entity, run.project) == (entity, name)
-        ]
-        if not runs:
+        entity, project = entity or self._store.entity, name
+        runs = self._store.runs_of(entity, project)
+        if not runs and (entity, project) not in self._store.projects:
             return None
 
         def run(name: str, missingOk: bool = False) -> Node | None:
-            return self._run(self._store.find_run(runs[0].project, entity, name))
+            return self._run(self._store.find_run(project, entity, name))
 
-        def matching(filters: str | None = None, **_: Any) -> list[ServerRun]:
-            wanted = json.loads(filters or "{}")
-            return [run for run in runs if matches(run, wanted)]
+        def matching(filters: str | None = None, order: str | None = None) -> list[ServerRun]:
+            return self._filters.matching(runs, json.loads(filters or "{}"), order)
+
+        def page_of_runs(first: int | None = None, after: str | None = None, **asked: Any) -> Node:
+            size, begin = min(first or PER_PAGE, MOST_PER_PAGE), int(after or 0)
+            found = matching(**asked)
+            nodes = [self._run(run) for run in found[begin : begin + size]]
+            return _page(nodes, begin, more=begin + size < len(found))
 
         return self._project_stub(name, entity) | {
             "entityName": entity,
-            "createdAt": runs[0].created_at,
+            "createdAt": runs[0].created_at if runs else iso(0),
             "isBenchmark": False,
             "readOnly": False,
             "user": self._user,
             "run": run,
             "bucket": run,
-            "runCount": lambda **asked: len(matching(**asked)),
-            "runs": lambda **asked: _page([self._run(run) for run in matching(**asked)]),
-            "artifact": lambda name: self._artifact(self._named(entity, runs[0].project, name)),
+            "runCount": lambda filters=None: len(
+                self._filters.fitting(runs, json.loads(filters or "{}"))
+            ),
+            "runs": page_of_runs,
+            "artifact": lambda name: self._artifact(self._named(entity, project, name)),
             "artifactType": lambda name: None,
             "artifactCollectionMembership": lambda name: None,
         }
@@ -138,16 +147,16 @@ class Schema:
             "group": run.group,
             "jobType": run.job_type,
             "state": run.state,
-            "sweepName": None,
+            "sweepName": run.sweep_name or None,
             "commit": None,
             "readOnly": False,
             "createdAt": run.created_at,
-            "heartbeatAt": run.created_at,
+            "heartbeatAt": lambda: iso(run.heartbeat_s),
             "user": self._user,
             "project": lambda: self._project_stub(run.project, run.entity),
-            "config": lambda: _text(run.raw_config),
+            "config": lambda **asked: _text(self._some(run.raw_config, **asked)),
             "wandbConfig": lambda keys: _wandb_config(run, keys),
-            "summaryMetrics": lambda: _text(run.summary),
+            "summaryMetrics": lambda **asked: self._summary(run, **asked),
             "systemMetrics": "{}",
             "historyLineCount": lambda: run.row_count,
             "historyTail": lambda: _text(_readable(run.lines[-TAIL_LINES:])),
@@ -164,6 +173,18 @@ class Schema:
             },
             "outputArtifacts": lambda **_: self._output_artifacts(run),
         }
+
+    def _some(self, values: Mapping[str, Any], **asked: list[str]) -> Mapping[str, Any]:
+        """All of a JSON field, or the top-level keys that are asked for."""
+        unknown = asked.keys() - ({"keys"} if self._store.knows_keys else set())
+        if unknown:
+            raise QueryError(f"Unknown argument {sorted(unknown)}")
+        wanted = asked.get("keys")
+        return values if wanted is None else {k: values[k] for k in wanted if k in values}
+
+    def _summary(self, run: ServerRun, **asked: list[str]) -> str:
+        text = _text(self._some(run.summary, **asked))
+        return json.dumps(text) if run.summary_in_text else text
 
     def _output_artifacts(self, run: ServerRun) -> Node:
         logged = [one for one in self._store.artifacts if one.run == run.run_id]
@@ -319,12 +340,16 @@ def _readable(lines: Iterable[str]) -> list[str]:
     return [_text(json.loads(line)) for line in lines]
 
 
-def _page(nodes: list[Any]) -> Node:
-    """Everything on one page of a connection."""
-    edges = [{"node": node, "cursor": str(index)} for index, node in enumerate(nodes)]
+def _page(nodes: list[Any], begin: int = 0, *, more: bool = False) -> Node:
+    """One page of a connection; a cursor says how many nodes lie up to its own."""
+    edges = [{"node": node, "cursor": str(index)} for index, node in enumerate(nodes, begin + 1)]
     return {
         "edges": edges,
-        "pageInfo": {"__typename": "PageInfo", "endCursor": None, "hasNextPage": False},
+        "pageInfo": {
+            "__typename": "PageInfo",
+            "endCursor": edges[-1]["cursor"] if edges else None,
+            "hasNextPage": more,
+        },
     }
 
 

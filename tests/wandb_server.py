@@ -51,6 +51,9 @@ query RaywbConfirm($entity: String, $project: String, $run: String!) {
 #: What can be told to misbehave, one by one or together.
 KINDS = ("graphql", "file_stream", "files")
 
+#: Pause between two bytes of an answer that trickles, in seconds.
+TRICKLE_PAUSE_S = 0.25
+
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 
@@ -104,6 +107,7 @@ class WandbServer:
         self.errors: list[str] = []
         self._faults: dict[str, _Fault] = {}
         self._hanging: dict[str, asyncio.Event] = {}
+        self._trickling: set[str] = set()
         self._schema = Schema(self.store, lambda: self.url)
         self._lock = threading.Lock()
         self._loop = asyncio.new_event_loop()
@@ -201,11 +205,17 @@ class WandbServer:
             for one in _kinds(kind):
                 self._hanging.setdefault(one, asyncio.Event())
 
+    def trickle(self, kind: str = "all") -> None:
+        """Answer requests byte by byte, so slowly that no answer is ever whole, until `behave`."""
+        with self._lock:
+            self._trickling.update(_kinds(kind))
+
     def behave(self, kind: str = "all") -> None:
-        """End errors and hanging."""
+        """End errors, hanging and trickling."""
         with self._lock:
             for one in _kinds(kind):
                 self._faults.pop(one, None)
+                self._trickling.discard(one)
                 event = self._hanging.pop(one, None)
                 if event is not None:
                     self._loop.call_soon_threadsafe(event.set)
@@ -258,6 +268,22 @@ class WandbServer:
         response = await handler(request)
         with self.store.changed:
             self.store.changed.notify_all()
+        if kind in self._trickling and isinstance(response, web.Response):
+            return await self._slowly(request, response, kind)
+        return response
+
+    async def _slowly(
+        self, request: web.Request, whole: web.Response, kind: str
+    ) -> web.StreamResponse:
+        """The same answer, a byte at a time: no pause is long enough to look like an end."""
+        body = whole.body if isinstance(whole.body, bytes) else b""
+        response = web.StreamResponse(headers={"Content-Type": "application/json"})
+        response.content_length = len(body)
+        await response.prepare(request)
+        for index in range(len(body)):
+            await response.write(body[index : index + 1])
+            if kind in self._trickling:
+                await asyncio.sleep(TRICKLE_PAUSE_S)
         return response
 
     def _admits(self, request: web.Request) -> bool:

@@ -7,11 +7,13 @@ replaces the one before; a run without a heartbeat is crashed.
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from wandb_file import MetricDefinition
@@ -57,6 +59,17 @@ class ServerRun:
     heartbeat_at: float = field(default_factory=time.monotonic)
     crashed_after_s: float = CRASHED_AFTER_S
     created_at: str = ""
+    #: The id of the sweep that made it.
+    sweep_name: str = ""
+    #: A state that no client of ours can bring about here (`killed`, `pending`, …).
+    told_state: str | None = None
+    #: Hand the summary out as a JSON text of a JSON text: seen of crashed runs.
+    summary_in_text: bool = False
+
+    @property
+    def heartbeat_s(self) -> float:
+        """When it was last heard of, as seconds since the epoch."""
+        return time.time() - (time.monotonic() - self.heartbeat_at)
 
     @property
     def path(self) -> str:
@@ -129,6 +142,8 @@ class ServerRun:
     @property
     def state(self) -> str:
         """`running`, `finished`, `failed`, or `crashed` where the heartbeat stopped."""
+        if self.told_state is not None:
+            return self.told_state
         if self.exit_code is not None:
             return "failed" if self.exit_code else "finished"
         silent_s = time.monotonic() - self.heartbeat_at
@@ -190,6 +205,24 @@ class Store:
         self.changed = threading.Condition(threading.RLock())
         self.runs: dict[str, ServerRun] = {}
         self.artifacts: list[ServerArtifact] = []
+        #: Entity and name of projects that are there without a run.
+        self.projects: set[tuple[str, str]] = set()
+        #: What this server does not know: filter keys and orders that it refuses, filter keys
+        #: that it passes over, and whether a field of JSON can be asked for some of its keys.
+        self.refused: set[str] = set()
+        self.passed_over: set[str] = set()
+        self.knows_keys = True
+        #: Runs of a project, and how many runs there were at all when they were looked for.
+        self._of_project: dict[tuple[str, str], tuple[int, list[ServerRun]]] = {}
+
+    def runs_of(self, entity: str, project: str) -> list[ServerRun]:
+        """A project's runs in the order in which they came; no run ever goes."""
+        known, runs = self._of_project.get((entity, project), (0, []))
+        if known != len(self.runs):
+            wanted = (entity, project)
+            runs = [run for run in self.runs.values() if (run.entity, run.project) == wanted]
+            self._of_project[wanted] = (len(self.runs), runs)
+        return runs
 
     def find_run(self, project: str, entity: str | None, name: str) -> ServerRun | None:
         """The run of this name, the default entity standing in for none."""
@@ -205,7 +238,7 @@ class Store:
         if run is None:
             number = len(self.runs) + 1
             run = ServerRun(entity, project, name or f"run{number}", number, f"run-{number}")
-            run.created_at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+            run.created_at = iso(time.time())
             self.runs[run.path] = run
         run.upserts += 1
         run.crashed_after_s = self.crashed_after_s
@@ -284,6 +317,7 @@ def _change(run: ServerRun, asked: Mapping[str, Any]) -> None:
         "groupName": "group",
         "jobType": "job_type",
         "notes": "notes",
+        "sweep": "sweep_name",
     }
     for key, name in names.items():
         if asked.get(key) is not None:
@@ -294,6 +328,22 @@ def _change(run: ServerRun, asked: Mapping[str, Any]) -> None:
         run.raw_config = json.loads(asked["config"])
     if asked.get("summaryMetrics") is not None:
         run.summary = json.loads(asked["summaryMetrics"])
+
+
+def iso(time_s: float) -> str:
+    """Seconds since the epoch as the service writes them."""
+    return datetime.fromtimestamp(int(time_s), UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def seconds(text: str) -> float:
+    """The reverse of `iso`; a time without a zone is UTC.
+
+    Raises:
+        ValueError: It is no ISO time.
+    """
+    at = datetime.fromisoformat(text)
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
 def flat(row: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
