@@ -14,7 +14,9 @@ from wandb_server import WandbServer
 
 from raywb.client import Client
 from raywb.connection import Connection
+from raywb.groups import Group
 from raywb.nodes.compute import job_metadata
+from raywb.settings import Settings
 
 README = Path(__file__).parents[1] / "README.md"
 
@@ -35,7 +37,8 @@ def test_the_queries_of_the_readme(
         service.up()
         assert service.service is not None
         wanted = {"mode": "online", "base_url": server.url, "project": "sky", "entity": "robots"}
-        service.start(api_key=KEY, **wanted, group="slurm-12345", run_id="all")
+        settings = Settings(**wanted, run_id="all")
+        service.service.start(settings, wanted, Group("slurm-12345", "SLURM_JOB_ID"), KEY)
         for gpus in (0, 2, 4, 8):
             stage = f"classify-{gpus}" if gpus else "classify"
             explicit = {"group": "another"} if gpus == 8 else {}

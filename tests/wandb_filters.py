@@ -15,10 +15,10 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "$ne": operator.ne,
     "$in": lambda value, wanted: value in wanted,
     "$nin": lambda value, wanted: value not in wanted,
-    "$gt": operator.gt,
-    "$gte": operator.ge,
-    "$lt": operator.lt,
-    "$lte": operator.le,
+    "$gt": lambda value, wanted: value is not None and value > wanted,
+    "$gte": lambda value, wanted: value is not None and value >= wanted,
+    "$lt": lambda value, wanted: value is not None and value < wanted,
+    "$lte": lambda value, wanted: value is not None and value <= wanted,
     "$regex": lambda value, wanted: re.search(wanted, value or "") is not None,
 }
 
