@@ -176,11 +176,14 @@ def attach(
     check_own_run(stage, run_id, own_run=own_run)
     cluster = ray_side.connect()
     service = ray_side.find_service()
+    is_first = service is None
     if service is None:
         service = ray_side.make_service(cluster, *_origin(resolve(cfg=cfg), cluster))
     joined = ray_side.join(
         service, cluster, timeout_s=ATTACH_TIMEOUT_S, source_id=source_id_for(cluster)
     )
+    if is_first:
+        log_metadata(_open_client(cluster, joined, None, None, None), cfg)
     if own_run and stage is not None:
         run, session = open_own_run(service, stage, run_id, cfg, timeout_s=ATTACH_TIMEOUT_S)
         connection = connection_for(cluster, joined.endpoint, joined.epoch)

@@ -109,3 +109,19 @@ def test_stages_have_runs_in_the_orchestrators_group(cluster: RayCluster) -> Non
     assert "[raywb] ✓ Logged compute metadata: " in text
     assert f"[orchestrator] Setting WANDB_GROUP={group} for child stages" in text
     assert "[raywb] Starting run: topics-classify-20" in text
+
+
+def test_a_run_that_nobody_started_says_where_it_ran(cluster: RayCluster) -> None:
+    """The process whose attach() made the service brings what its job was given."""
+    report = cluster.run_driver("""
+        import ray, raywb
+        from msgspec import to_builtins
+        from ray_cluster import report, without_service
+        ray.init()
+        without_service()
+        raywb.attach("s").log({"x": 1})
+        report(to_builtins(raywb.finish()))
+    """)
+    run = read_runs(report["run"]["dir"])[report["run"]["id"]]
+    assert run.values("s/x") == [1]
+    assert run.config["compute.cpu_count"] >= 1
