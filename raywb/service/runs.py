@@ -77,6 +77,10 @@ def make_open_request(
     )
 
 
+def _nothing(run: RunState) -> None:
+    """Nobody wants to be told."""
+
+
 class Runs:
     """Every run of one service directory, the last of which may be open.
 
@@ -105,6 +109,9 @@ class Runs:
         self._sinks: dict[int, SinkProcess] = {}
         delivery.ledger.skip_to(max((run.cut or 0 for run in state.runs), default=0))
         self._updates: dict[int, Updates] = {}
+        #: Told of each run that begins, and that is about to end, to add what belongs into it.
+        self.on_begin: Callable[[RunState], None] = _nothing
+        self.on_end: Callable[[RunState], None] = _nothing
 
     @property
     def last(self) -> RunState | None:
@@ -152,6 +159,7 @@ class Runs:
             self._state.runs.pop()
             raise
         self._delivery.open_run(number)
+        self.on_begin(run)
         self._begin_sink(run)
         return run
 
@@ -450,6 +458,7 @@ class Runs:
 
     def _write_end(self, run: RunState) -> None:
         """The last thing in the run is what was lost in it, if only that nothing was."""
+        self.on_end(run)
         losses = self.losses()
         merge = self._delivery.merge
         if losses and (self.lost(), merge.rejected) != (run.lost, run.rejected):

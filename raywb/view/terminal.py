@@ -14,6 +14,7 @@ from raywb.reports import (
     SyncReport,
     UnconfirmedSource,
 )
+from raywb.view.nodes import render_nodes
 
 __all__ = ["render_recovery", "render_report", "render_status", "render_sync"]
 
@@ -88,6 +89,9 @@ def render_status(status: Status) -> RenderableType:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
     facts += _unconfirmed(status.unconfirmed)
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
+    if status.nodes:
+        parts += [Text(), render_nodes(status.nodes)]
+    parts += [Text(f"! {warning}", style="yellow") for warning in status.warnings]
     parts += [Text(f"! {problem}", style="bold red") for problem in status.problems]
     return Group(*parts)
 
