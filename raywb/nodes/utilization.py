@@ -59,7 +59,7 @@ class Reading(NamedTuple):
 
     Attributes:
         values: by the key below the node's own prefix.
-        gpus_percent: utilization of each GPU.
+        gpus_percent: utilization of each GPU whose driver tells it.
     """
 
     values: dict[str, float]
@@ -97,7 +97,8 @@ def parse_metrics(text: str) -> Reading:
         ValueError: it is not in Prometheus' text format.
     """
     series = _Series(text)
-    gpus_percent = series.all("node_gpus_utilization")
+    # Where the driver does not tell, as for parts of a GPU that MIG made, Ray says -1.
+    gpus_percent = [percent for percent in series.all("node_gpus_utilization") if percent >= 0]
     unit_gb = GPU_MEMORY_UNIT_BYTES / BYTES_PER_GB
     gpu_used, gpu_free = series.total("node_gram_used"), series.total("node_gram_available")
     store_used = series.total("object_store_used_memory")

@@ -164,9 +164,10 @@ class Inventory:
     async def serve(self) -> None:
         """Look, and probe who is new, for as long as the service lives."""
         while True:
-            began = time.monotonic()
+            began, look_s = time.monotonic(), 0.0
             try:
                 seen = await self._ask("look", self._probes.look)
+                look_s = time.monotonic() - began
             except Exception as error:  # noqa: BLE001 - whatever Ray raises, there is a next time
                 self.problem = f"the cluster's nodes cannot be looked at: {error}"
                 _log.warning("raywb: %s", self.problem)
@@ -175,7 +176,6 @@ class Inventory:
                 self.note(seen)
                 self._begin_probe()
                 self._save()
-            look_s = time.monotonic() - began
             await asyncio.sleep(max(LOOK_INTERVAL_S, LOOK_SHARE * look_s))
 
     def note(self, seen: Iterable[SeenNode]) -> None:
