@@ -88,7 +88,7 @@ class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
         gpus: how many of which model.
         probed: what it is has been asked on the node itself.
         error: why its last probe brought nothing.
-        facts: what the probe brought: versions, container, cloud, disk, each GPU.
+        facts: what else the probe brought: versions, container, cloud, disk, drivers.
         resources, labels: Ray's own.
     """
 

@@ -44,9 +44,6 @@ LOOK_SHARE = 50.0
 #: Longest that a probe may take, in seconds: a cold node has to start a worker first.
 PROBE_TIMEOUT_S = 60.0
 
-#: Nodes that are probed together: autoscalers add them one after the other.
-PROBE_GATHER_S = 0.5
-
 #: How often a node is probed that brings nothing, and the pauses before that, in seconds.
 PROBE_ATTEMPTS = 3
 PROBE_PAUSES_S = (60.0, 600.0)
@@ -163,6 +160,13 @@ class Inventory:
 
     async def serve(self) -> None:
         """Look, and probe who is new, for as long as the service lives."""
+        try:
+            await self._look_again_and_again()
+        finally:
+            if self._probing is not None:
+                self._probing.cancel()
+
+    async def _look_again_and_again(self) -> None:
         while True:
             began, look_s = time.monotonic(), 0.0
             try:
@@ -316,7 +320,8 @@ class Inventory:
                 gpus=dict(record.gpu_types),
                 probed=record.facts is not None,
                 error=record.error,
-                facts=record.facts or {},
+                # Each GPU by itself would be most of it; they are counted above.
+                facts={key: fact for key, fact in (record.facts or {}).items() if key != "gpus"},
                 resources=record.seen.resources,
                 labels=record.seen.labels,
             )

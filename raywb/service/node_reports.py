@@ -71,7 +71,8 @@ class _Told:
         self.table: int | None = None
         self.config_pace = _Pace(CONFIG_PAUSES_S, clock)
         self.table_pace = _Pace(TABLE_PAUSES_S, clock)
-        self.alerted: set[str] = set()
+        #: Packages about whose versions the run has an alert.
+        self.warned: set[str] = set()
 
 
 class NodeReports:
@@ -148,6 +149,7 @@ class NodeReports:
         """Write what is new and due; all of it when the run ends."""
         if self._told.run != run.number:
             self._told = _Told(run.number, self._clock)
+            self.problems.clear()
         told, version = self._told, self._inventory.version
         if not self._inventory.nodes or told.version == version:
             return
@@ -159,14 +161,16 @@ class NodeReports:
         items: list[Item] = []
         if config is not None and may_have_config:
             items += [*self._alerts(run, config), OutConfig(run.number, {CONFIG_KEY: config})]
-            told.config_pace.note()
         if table is not None and may_have_table:
             items.append(OutRow(run.number, time.time(), {}, logged=0, table=table))
-            told.table_pace.note()
         if items:
             self._delivery.add(items)
             self._runs.wake()
+        if config is not None and may_have_config:
+            told.config_pace.note()
+            told.warned |= config["version_skew"].keys()
         if table is not None and may_have_table:
+            told.table_pace.note()
             told.table = _digest(table)
         if (config is None or may_have_config) and (table is None or may_have_table):
             told.version = version
@@ -188,6 +192,7 @@ class NodeReports:
                 f"the run's config has a {CONFIG_KEY!r} of somebody else: the nodes are not in it"
             )
             return None
+        self.problems.pop(CONFIG_KEY, None)
         return values if values != has else None
 
     def _alerts(self, run: RunState, config: dict[str, Any]) -> list[Item]:
@@ -198,12 +203,11 @@ class NodeReports:
         """
         has = self._delivery.folds[run.number].config.get(CONFIG_KEY) or {}
         new = config["version_skew"].keys() - has.get("version_skew", {}).keys()
-        items: list[Item] = []
-        for package in sorted(new - self._told.alerted):
-            text = config["version_skew"][package]
-            items.append(OutAlert(run.number, f"Versions of {package} differ", text, "WARN"))
-            self._told.alerted.add(package)
-        return items
+        skew = config["version_skew"]
+        return [
+            OutAlert(run.number, f"Versions of {package} differ", skew[package], "WARN")
+            for package in sorted(new - self._told.warned)
+        ]
 
     def _may_have_table(self, told: _Told) -> bool:
         """The pause is over, and a run's first table has waited for the probes."""

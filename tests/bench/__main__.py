@@ -1,7 +1,7 @@
 """``python -m tests.bench [PART …] [--quick]``: measure raywb against its peers, print a table.
 
-Parts: log, ingest, sink, latency, sources, import, memory, probes; all of them by default. Every part
-starts what it needs (service processes, W&B's real client, a real Ray cluster) and ends it.
+Parts: log, ingest, sink, latency, sources, import, memory, probes; all of them by default. Every
+part starts what it needs (service processes, W&B's real client, a real Ray cluster) and ends it.
 Timings on a busy machine are a busy machine's: the table says what the load was.
 """
 
