@@ -6,10 +6,13 @@ values; none of them ever holds a key or a token.
 
 from __future__ import annotations
 
+from typing import Any
+
 import msgspec
 
 __all__ = [
     "FinishReport",
+    "NodeStatus",
     "RecoveryReport",
     "RunInfo",
     "SinkStatus",
@@ -72,6 +75,38 @@ class SourceStatus(msgspec.Struct, frozen=True, kw_only=True):
     heard_ago_s: float | None
     ended: bool
     killed: bool = False
+
+
+class NodeStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One node of the cluster.
+
+    Attributes:
+        name: its hostname, told from that of other nodes; so its series are called, too.
+        joined_s, left_s: when it was first seen, and first seen to be gone, in seconds since the
+            epoch.
+        cpu_count, memory_gb: what its machine or its container has; until it is probed, what Ray
+            hands out.
+        gpus: how many of which model.
+        probed: what it is has been asked on the node itself.
+        error: why its last probe brought nothing.
+        facts: what else the probe brought: versions, container, cloud, disk, drivers.
+        resources, labels: Ray's own.
+    """
+
+    name: str
+    node_id: str
+    ip: str
+    is_head: bool
+    joined_s: float
+    left_s: float | None
+    cpu_count: float
+    memory_gb: float
+    gpus: dict[str, int]
+    probed: bool
+    error: str | None
+    facts: dict[str, Any]
+    resources: dict[str, float]
+    labels: dict[str, str]
 
 
 class UnconfirmedSource(msgspec.Struct, frozen=True, kw_only=True):
@@ -183,6 +218,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         problems: what is wrong at present, each in one sentence.
         undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
         stage_runs: runs that stages have of their own.
+        nodes: the cluster's nodes, those that are there first.
+        warnings: what is not as one would expect, each in one sentence: nodes whose versions
+            differ, nodes that could not be probed or read.
     """
 
     version: str
@@ -202,6 +240,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     unconfirmed: list[UnconfirmedSource] = []
     undelivered_updates: list[str] = []
     stage_runs: list[StageRunStatus] = []
+    nodes: list[NodeStatus] = []
+    warnings: list[str] = []
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -85,6 +85,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
         sink_deadline_s: longest that W&B's client may take for one step before it is replaced.
         silent_after_s: a process that was not heard for longer may be gone, and what it left on
             its node is brought home.
+        node_metrics_interval_s: how often CPU, memory, disk, network and GPU utilization of every
+            node are logged; 0 is never.
     """
 
     project: str | None = None
@@ -106,6 +108,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     rank_wait_s: float = 15.0
     sink_deadline_s: float = 90.0
     silent_after_s: float = 30.0
+    node_metrics_interval_s: float = 15.0
 
     def __post_init__(self) -> None:
         for key in ("project", "entity", "run_id"):
@@ -127,6 +130,11 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             raise SettingsError(
                 f"group={self.group!r} cannot be used: it is text without NUL characters, since "
                 "it becomes an environment variable"
+            )
+        if self.node_metrics_interval_s != 0 and not 1 <= self.node_metrics_interval_s < 86_400:
+            raise SettingsError(
+                f"node_metrics_interval_s={self.node_metrics_interval_s!r} cannot be used: it is 0 "
+                "(never), or a number of seconds from 1 and below 86400"
             )
         if self.base_url is not None and urlsplit(self.base_url).scheme not in ("http", "https"):
             raise SettingsError(

@@ -17,6 +17,8 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywb.cluster import Cluster, connect
 from raywb.connection import local_journals
+from raywb.nodes.probe import Tell, look_at_nodes, probe_nodes
+from raywb.nodes.records import SeenNode
 from raywb.orphans import sweep_node
 from raywb.reports import SweepReport
 from raywb.shipping import Endpoint
@@ -83,7 +85,10 @@ def _sweep_here(endpoint: Endpoint, timeout_s: float) -> SweepReport:
 
 
 class RayNodes:
-    """The way of the service to the journals of silent nodes; made by whoever makes its actor."""
+    """The way of the service to the other nodes; made by whoever makes its actor.
+
+    It brings home the journals of silent nodes, and asks new ones what they are.
+    """
 
     def sweep(
         self, node_ids: Collection[str], address: str, token: str, timeout_s: float
@@ -92,3 +97,11 @@ class RayNodes:
         cluster = connect()
         endpoint = Endpoint(address=address, token=token, cluster_id=cluster.cluster_id)
         return sweep_cluster(cluster, endpoint, timeout_s, node_ids)
+
+    def look(self) -> list[SeenNode]:
+        """Every living node; touches none."""
+        return look_at_nodes()
+
+    def probe(self, node_ids: Collection[str], timeout_s: float, tell: Tell) -> None:
+        """Collect what these nodes are, with one task on each."""
+        probe_nodes(node_ids, timeout_s, tell)

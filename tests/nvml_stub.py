@@ -216,6 +216,33 @@ int nvmlDeviceGetMemoryInfo(void *handle, unsigned long long *memory) {
     return 0;
 }
 """,
+    # What Ray's own agent asks for: a GPU is as busy as its index says, and nobody is on it.
+    "nvmlDeviceGetUtilizationRates": """
+int nvmlDeviceGetUtilizationRates(void *handle, unsigned *percent) {
+    percent[0] = percent[1] = 40 * get(handle)->gpu;
+    return 0;
+}
+""",
+    "nvmlDeviceGetComputeRunningProcesses": """
+int nvmlDeviceGetComputeRunningProcesses_v2(void *handle, unsigned *count, void *processes) {
+    *count = 0;
+    return 0;
+}
+int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *count, void *processes) {
+    *count = 0;
+    return 0;
+}
+""",
+    "nvmlDeviceGetGraphicsRunningProcesses": """
+int nvmlDeviceGetGraphicsRunningProcesses_v2(void *handle, unsigned *count, void *processes) {
+    *count = 0;
+    return 0;
+}
+int nvmlDeviceGetGraphicsRunningProcesses_v3(void *handle, unsigned *count, void *processes) {
+    *count = 0;
+    return 0;
+}
+""",
     "nvmlDeviceGetCudaComputeCapability": """
 int nvmlDeviceGetCudaComputeCapability(void *handle, int *major, int *minor) {
     if ((long)handle > 1000) return 2;

@@ -243,25 +243,37 @@ class RayCluster:
             print(f"{error}\nanother try")
             return None
 
-    def add_node(self, num_cpus: int, journals: str | None = None) -> psutil.Popen:
+    def add_node(
+        self,
+        num_cpus: int,
+        journals: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> psutil.Popen:
         """Add a node, which is another raylet on this machine.
 
         Args:
             num_cpus: how many it says that it has.
             journals: a name for the node's disk, as far as journals are concerned; nodes without
                 one share theirs.
+            environment: further variables of the node's processes.
 
         Returns:
             The process that all of the node's others descend from.
         """
-        self._start_node(f"--address={self.address}", f"--num-cpus={num_cpus}", journals=journals)
+        arguments = (f"--address={self.address}", f"--num-cpus={num_cpus}")
+        self._start_node(*arguments, journals=journals, environment=environment)
         return self._nodes[-1]
 
     def disk(self, journals: str) -> dict[str, str]:
         """Environment of processes that keep their journals on this disk."""
         return {"RAYWB_JOURNAL_DIR": str(self.root / "journals" / journals)}
 
-    def _start_node(self, *arguments: str, journals: str | None = None) -> str:
+    def _start_node(
+        self,
+        *arguments: str,
+        journals: str | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> str:
         """Run ``ray start`` in the foreground; returns what it said when it was up."""
         log = self.root / f"node_{len(self._nodes)}.log"
         with open(log, "wb") as output:
@@ -275,7 +287,11 @@ class RayCluster:
                     *arguments,
                 ],
                 cwd=self.root,
-                env={**self._environment, **(self.disk(journals) if journals else {})},
+                env={
+                    **self._environment,
+                    **(self.disk(journals) if journals else {}),
+                    **(environment or {}),
+                },
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,

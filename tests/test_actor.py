@@ -126,9 +126,11 @@ def test_a_second_job_joins_the_run_and_may_end_it(cluster: RayCluster) -> None:
     ended, latest = runs[run_id], runs[next_run["id"]]
     assert ended.values("first/i") == list(range(5))
     assert ended.values("second/i") == list(range(7))
-    assert ended.steps == list(range(12))
+    assert ended.steps == list(range(len(ended.history)))
+    assert len(ended.logged) == 12
     assert latest.values("second/i") == [100]
-    assert latest.steps == [0]
+    assert latest.steps == list(range(len(latest.history)))
+    assert len(latest.logged) == 1
     assert [run.group for run in (ended, latest)] == [group, group]
     assert [run.exit_code for run in (ended, latest)] == [0, 3]
 
@@ -308,7 +310,7 @@ def test_rows_of_every_kind_of_process_meet_in_one_run(cluster: RayCluster) -> N
     for stage in ("driver", "thread", "task_0", "task_1", "actor_0", "actor_1"):
         assert run.values(f"{stage}/i") == [0, 1, 2], stage
         assert run.metrics[f"{stage}/*"].step_metric == f"{stage}/step"
-    assert len(run.history) == report["received_rows"] == 18
+    assert len(run.logged) == report["received_rows"] == 18
 
 
 def test_attach_makes_a_provisional_service_that_start_settles(cluster: RayCluster) -> None:

@@ -88,7 +88,7 @@ def test_a_whole_cluster_is_killed_and_recovered() -> None:
         assert run.steps == list(range(len(run.history)))
         assert (run.damaged, run.exit_code) == (0, None)
         assert run.summary["driver/i"] == run.values("driver/i")[-1]
-        assert report["ledger_rows"] == len(run.history)
+        assert report["ledger_rows"] == len(run.logged)
         assert (report["journals"], report["unconfirmed"]) == (4, [])
         assert [one["state"] for one in report["runs"]] == ["crashed"]
         assert [one["lost"] for one in report["runs"]] == [{}]
@@ -137,7 +137,7 @@ def test_how_a_driver_ends_on_a_cluster_that_was_there(cluster: RayCluster) -> N
     report(True)
     client = log("second", 200)
     assert client.flush()
-    until("the run to be back", lambda: raywb.status().sink.applied_rows == 400)
+    until("the run to be back", lambda: raywb.status().sink.applied_rows >= 400)
     report(to_builtins(raywb.finish()))
 """)
     assert second.next_report()

@@ -124,7 +124,7 @@ def test_every_way_to_run_code(cluster: RayCluster) -> None:
     for stage in ("spawn", "forkserver", "fork"):
         assert run.values(f"{stage}/i") == list(range(50)), stage
     assert run.values("driver/i") == list(range(150))
-    assert report["received_rows"] == len(run.history) == 400 + 13 * 50 + 150
+    assert report["received_rows"] == len(run.logged) == 400 + 13 * 50 + 150
     assert (report["complete"], report["lost"]) == (True, {})
     lost, second = driver.next_report()
     later = read_runs(second["run"]["dir"])[second["run"]["id"]]

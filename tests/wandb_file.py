@@ -37,6 +37,9 @@ BLOCK_SIZE = 32 * 1024
 #: CRC, length and kind of a fragment.
 FRAGMENT = struct.Struct("<IHB")
 
+#: What keys of raywb's own rows on nodes begin with.
+NODE_KEYS = ("nodes/", "raywb/nodes")
+
 FULL, FIRST, MIDDLE, LAST = 1, 2, 3, 4
 
 #: `offline-run-20261121_230358-r1` and `run-20261121_230358-r1`: the second in which it began.
@@ -97,6 +100,11 @@ class WandbRun:
     def values(self, key: str) -> list[Any]:
         """The values of one key, in the order of the rows that have it."""
         return [row[key] for row in self.history if key in row]
+
+    @property
+    def logged(self) -> list[dict[str, Any]]:
+        """The rows that somebody logged: all but those that raywb adds on the cluster's nodes."""
+        return [row for row in self.history if not any(key.startswith(NODE_KEYS) for key in row)]
 
     @property
     def steps(self) -> list[int]:

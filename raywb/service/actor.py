@@ -3,7 +3,7 @@
 The class is plain Python, so it is tested without Ray; ``raywb.cluster`` makes an actor of it.
 Everything happens on one event loop in a thread of its own. The methods below are what callers
 reach through Ray: they hand a coroutine to that loop and wait for it. Nothing here ever calls
-Ray, but for the sweeps of silent nodes, which have a thread to themselves.
+Ray, but for the sweeps of silent nodes and the probes of new ones, each in a thread of its own.
 
 ``__init__`` cannot fail and waits for nothing: Ray would not restart an actor whose
 ``__init__`` raised once. A full disk or a taken port becomes a problem in the status, and is
@@ -31,8 +31,10 @@ from raywb.groups import Group
 from raywb.reports import FinishReport, RunInfo, Status, SweepReport
 from raywb.rows import PROTOCOL
 from raywb.service.background import Background
+from raywb.service.cluster_nodes import ClusterNodes
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
+from raywb.service.inventory import NodeProbes
 from raywb.service.owner import OwnerWatch
 from raywb.service.run_settings import describe_run, resolve_mode, settings_of
 from raywb.service.runs import Runs
@@ -95,6 +97,7 @@ class RaywbService:
         self._boot = boot
         self._nodes = nodes
         self._sweeps: Sweeps | None = None
+        self._cluster_nodes: ClusterNodes | None = None
         #: Sources that announced themselves before the ledger was open, and their nodes.
         self._announced: dict[str, str] = {}
         self._api_key = api_key
@@ -306,6 +309,12 @@ class RaywbService:
         self._parts = _Parts(state, delivery, ingest, runs)
         for source_id, node_id in self._announced.items():
             delivery.liveness.announce(source_id, node_id)
+        probes: object = self._nodes
+        if isinstance(probes, NodeProbes):
+            self._cluster_nodes = ClusterNodes(
+                self._directory, state.cluster_id, probes, delivery, runs
+            )
+            self._cluster_nodes.keep_running(self._keep_running)
         runs.resume()
         if runs.last is None:
             self._keep_running("the first run's opening", lambda: self._open_provisional(runs))
@@ -440,7 +449,7 @@ class RaywbService:
 
     async def _status(self) -> Status:
         parts = self._ready()
-        return make_status(
+        status = make_status(
             parts.delivery,
             parts.ingest,
             parts.runs,
@@ -450,6 +459,7 @@ class RaywbService:
             restored=parts.state.restored,
             problems=self._problems | self._sweep_problem(),
         )
+        return self._cluster_nodes.add_to(status) if self._cluster_nodes else status
 
     def _sweep_problem(self) -> dict[str, str]:
         problem = self._sweeps.problem if self._sweeps else None

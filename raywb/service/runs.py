@@ -78,6 +78,10 @@ def make_open_request(
     )
 
 
+def _nothing(run: RunState) -> None:
+    """Nobody wants to be told."""
+
+
 class Runs:
     """Every run of one service directory, the last of which may be open.
 
@@ -108,6 +112,9 @@ class Runs:
         self._updates: dict[int, Updates] = {}
         #: The runs that stages have of their own.
         self.stages = Stages(directory, state, delivery, self)
+        #: Told of each run that begins, and that is about to end, to add what belongs into it.
+        self.on_begin: Callable[[RunState], None] = _nothing
+        self.on_end: Callable[[RunState], None] = _nothing
 
     @property
     def last(self) -> RunState | None:
@@ -155,6 +162,7 @@ class Runs:
             self._state.runs.pop()
             raise
         self._delivery.open_run(number)
+        self.on_begin(run)
         self.begin_sink(run)
         return run
 
@@ -468,6 +476,7 @@ class Runs:
 
     def _write_end(self, run: RunState) -> None:
         """The last thing in the run is what was lost in it, if only that nothing was."""
+        self.on_end(run)
         losses = self.losses()
         merge = self._delivery.merge
         if losses and (self.lost(), merge.rejected) != (run.lost, run.rejected):

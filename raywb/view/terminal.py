@@ -14,6 +14,7 @@ from raywb.reports import (
     SyncReport,
     UnconfirmedSource,
 )
+from raywb.view.nodes import render_nodes
 
 __all__ = ["render_recovery", "render_report", "render_status", "render_sync"]
 
@@ -90,6 +91,9 @@ def render_status(status: Status) -> RenderableType:
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
     if status.stage_runs:
         parts += [Text(), _stage_runs(status)]
+    if status.nodes:
+        parts += [Text(), render_nodes(status.nodes)]
+    parts += [Text(f"! {warning}", style="yellow") for warning in status.warnings]
     parts += [Text(f"! {problem}", style="bold red") for problem in status.problems]
     return Group(*parts)
 
