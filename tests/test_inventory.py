@@ -201,17 +201,20 @@ def test_versions_that_differ_are_a_warning_in_status_and_in_wandb(service: Loca
     service.up(nodes=machines, node_metrics_interval_s=0)
     service.start(node_metrics_interval_s=0)
     status = service.wait_for(lambda status: bool(status.warnings))
-    (warning,) = status.warnings
-    assert warning == "nodes differ in ray: 2.59.0 on 1 node, 2.60.0 on 1 node (a)"
-    assert warning in printed(status)
+    (first,) = status.warnings
+    assert first == "nodes differ in ray: 2.59.0 on 1 node, 2.60.0 on 1 node (a)"
+    assert first in printed(status)
     time.sleep(0.2)
     service.down()
     service.up(nodes=machines)
-    service.wait_for(lambda status: bool(status.warnings))
+    machines.nodes["b"] = machines.node("b")
+    service.wait_for(lambda status: there(status).get("b", False))
+    warning = service.status().warnings[0]
     run = finish(service)
-    assert run.alerts == [("Versions of ray differ", warning)]
+    assert run.config["cluster"]["node_count"] == 3
+    assert run.alerts == [("Versions of ray differ", first)]
     assert run.config["cluster"]["version_skew"] == {"ray": warning}
-    assert run.config["cluster"]["versions"]["ray"] == {"2.59.0": 1, "2.60.0": 1}
+    assert run.config["cluster"]["versions"]["ray"] == {"2.59.0": 1, "2.60.0": 2}
 
 
 def test_a_users_own_config_is_left_alone(service: LocalService) -> None:

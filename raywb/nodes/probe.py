@@ -101,12 +101,16 @@ def _reserve(wanted: list[str], timeout_s: float) -> tuple[PlacementGroup | None
     deadline = time.monotonic() + timeout_s
     while wanted:
         _remove_leftover()
-        group = placement_group(
-            [{"memory": 1} for _ in wanted],
-            strategy="PACK",
-            name=GROUP_NAME,
-            bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in wanted],
-        )
+        try:
+            group = placement_group(
+                [{"memory": 1} for _ in wanted],
+                strategy="PACK",
+                name=GROUP_NAME,
+                bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in wanted],
+            )
+        except ray.exceptions.RaySystemError as error:
+            _log.warning("raywb: no placement group over %d nodes: %s", len(wanted), error)
+            break
         is_ready = False
         try:
             is_ready, left = _until_ready(group, wanted, deadline)
