@@ -168,7 +168,8 @@ def attach(
     Raises:
         NoClusterError: there is no Ray cluster; ``ray.init()`` or ``raywb.start`` comes first.
         SettingsError: ``stage``, ``rank``, ``run_id`` or ``cfg`` cannot be used.
-        SettingsConflict: ``run_id`` is the id of the cluster's run.
+        SettingsConflict: ``run_id`` is the id of another kind of run, or the cluster's run is
+            finished, and ``own_run`` is asked for.
         VersionMismatch: the service speaks another protocol.
     """
     stage = _checked_stage(stage)

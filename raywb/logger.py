@@ -43,6 +43,7 @@ class WandbLogger:
         section = as_mapping(as_mapping(cfg).get("wandb"))
         self._enabled = section.get("enabled") is not False
         self._client: Client | None = None
+        self._left = False
 
     @property
     def client(self) -> Client | None:
@@ -82,6 +83,8 @@ class WandbLogger:
             self.client.config.update(values, allow_val_change)
 
     def __enter__(self) -> WandbLogger:
+        if self._left:  # entered again: the run of this id is opened again, or a new one
+            self._client, self._left = None, False
         _ = self.client
         return self
 
@@ -93,3 +96,4 @@ class WandbLogger:
     ) -> None:
         if self._client is not None:
             self._client.close(exit_code=0 if exc_type is None else 1)
+            self._left = True

@@ -7,6 +7,7 @@ asked for by name, W&B's key where the service has none, and what the job was gi
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 from typing import Any
 
@@ -14,7 +15,7 @@ from raywb import cluster as ray_side
 from raywb.client import Client
 from raywb.errors import SettingsError
 from raywb.nodes.compute import console_line, job_metadata
-from raywb.reports import RunInfo
+from raywb.reports import RunInfo, StageRunRequest
 from raywb.settings import explicit_settings, find_api_key, process_environment, resolve
 
 __all__ = ["check_own_run", "log_metadata", "open_own_run"]
@@ -42,6 +43,8 @@ def open_own_run(
 
     Raises:
         SettingsError: ``run_id`` or ``cfg`` cannot be used.
+        SettingsConflict: the id is that of a run with other settings, or the cluster's run is
+            finished.
         ServiceUnavailable: no answer within ``timeout_s``.
     """
     if run_id is not None:
@@ -50,8 +53,11 @@ def open_own_run(
     named = [name for name in explicit_settings(cfg=cfg, overrides={}) if name in OWN_SETTINGS]
     explicit = {name: getattr(settings, name) for name in named}
     api_key = None if settings.mode in ("offline", "disabled") else find_api_key(settings)
+    request = StageRunRequest(
+        stage=stage, run_id=run_id, explicit=explicit, nonce=secrets.token_hex(8)
+    )
     answer: tuple[RunInfo, int] = ray_side.call(
-        service, "open_stage_run", stage, run_id, explicit, api_key, timeout_s=timeout_s
+        service, "open_stage_run", request, api_key, timeout_s=timeout_s
     )
     return answer
 

@@ -17,6 +17,7 @@ __all__ = [
     "RunInfo",
     "SinkStatus",
     "SourceStatus",
+    "StageRunRequest",
     "StageRunStatus",
     "Status",
     "SweepReport",
@@ -182,6 +183,22 @@ class SinkStatus(msgspec.Struct, frozen=True, kw_only=True):
     restarts: int
     confirmed_rows: int = 0
     last_error: str | None = None
+
+
+class StageRunRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client asks for that wants a run of its own for its stage.
+
+    Attributes:
+        stage: the stage's name, which becomes the job type.
+        run_id: id of the run; a new one where it is None.
+        explicit: settings that the stage asks for by name.
+        nonce: the same when a call that was cut off is made again.
+    """
+
+    stage: str
+    run_id: str | None
+    explicit: dict[str, Any]
+    nonce: str
 
 
 class StageRunStatus(msgspec.Struct, frozen=True, kw_only=True):

@@ -16,6 +16,7 @@ from raywb.client import Client
 from raywb.connection import Connection
 from raywb.groups import Group
 from raywb.nodes.compute import job_metadata
+from raywb.reports import StageRunRequest
 from raywb.settings import Settings
 
 README = Path(__file__).parents[1] / "README.md"
@@ -42,7 +43,10 @@ def test_the_queries_of_the_readme(
         for gpus in (0, 2, 4, 8):
             stage = f"classify-{gpus}" if gpus else "classify"
             explicit = {"group": "another"} if gpus == 8 else {}
-            run, session = service.service.open_stage_run("classify", stage, explicit, None)
+            request = StageRunRequest(
+                stage="classify", run_id=stage, explicit=explicit, nonce=stage
+            )
+            run, session = service.service.open_stage_run(request, None)
             connection = Connection(CLUSTER, service.endpoint, 1)
             service._connections.append(connection)
             channel = connection.open_channel("classify", None, None, own_run=(run.epoch, session))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
+import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,8 +21,9 @@ from wandb_file import WandbRun, read_runs
 from raywb.client import Client
 from raywb.connection import Connection
 from raywb.errors import SettingsConflict
-from raywb.reports import FinishReport, RunInfo
+from raywb.reports import FinishReport, RunInfo, StageRunRequest
 from raywb.rows import Channel, Row, encode
+from raywb.service import stages
 from raywb.service.recover import recover
 from raywb.service.stage_runs import FIRST_STAGE_RUN
 from raywb.view.terminal import render_report, render_status
@@ -35,6 +38,16 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
         yield local
 
 
+def ask(
+    service: LocalService, stage: str, run_id: str | None = None, **explicit: Any
+) -> tuple[RunInfo, int]:
+    """Ask for a run as the actor is asked."""
+    assert service.service is not None
+    nonce = secrets.token_hex(8)
+    request = StageRunRequest(stage=stage, run_id=run_id, explicit=explicit, nonce=nonce)
+    return service.service.open_stage_run(request, None)
+
+
 def attach(
     service: LocalService,
     stage: str,
@@ -46,7 +59,7 @@ def attach(
 ) -> Client:
     """What ``attach(stage, own_run=True)`` does, in a process of its own if none is named."""
     assert service.service is not None
-    run, session = service.service.open_stage_run(stage, run_id, explicit, None)
+    run, session = ask(service, stage, run_id, **explicit)
     connection = connection or Connection(CLUSTER, service.endpoint, 1)
     service._connections.append(connection)
     channel = connection.open_channel(stage, *(ranks or (None, None)), own_run=(run.epoch, session))
@@ -180,7 +193,7 @@ if how == "block":
 def run_stage(service: LocalService, how: str, run_id: str | None = None) -> RunInfo:
     """A stage's whole process; what it asks of the actor is asked here, as there is no Ray."""
     assert service.service is not None
-    run, session = service.service.open_stage_run("s", run_id, {}, None)
+    run, session = ask(service, "s", run_id)
     texts = [msgspec.json.encode(value).decode() for value in (service.endpoint, run)]
     subprocess.run(
         [sys.executable, "-c", STAGE, *texts, str(session), how],
@@ -273,11 +286,143 @@ def test_finish_ends_the_runs_that_are_open(service: LocalService) -> None:
     assert report.complete
 
 
+def test_a_run_is_opened_again_faster_than_it_ends(service: LocalService) -> None:
+    """One process at a time writes a run, however often its stage begins and ends."""
+    for number in range(12):
+        client = attach(service, "s", "loop")
+        client.log({"x": number})
+        client.close()
+        service.wait_for(lambda status, n=number: status.stage_runs[0].received_rows == n + 1)
+    service.wait_for(lambda status: status.stage_runs[0].state == "finished")
+    report = finish(service)
+    assert report.complete, report
+    found = written(service, client.run)
+    assert (found.values("x"), found.steps) == (list(range(12)), list(range(12)))
+    assert service.status().stage_runs[0].sink.restarts == 0
+
+
+def test_what_is_known_of_writers_counts_at_a_finish(service: LocalService) -> None:
+    """One writer has failed, another is still there: the run is failed, not finished."""
+    good, bad = attach(service, "s", "two"), attach(service, "s", "two")
+    good.log({"x": 1})
+    bad.log({"x": 2})
+    bad.close(exit_code=3)
+    assert good.flush()
+    (stage,) = finish(service).stage_runs
+    assert (stage.state, stage.exit_code, stage.delivered_rows) == ("failed", 3, 2)
+
+
+def test_a_full_disk_does_not_keep_a_run_open(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The end could not be written down: it is tried again, though nothing else happens."""
+    client = attach(service, "s")
+    client.log({"x": 1})
+    whole, failures = stages.save_state, iter([OSError(errno.ENOSPC, "full")] * 3)
+
+    def save_state(*arguments: Any) -> None:
+        for error in failures:
+            raise error
+        whole(*arguments)
+
+    monkeypatch.setattr(stages, "save_state", save_state)
+    client.close()
+    assert wait_for_state(service, client.run, "finished") == "finished"
+    assert next(failures, None) is None
+    assert finish(service).complete
+
+
+def test_how_ranks_become_one_is_the_runs_own(service: LocalService) -> None:
+    """A definition of a stage's run holds after a restart, and for no other run."""
+    one, two = (attach(service, "train", "t", ranks=(rank, 2)) for rank in (0, 1))
+    others = [service.client("train", rank=rank, world_size=2) for rank in (0, 1)]
+    one.define_metric("loss", across_ranks="max")
+    assert one.flush()
+    service.down()
+    service.up()
+    service.start()
+    for client in (one, two, *others):
+        client._connection.use(service.endpoint, 1)
+    for first, second in ((one, two), others):
+        first.log({"loss": 1.0}, step=1)
+        second.log({"loss": 3.0}, step=1)
+    for client in (one, two, *others):
+        client.close()
+    assert finish(service).complete
+    assert written(service, one.run).values("loss") == [3.0]
+    assert read_runs(service.directory)["run00001"].values("train/loss") == [2.0]
+
+
+def test_a_disabled_run_is_ended_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With W&B disabled nothing is delivered, and nothing is written down again and again."""
+    with local_service(tmp_path) as service:
+        service.up()
+        service.start(mode="disabled")
+        client = attach(service, "s")
+        client.log({"x": 1})
+        client.close()
+        assert wait_for_state(service, client.run, "finished") == "finished"
+        monkeypatch.delattr(stages, "save_state")
+        busy = service.client("all")
+        for number in range(5):
+            busy.log({"x": number})
+            assert busy.flush()
+        service.wait_for(lambda status: status.received_rows == 5)
+        assert service.status().problems == []
+
+
+def test_a_call_that_is_made_again_opens_nothing(service: LocalService) -> None:
+    """The actor died before its answer: Ray's caller asks again, and gets the same."""
+    assert service.service is not None
+    request = StageRunRequest(stage="s", run_id=None, explicit={}, nonce="n")
+    first, again = (service.service.open_stage_run(request, None) for _ in range(2))
+    assert first == again
+    assert len(service.status().stage_runs) == 1
+
+
+def test_a_finished_run_takes_no_stages(service: LocalService) -> None:
+    """What came behind a finish would wait for a start() that nobody may call."""
+    assert finish(service).complete
+    with pytest.raises(SettingsConflict, match="is finished"):
+        ask(service, "s")
+    service.start()
+    client = attach(service, "s")
+    client.log({"x": 1})
+    client.close()
+    report = finish(service)
+    assert [one.delivered_rows for one in report.stage_runs] == [1]
+
+
+def test_a_run_opened_again_belongs_to_the_present_one(service: LocalService) -> None:
+    """finish() waits for all that was opened since start(), also under an id of before."""
+    client = attach(service, "s", "again")
+    client.log({"x": 1})
+    client.close()
+    assert [one.delivered_rows for one in finish(service).stage_runs] == [1]
+    service.start()
+    client = attach(service, "s", "again")
+    client.log({"x": 2})
+    assert client.flush()
+    report = finish(service)
+    assert [one.delivered_rows for one in report.stage_runs] == [2]
+    assert written(service, client.run).values("x") == [1, 2]
+
+
+def test_another_project_is_another_run(service: LocalService) -> None:
+    """Who names a run's id and another project is told, as is a start() with a stage's id."""
+    attach(service, "s", "mine")
+    with pytest.raises(SettingsConflict, match="project is 'raywb', not 'other'"):
+        ask(service, "s", "mine", project="other")
+    assert finish(service).complete
+    with pytest.raises(SettingsConflict, match="mine"):
+        service.start(run_id="mine")
+
+
 def test_the_id_of_the_clusters_run_is_refused(service: LocalService) -> None:
     """Two runs with one id would be one at W&B's."""
     assert service.service is not None
     with pytest.raises(SettingsConflict, match="run00001"):
-        service.service.open_stage_run("s", "run00001", {}, None)
+        ask(service, "s", "run00001")
 
 
 def test_a_person_sees_the_runs_of_stages(service: LocalService) -> None:

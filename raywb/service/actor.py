@@ -28,7 +28,7 @@ import msgspec
 from raywb import __version__
 from raywb.errors import ServiceUnavailable, SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, Status, SweepReport
+from raywb.reports import FinishReport, RunInfo, StageRunRequest, Status, SweepReport
 from raywb.rows import PROTOCOL
 from raywb.service.background import Background
 from raywb.service.cluster_nodes import ClusterNodes
@@ -160,9 +160,7 @@ class RaywbService:
 
     def open_stage_run(
         self,
-        stage: str,
-        run_id: str | None,
-        explicit: dict[str, Any],
+        request: StageRunRequest,
         api_key: str | None,
         timeout_s: float = 60.0,
     ) -> tuple[RunInfo, int]:
@@ -172,9 +170,10 @@ class RaywbService:
             The run, and how often it was opened.
 
         Raises:
-            SettingsConflict: the id is that of a run of the cluster.
+            SettingsConflict: the id is that of a run of the cluster, or the run has other
+                settings, or the cluster's run is finished.
         """
-        return self._call(self._open_stage_run(stage, run_id, explicit, api_key), timeout_s)
+        return self._call(self._open_stage_run(request, api_key), timeout_s)
 
     def status(self, timeout_s: float = 10.0) -> Status:
         """The service at this moment."""
@@ -285,7 +284,8 @@ class RaywbService:
             self._state = state
         state = self._state
         if self._delivery is None:
-            self._delivery = Delivery(self._directory)
+            stage_runs = [run.number for run in state.stage_runs]
+            self._delivery = Delivery(self._directory, stage_runs)
         delivery = self._delivery
         ingest = Ingest(
             delivery.ledger,
@@ -436,16 +436,17 @@ class RaywbService:
         return runs.join(runs.open, explicit), True
 
     async def _open_stage_run(
-        self, stage: str, run_id: str | None, explicit: dict[str, Any], api_key: str | None
+        self, request: StageRunRequest, api_key: str | None
     ) -> tuple[RunInfo, int]:
         await self._up.wait()
         runs = self._ready().runs
         if api_key:
             runs.take_key(api_key)
+            runs.go_online()
         origin = self._boot.settings, self._boot.group
         if runs.last is not None:
             origin = runs.stages.origin_of(runs.last)
-        return runs.stages.open(stage, run_id, origin, explicit)
+        return runs.stages.open(request, origin)
 
     async def _status(self) -> Status:
         parts = self._ready()

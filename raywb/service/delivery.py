@@ -6,6 +6,7 @@ import itertools
 import math
 import operator
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 from raywb.reports import UnconfirmedSource
@@ -30,6 +31,10 @@ _position_of = operator.attrgetter("next_position")
 class Delivery:
     """The durable middle of the service: what was received, and what was made of it.
 
+    Args:
+        directory: the service's directory.
+        stage_runs: numbers of the runs that stages have of their own.
+
     Attributes:
         liveness: which sources have not ended.
         position: everything in the ledger before it was read; rows that wait for other ranks are
@@ -40,12 +45,13 @@ class Delivery:
         OSError: the directory cannot be made or read.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, stage_runs: Iterable[int] = ()) -> None:
         self.liveness = Liveness()
         self.ledger = Ledger(directory / "ledger", observe=self.liveness.note)
         self.outbox = Outbox(directory / "outbox")
         self.blobs = BlobStore(directory / "blobs")
         self.merge = Merge()
+        self.merge.stages.known |= set(stage_runs)
         self.folds: dict[int, Fold] = {}
         self.position = 0
         self._unwritten: Batch | None = None

@@ -111,7 +111,8 @@ class LeftDirectory:
         try:
             # Read again: the service may have written it until its end.
             self.state = load_left_state(directory)
-            self.delivery = Delivery(directory)
+            stage_runs = [run.number for run in self.state.stage_runs]
+            self.delivery = Delivery(directory, stage_runs)
         except BaseException as error:
             os.close(self._lock_fd)
             if isinstance(error, (OSError, msgspec.MsgspecError)):

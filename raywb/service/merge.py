@@ -277,6 +277,10 @@ class Merge:
         """Rows that wait for other ranks."""
         return self._ranks.rows
 
+    def is_waiting(self, run: int) -> bool:
+        """Whether rows of a stage's own run wait for other ranks."""
+        return self._ranks.is_waiting(run)
+
     def position(self, otherwise: int) -> int:
         """The ledger position from which a restarted service has to read again."""
         return self._ranks.position(otherwise)
@@ -384,7 +388,9 @@ class Merge:
             case EndChannel():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
-                if seat := source.seats.get(message.channel):
+                channel = source.channels.get(message.channel)
+                if channel is not None and _has_rank(channel):
+                    seat = self._take_seat(source_id, source, channel)
                     self._use_groups(self._ranks.end_seat(seat), batch)
             case Hello() | Channel() | Counters() | Owner():
                 self._note(source_id, source, message)
@@ -536,7 +542,7 @@ class Merge:
             definitions.put_steps(batch.items, prefix, metrics, group.step)
             batch.items.append(OutRow(run or self.run, group.time_s, metrics, len(group.frames)))
             batch.consumed += [Range(*frame, 1) for frame in group.frames]
-            if group.late:
+            if group.late and not run:
                 batch.late += len(group.frames)
 
     def _prefix(self, source_id: str, source: Source, number: int, batch: Batch) -> str:

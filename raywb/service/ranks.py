@@ -313,6 +313,15 @@ class RankMerge:
             found += attempt.no_longer_expect(rank)
         return self._finished(found)
 
+    def is_waiting(self, run: int) -> bool:
+        """Whether rows of a stage's own run wait for other ranks."""
+        return bool(self.rows) and any(
+            attempt.groups
+            for stage, attempts in self._attempts.items()
+            if stage.run == run
+            for attempt in attempts
+        )
+
     def end_seat(self, seat: Seat) -> list[Group]:
         """Nothing more comes from a rank: it is not waited for; returns what is done by it."""
         return self._finished(seat.attempt.no_longer_expect(seat.rank))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import time
@@ -11,6 +12,7 @@ from typing import Any
 
 import msgspec
 
+from raywb.errors import SettingsConflict
 from raywb.groups import Group
 from raywb.reports import (
     FinishReport,
@@ -108,6 +110,8 @@ class Runs:
         self._delivery = delivery
         self._keep_running = keep_running
         self._sinks: dict[int, SinkProcess] = {}
+        #: One process at a time writes a run.
+        self._turns: dict[int, asyncio.Lock] = {}
         delivery.ledger.skip_to(max((run.cut or 0 for run in state.runs), default=0))
         self._updates: dict[int, Updates] = {}
         #: The runs that stages have of their own.
@@ -154,6 +158,10 @@ class Runs:
             epoch=number,
             provisional=provisional,
         )
+        if any(info.id == stage.info.id for stage in self._state.stage_runs):
+            raise SettingsConflict(
+                f"run_id={info.id!r} is the id of a stage's own run: give the cluster's run another"
+            )
         run = RunState(number=number, info=info, settings=settings.explicit())
         self._state.runs.append(run)
         try:
@@ -206,7 +214,7 @@ class Runs:
         )
         offline = self._sinks.pop(run.number)
         offline.stop()
-        self.begin_sink(run, after=offline)
+        self.begin_sink(run)
 
     def join(self, run: RunState, explicit: dict[str, Any]) -> RunInfo:
         """What somebody gets who calls ``start()`` while this run is open.
@@ -227,13 +235,8 @@ class Runs:
         """The mode of a run that has these settings."""
         return resolve_mode(settings, self._api_key)
 
-    def begin_sink(self, run: RunState, *, after: SinkProcess | None = None) -> None:
-        """Have a process deliver a run to W&B.
-
-        Args:
-            run: one that has none, or one that has done its work.
-            after: another that must be gone before.
-        """
+    def begin_sink(self, run: RunState) -> None:
+        """Have a process deliver a run to W&B, as soon as an earlier one of it is gone."""
         if run.info.mode == "disabled":
             return
         settings = settings_of(run)
@@ -258,15 +261,19 @@ class Runs:
         if run.exit_code is not None:
             sink.finish(None if run.crashed else run.exit_code)
         name = f"the sink of run {run.info.id}"
-        self._keep_running(name, lambda: self._serve(run, sink, after))
+        self._keep_running(name, lambda: self._serve(run, sink))
 
-    async def _serve(self, run: RunState, sink: SinkProcess, after: SinkProcess | None) -> None:
+    async def _serve(self, run: RunState, sink: SinkProcess) -> None:
         """Deliver to the end, and write down how the run ended, whoever waits for it or not."""
-        if after is not None:
-            await after.gone()
-        await sink.serve()
-        if sink.done.is_set() and sink is self._sinks.get(run.number):
-            self.report(run, closed=True)
+        async with self._turns.setdefault(run.number, asyncio.Lock()):
+            # Another one may have taken its place while it waited for its turn.
+            if sink is not self._sinks.get(run.number):
+                return
+            await sink.serve()
+            if sink.done.is_set() and sink is self._sinks.get(run.number):
+                self.report(run, closed=True)
+        # Rows that came in the last moment go behind the end.
+        self.stages.settle()
 
     def _note_opened(self, run: RunState, opened: Opened) -> None:
         """Remember what only W&B could tell: the page's address, and its step of our first row."""
@@ -296,8 +303,9 @@ class Runs:
             waiting = None if is_over else self._waiting(run, pace_s)
             advanced = self._delivery.release(waiting) or advanced
         if advanced:
-            self.stages.settle()
             self.wake()
+        # Also where nothing is new: what could not be written down before is tried again.
+        self.stages.settle()
         return advanced
 
     @staticmethod
@@ -449,6 +457,7 @@ class Runs:
                 self._delivery.release(None)
                 self._write_end(run)
                 run.cut = self._delivery.ledger.end
+            self.stages.end_all(exit_code, crashed=crashed)
             if run.exit_code is None:
                 run.exit_code, run.crashed = exit_code, crashed
             if self.rows_of(run) > (run.closed_rows or 0):
@@ -460,7 +469,6 @@ class Runs:
             raise
         self._settle(run)
         self.end_in_wandb(run)
-        self.stages.end_all(exit_code, crashed=crashed)
 
     def _note_unconfirmed(self, run: RunState, swept: SweepReport | None) -> None:
         """Which sources' last rows may be missing: still those of an earlier call, and new ones."""
@@ -501,6 +509,8 @@ class Runs:
             self.begin_sink(run)
         elif sink is not None:
             sink.finish(None if run.crashed else run.exit_code)
+        elif run.report is None:
+            self.begin_sink(run)
 
     def _settle(self, run: RunState) -> None:
         self._delivery.liveness.settle(source.source_id for source in run.unconfirmed)
@@ -547,6 +557,6 @@ class Runs:
         )
         if closed:
             run.report = report
-            run.closed_rows = delivered
+            run.closed_rows = self.rows_of(run) if run.info.mode == "disabled" else delivered
             save_state(self._directory, self._state)
         return report

@@ -177,11 +177,6 @@ class SinkProcess:
         if self._task is not None:
             self._task.cancel()
 
-    async def gone(self) -> None:
-        """Wait until a sink that was stopped has ended its child."""
-        if self._task is not None:
-            await asyncio.wait([self._task])
-
     async def serve(self) -> None:
         """Deliver until the run is finished or the task is cancelled."""
         self._task = asyncio.current_task()
@@ -375,10 +370,11 @@ class SinkProcess:
         return child.stdin, child.stdout
 
     async def _answer(self, what: str, expected: type[_ReplyT], deadline_s: float) -> _ReplyT:
-        requests, answers = self._pipes
+        answers = self._pipes[1]
         try:
             async with asyncio.timeout(deadline_s):
-                await requests.drain()
+                # Not before what is written is taken: the child may be busy with an answer that
+                # fills its pipe, and at most one request more is under way.
                 header = await answers.readexactly(LENGTH.size)
                 body = await answers.readexactly(LENGTH.unpack(header)[0])
         except TimeoutError:

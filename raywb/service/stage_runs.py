@@ -7,6 +7,7 @@ of them, so it is the same after a restart.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Container
 from typing import NamedTuple
 
 from raywb.rows import Channel, End, EndChannel
@@ -28,9 +29,8 @@ class Verdict(NamedTuple):
 class _Writer:
     """One channel that writes to a run; ``verdict`` is None while it is open."""
 
-    def __init__(self, run: int, session: int) -> None:
-        self.run = run
-        self.session = session
+    def __init__(self, source_id: str) -> None:
+        self.source_id = source_id
         self.verdict: Verdict | None = None
 
 
@@ -47,6 +47,7 @@ class StageRuns:
         self.rows: Counter[int] = Counter()
         self._definitions: dict[int, Definitions] = {}
         self._writers: dict[str, dict[int, _Writer]] = {}
+        self._of_run: dict[tuple[int, int], dict[tuple[str, int], _Writer]] = {}
 
     def run_of(self, channel: Channel | None) -> int:
         """The run that a channel's rows belong to; 0 for the cluster's."""
@@ -62,8 +63,10 @@ class StageRuns:
     def note_channel(self, source_id: str, channel: Channel) -> None:
         """Somebody writes to a run."""
         if channel.session:
-            writer = _Writer(channel.run, channel.session)
+            writer = _Writer(source_id)
             self._writers.setdefault(source_id, {})[channel.channel] = writer
+            of_run = self._of_run.setdefault((channel.run, channel.session), {})
+            of_run[source_id, channel.channel] = writer
 
     def note_end_channel(self, source_id: str, message: EndChannel) -> None:
         """A client was closed."""
@@ -86,13 +89,18 @@ class StageRuns:
             session: how often it was opened.
             writers: how many attached to it since then; some may not have been heard yet.
         """
-        verdicts = [
-            writer.verdict
-            for writers in self._writers.values()
-            for writer in writers.values()
-            if writer.run == run and writer.session == session
-        ]
-        ended = [verdict for verdict in verdicts if verdict is not None]
-        if len(ended) < max(len(verdicts), writers, 1):
+        known = self._of_run.get((run, session), {}).values()
+        if len(known) < max(writers, 1) or any(writer.verdict is None for writer in known):
             return None
-        return Verdict(max(one.exit_code for one in ended), any(one.crashed for one in ended))
+        return self.so_far(run, session)
+
+    def so_far(self, run: int, session: int, lost: Container[str] = ()) -> Verdict:
+        """What those say that have ended; those of sources that are ``lost`` count as killed."""
+        verdicts = [
+            writer.verdict or Verdict(0, crashed=writer.source_id in lost)
+            for writer in self._of_run.get((run, session), {}).values()
+        ]
+        return Verdict(
+            max((one.exit_code for one in verdicts), default=0),
+            any(one.crashed for one in verdicts),
+        )

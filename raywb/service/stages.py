@@ -14,7 +14,7 @@ import msgspec
 
 from raywb.errors import SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, StageRunStatus
+from raywb.reports import FinishReport, RunInfo, StageRunRequest, StageRunStatus
 from raywb.service.delivery import Delivery
 from raywb.service.report import state_of
 from raywb.service.run_settings import describe_run, new_run_id, settings_of
@@ -53,26 +53,32 @@ class Stages:
 
     def open(
         self,
-        stage: str,
-        run_id: str | None,
+        request: StageRunRequest,
         origin: tuple[Settings, Group],
-        explicit: dict[str, Any],
     ) -> tuple[RunInfo, int]:
         """Open a stage's own run, or join the one of this id, opening it again if it had ended.
 
         Args:
-            stage: the stage's name, which becomes the job type.
-            run_id: id of the run; a new one by default.
+            request: what the client asks for.
             origin: settings and group of the cluster's run.
-            explicit: settings that the stage asks for by name.
 
         Returns:
             The run, and how often it was opened.
 
         Raises:
-            SettingsConflict: the id is that of a run of the cluster.
+            SettingsConflict: the id is that of a run of the cluster, or the run has other
+                settings, or the cluster's run is finished.
             OSError: it cannot be written down.
         """
+        run_id = request.run_id
+        for run in self._state.stage_runs:
+            if request.nonce in run.writers:
+                return run.info, run.session
+        if self._runs.last is not None and self._runs.last.exit_code is not None:
+            raise SettingsConflict(
+                f"run {self._runs.last.info.name} is finished: call raywb.start() before a stage "
+                "opens a run of its own"
+            )
         if any(run.info.id == run_id for run in self._state.runs):
             raise SettingsConflict(
                 f"run_id={run_id!r} is the id of the cluster's own run: give the stage's run "
@@ -80,9 +86,10 @@ class Stages:
             )
         for run in self._state.stage_runs:
             if run.info.id == run_id:
-                self._attach(run)
+                _check_same(run, request.explicit)
+                self._attach(run, request.nonce)
                 return run.info, run.session
-        run = self._describe(stage, run_id, origin, explicit)
+        run = self._describe(request, origin)
         self._state.stage_runs.append(run)
         try:
             save_state(self._directory, self._state)
@@ -95,12 +102,11 @@ class Stages:
 
     def _describe(
         self,
-        stage: str,
-        run_id: str | None,
+        request: StageRunRequest,
         origin: tuple[Settings, Group],
-        explicit: dict[str, Any],
     ) -> RunState:
         settings, group = origin
+        stage, explicit = request.stage, request.explicit
         now = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
         project = explicit.get("project") or settings.project or DEFAULT_PROJECT
         of_stage = {
@@ -115,7 +121,7 @@ class Stages:
         info = describe_run(
             own,
             group,
-            run_id=run_id or new_run_id(),
+            run_id=request.run_id or new_run_id(),
             mode=self._runs.mode_of(own),
             directory=str(self._directory),
             epoch=number,
@@ -127,18 +133,19 @@ class Stages:
             info=info,
             settings=own.explicit(),
             session=1,
-            writers=1,
+            writers=[request.nonce],
             parent=parent,
         )
 
-    def _attach(self, run: RunState) -> None:
+    def _attach(self, run: RunState, nonce: str) -> None:
         """One more client writes to a run; one that had ended is opened again."""
         before = msgspec.structs.asdict(run)
         ended = run.exit_code is not None
         if ended:
             run.session += 1
-            run.exit_code, run.crashed, run.report, run.writers = None, False, None, 0
-        run.writers += 1
+            run.exit_code, run.crashed, run.report, run.writers = None, False, None, []
+            run.parent = self._state.runs[-1].number if self._state.runs else run.parent
+        run.writers = [*run.writers, nonce]
         try:
             save_state(self._directory, self._state)
         except OSError:
@@ -146,7 +153,7 @@ class Stages:
                 setattr(run, name, value)
             raise
         if ended and run.info.mode != "disabled":
-            self._runs.begin_sink(run, after=self._runs.sink_of(run))
+            self._runs.begin_sink(run)
 
     def settle(self) -> None:
         """End what has ended, and go on with what got rows after its end.
@@ -156,8 +163,9 @@ class Stages:
         """
         for run in self._state.stage_runs:
             if run.exit_code is None:
-                verdict = self._merged.verdict(run.number, run.session, run.writers)
-                if verdict is not None:
+                verdict = self._merged.verdict(run.number, run.session, len(run.writers))
+                # Its rows that wait for a rank which never came are released in a while.
+                if verdict is not None and not self._delivery.merge.is_waiting(run.number):
                     self._end(run, verdict.exit_code, crashed=verdict.crashed)
             elif run.report is not None and self._runs.rows_of(run) > (run.closed_rows or 0):
                 self._end(run, run.exit_code, crashed=run.crashed)
@@ -169,9 +177,14 @@ class Stages:
             OSError: it cannot be written down.
         """
         self.settle()
+        lost = self._delivery.liveness.unconfirmed
         for run in self._state.stage_runs:
             if run.exit_code is None:
-                self._end(run, exit_code, crashed=crashed)
+                found = self._merged.so_far(run.number, run.session, lost)
+                worst = max(exit_code, found.exit_code, key=abs)
+                self._end(run, worst, crashed=crashed or found.crashed)
+            elif run.report is not None and not run.report.complete:
+                self._end(run, run.exit_code, crashed=run.crashed)
 
     def _end(self, run: RunState, exit_code: int, *, crashed: bool) -> None:
         before = run.exit_code, run.crashed
@@ -183,7 +196,6 @@ class Stages:
             run.exit_code, run.crashed = before
             raise
         if run.info.mode == "disabled":
-            run.closed_rows = self._runs.rows_of(run)
             self._runs.report(run, closed=True)
         else:
             self._runs.end_in_wandb(run)
@@ -228,6 +240,22 @@ class Stages:
         """What a stage's run takes over from the cluster's."""
         settings = settings_of(run)
         settings = msgspec.structs.replace(
-            settings, project=run.info.project, entity=run.info.entity, mode=run.info.mode
+            settings, project=run.info.project, entity=run.info.entity
         )
         return settings, Group(run.info.group, run.info.group_source or "the cluster's run")
+
+
+def _check_same(run: RunState, explicit: dict[str, Any]) -> None:
+    """Make sure that a client who joins a run asks for nothing that it is not.
+
+    Raises:
+        SettingsConflict: with each setting that differs.
+    """
+    has = {name: getattr(run.info, name) for name in ("project", "entity", "mode")}
+    differing = sorted(name for name in has.keys() & explicit.keys() if has[name] != explicit[name])
+    if differing:
+        pairs = ", ".join(f"{name} is {has[name]!r}, not {explicit[name]!r}" for name in differing)
+        raise SettingsConflict(
+            f"run {run.info.name!r} has the id {run.info.id!r} already, with other settings: "
+            f"{pairs}. Leave them out to join it, or give this run another id"
+        )

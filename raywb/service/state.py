@@ -67,7 +67,7 @@ class RunState(msgspec.Struct, kw_only=True):
         unreached: nodes that did not answer then.
         report: how it ended.
         session: of a stage's own run: how often it was opened.
-        writers: how many clients attached to a stage's own run since it was opened last.
+        writers: the clients that attached to a stage's own run since it was opened last.
         parent: the cluster's run that was the last one when a stage's own run was opened.
     """
 
@@ -87,7 +87,7 @@ class RunState(msgspec.Struct, kw_only=True):
     unreached: list[str] = []
     report: FinishReport | None = None
     session: int = 0
-    writers: int = 0
+    writers: list[str] = []
     parent: int = 0
 
 

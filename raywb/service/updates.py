@@ -94,6 +94,8 @@ class Updates:
         self._pending: dict[int, _Attempts] = {}
         self._again = outbox.updates_of(number)
         self._sessions = 0
+        #: How many W&B's client works on.
+        self._working = 0
         self._asked_at = 0.0
         #: When the alerts of this session were sent that may still be on their way.
         self._sent_at: list[float] = []
@@ -172,10 +174,12 @@ class Updates:
         self._settle_alerts(sum(now - sent_at > ALERT_LEAVES_S for sent_at in self._sent_at))
         await self._hear(ask)
         before: set[str] = set()
+        self._working = sum(one.state == "working" for one in self._pending.values())
         for number, attempts in list(self._pending.items()):
             is_due = attempts.state == "waiting" and attempts.due_at <= time.monotonic()
             if is_due and attempts.name not in before:
                 await self._begin(number, attempts, ask, applied_rows, before)
+            self._working += is_due and attempts.state == "working"
             if attempts.name and self._may_come(attempts):
                 before.add(attempts.name)
         if any(attempts.state == "working" for attempts in self._pending.values()):
@@ -215,8 +219,7 @@ class Updates:
         """
         if attempts.waits_for is not None and not self._blobs.has(attempts.waits_for):
             return
-        working = sum(one.state == "working" for one in self._pending.values())
-        if working >= AT_ONCE and self._outbox.update_type(self._run, number) is not OutAlert:
+        if self._working >= AT_ONCE and self._outbox.update_type(self._run, number) is not OutAlert:
             return
         try:
             update = self._outbox.update(self._run, number)
