@@ -190,6 +190,8 @@ def _collect(pending: dict[Any, str], deadline: float, timeout_s: float, tell: T
 def _result(reference: Any, node_id: str) -> ProbeResult:
     try:
         ran_on, facts = ray.get(reference)
+    except ray.exceptions.TaskUnschedulableError:
+        return ProbeResult(None, "the node left while it was probed")
     except ray.exceptions.RayError as error:
         # Ray's report of a task's failure ends with what was raised there.
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
