@@ -12,6 +12,7 @@ from typing import Any
 import boto3
 import psutil
 import pytest
+import yaml
 from datadog_server import DatadogServer
 from fleet_runs import ENTITY, PROJECT, fleet_environment, put_run, run_fleet, start_fleet
 from moto.server import ThreadedMotoServer
@@ -24,6 +25,7 @@ from raywb.fleet.credentials import Credentials, Secret, find_credentials
 from raywb.fleet.deadline import Deadline
 from raywb.settings import fleet_reader_environment
 
+MANIFEST = Path(__file__).parents[1] / "raywb" / "launch" / "fleet-cronjob.yaml"
 WANDB_KEY = "5ec7e7" * 7
 DATADOG_KEY = "d09d09" * 6
 NAME = "dev/datadog/collectors/wandb"
@@ -84,11 +86,43 @@ def test_the_environment_is_enough() -> None:
 
 
 @pytest.mark.parametrize("name", ["WANDB_BASE_URL", "DD_URL"])
-def test_addresses(name: str) -> None:
+@pytest.mark.parametrize(
+    "address", ["wandb.example", "http://u:wandb.example[@h", "http://u:wandb.example/@h"]
+)
+def test_addresses(name: str, address: str) -> None:
     """An address that is none is named; it may carry a password, so it is not shown."""
     with pytest.raises(SettingsError, match=f"{name} cannot be used") as caught:
-        found(WHOLE | {name: "wandb.example"})
-    assert "wandb.example" not in str(caught.value)
+        found(WHOLE | {name: address})
+    assert "wandb.example" not in "".join(traceback.format_exception(caught.value))
+
+
+def test_a_newline_behind_a_key() -> None:
+    """What a file has left behind a key is no part of it; nothing but white space is no key."""
+    credentials = found({name: f" {value}\n" for name, value in WHOLE.items()}, datadog=True)
+    assert credentials.wandb_key.reveal() == WANDB_KEY
+    assert credentials.datadog_key is not None
+    assert credentials.datadog_key.reveal() == DATADOG_KEY
+    assert found(WHOLE | {"DD_API_KEY": "\n"}).datadog_key is None
+
+
+def test_the_variables_of_the_manifest(
+    aws: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The region is found with what the CronJob sets, and under AWS's other name as well."""
+    keep(WHOLE)
+    job = list(yaml.safe_load_all(MANIFEST.read_text()))[1]
+    (container,) = job["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    named = {one["name"] for one in container["env"] if one["name"].startswith("AWS_")}
+    for name in ("AWS_REGION", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name)
+    with pytest.raises(SecretMissing, match="region"):
+        found({})
+    for environment in (named, {"AWS_REGION"}):
+        given = dict.fromkeys(environment, "eu-central-1")
+        assert found(given, datadog=True).wandb_key.reveal() == WANDB_KEY
+    for name in named:
+        monkeypatch.setenv(name, "eu-central-1")
+    assert found({}).wandb_key.reveal() == WANDB_KEY
 
 
 def test_the_reader_inherits_no_key() -> None:
@@ -204,6 +238,40 @@ def test_keys_in_reprs() -> None:
     assert WANDB_KEY not in f"{secret} {secret!r} {[secret]} {credentials} {credentials!r}"
     assert pickle.loads(pickle.dumps(secret)).reveal() == WANDB_KEY
     assert credentials.redact(f"a {WANDB_KEY} b") == "a *** b"
+
+
+def test_keys_as_they_are_quoted() -> None:
+    """A key is masked as Python and JSON quote it, and so is what an address has of a login."""
+    key = 'new\nline "ü"'
+    masked = Credentials(
+        {
+            "DD_API_KEY": Secret(key),
+            "WANDB_BASE_URL": Secret("http://alice:open%20sesame@w:1"),
+            "DD_URL": Secret("https://token@dd"),
+        }
+    )
+    for quoted in (key, repr(key), repr(key.encode()), json.dumps(key)):
+        assert "line" not in masked.redact(f"no good: {quoted}")
+    for text in ("http://alice:open%20sesame@w:1", "'open sesame'", "https://token@dd"):
+        shown = masked.redact(text)
+        assert "***" in shown
+        assert not any(word in shown for word in ("alice", "sesame", "token"))
+
+
+def test_a_password_in_an_address(tmp_path: Path) -> None:
+    """A password in W&B's address is printed nowhere, and an error has one line."""
+    for address in (
+        "http://user:open-sesame@127.0.0.1:9",
+        "https://user:open-sesame@wandb.ai",
+        "http://user:open-sesame@api.wandb.ai",
+        f"http://user:open-sesame{'x' * 80}@127.0.0.1:9/a b",
+    ):
+        addressed = WHOLE | {"WANDB_BASE_URL": address}
+        environment = fleet_environment(tmp_path, None, **addressed)
+        ended = run_fleet(environment, "--verbose", "--limit-s", "3")
+        assert ended.returncode
+        assert "sesame" not in ended.stdout + ended.stderr
+        assert ended.stderr.count("\n") == 1
 
 
 def test_keys_in_trouble(tmp_path: Path) -> None:

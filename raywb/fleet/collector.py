@@ -129,7 +129,7 @@ def collect(
         baseline_runs=details.baseline_runs + 1 if details else 0,
     )
     try:
-        read = read_runs(request, deadline, environment)
+        read = read_runs(request, deadline, environment, redact=credentials.redact)
     except RaywbError as error:
         raise type(error)(credentials.redact(str(error))) from None
     runs = read.runs

@@ -7,9 +7,9 @@ log line shows it; texts of errors and tracebacks go through :meth:`Credentials.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from raywb.errors import SecretMissing, SettingsError
 from raywb.fleet.deadline import Deadline, within
@@ -102,8 +102,10 @@ class Credentials:
         return self._text("DD_URL")
 
     def redact(self, text: str) -> str:
-        """A text in which the keys are masked."""
-        return redact(text, [self._found[name] for name in _KEYS if name in self._found])
+        """A text in which the keys are masked, and what addresses carry of users and passwords."""
+        keys = [self._found[name] for name in _KEYS if name in self._found]
+        addresses = [self._found[name].reveal() for name in _ADDRESSES if name in self._found]
+        return redact(text, [*keys, *(part for url in addresses for part in _logins(url))])
 
     def __repr__(self) -> str:
         return f"Credentials({', '.join(sorted(self._found))})"
@@ -113,14 +115,32 @@ class Credentials:
 
 
 _KEYS = ("WANDB_API_KEY", DATADOG_KEY)
+_ADDRESSES = ("WANDB_BASE_URL", "DD_URL")
 
 
 def redact(text: str, secrets: Iterable[Secret]) -> str:
-    """A text in which these secrets are masked, wherever they stand."""
-    for secret in secrets:
-        if secret:
-            text = text.replace(secret.reveal(), _MASK)
+    """A text in which these secrets are masked, wherever they stand, as Python and JSON quote them.
+
+    The longest go first: one that is a part of another would leave the rest of it behind.
+    """
+    shown = set()
+    for secret in filter(None, secrets):
+        plain = secret.reveal()
+        shown |= {plain, repr(plain)[1:-1], repr(plain.encode())[2:-1], json.dumps(plain)[1:-1]}
+    for one in sorted(shown, key=len, reverse=True):
+        text = text.replace(one, _MASK)
     return text
+
+
+def _logins(url: str) -> Iterator[Secret]:
+    """What stands before the @ of an address, and the password in it, quoted for URLs or not.
+
+    Nothing is parsed: an address that is none may have a password, too.
+    """
+    login = url.partition("://")[2].rpartition("@")[0]
+    for text in (login, login.partition(":")[2]):
+        yield Secret(text)
+        yield Secret(unquote(text))
 
 
 def find_credentials(
@@ -144,30 +164,52 @@ def find_credentials(
         FleetTimeout: Secrets Manager did not answer in time.
         SettingsError: an address is none.
     """
-    found = {name: Secret(environment[name]) for name in NAMES if environment.get(name)}
+    found = _secrets(environment)
     needed = (*REQUIRED, DATADOG_KEY) if datadog else REQUIRED
     missing = [name for name in needed if name not in found]
     if missing:
+        region = environment.get("AWS_REGION") or environment.get("AWS_DEFAULT_REGION")
         asked = f"secret {secret_name!r} of AWS Secrets Manager"
-        values = within(deadline, f"reading the {asked}", lambda: _ask(secret_name, missing))
-        found = {name: Secret(values[name]) for name in NAMES if values.get(name)} | found
+        values = within(
+            deadline, f"reading the {asked}", lambda: _ask(secret_name, missing, region)
+        )
+        found = _secrets(values) | found
         still = [name for name in missing if name not in found]
         if still:
             raise SecretMissing(
                 f"{_and(still)} {_is(still)} not set, and the {asked} has no such key: set it in "
                 "the environment, or add it to the secret"
             )
-    for name in ("WANDB_BASE_URL", "DD_URL"):
-        address = urlsplit(found[name].reveal()) if name in found else None
-        if address and not (address.scheme in ("http", "https") and address.netloc):
+    for name in _ADDRESSES:
+        if name in found and not _is_address(found[name].reveal()):
             raise SettingsError(
                 f"{name} cannot be used: it is an address that starts with http:// or https://"
             )
     return Credentials(found)
 
 
-def _ask(secret_name: str, missing: list[str]) -> dict[str, str]:
+def _secrets(values: Mapping[str, str]) -> dict[str, Secret]:
+    """What there is of :data:`NAMES`, without the newline that a file or an editor has left."""
+    stripped = {name: values.get(name, "").strip() for name in NAMES}
+    return {name: Secret(value) for name, value in stripped.items() if value}
+
+
+def _is_address(text: str) -> bool:
+    try:
+        address = urlsplit(text)
+        # Reading the port checks it, and finds a password with a slash, which ends the host.
+        return address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:  # its text has the address in it
+        return False
+
+
+def _ask(secret_name: str, missing: list[str], region: str | None) -> dict[str, str]:
     """The secret's values, by the names of the variables.
+
+    Args:
+        secret_name: the secret's name.
+        missing: what is looked for, for the errors' texts.
+        region: AWS's region; None leaves it to boto3, which reads AWS_DEFAULT_REGION and its files.
 
     Raises:
         SecretMissing: it cannot be read, or is no JSON object.
@@ -182,9 +224,9 @@ def _ask(secret_name: str, missing: list[str]) -> dict[str, str]:
             "environment, or `pip install 'raywb[fleet]'`"
         ) from error
     try:
-        client: Any = boto3.client("secretsmanager")
+        client: Any = boto3.client("secretsmanager", region_name=region)
         text = client.get_secret_value(SecretId=secret_name).get("SecretString")
-    except (BotoCoreError, ClientError) as error:
+    except (BotoCoreError, ClientError, ValueError) as error:
         raise SecretMissing(
             f"{unset} secret {secret_name!r} of AWS Secrets Manager cannot be read ({error}): set "
             "it in the environment, or let this role do secretsmanager:GetSecretValue on it"

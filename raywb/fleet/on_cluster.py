@@ -105,7 +105,9 @@ def start_on_cluster(
         ServiceUnavailable: Ray did not start the actor in time.
     """
     stop_on_cluster()
-    handed = {name: Secret(environment[name]) for name in NAMES if environment.get(name)}
+    handed = {
+        name: Secret(environment[name]) for name in NAMES if environment.get(name, "").strip()
+    }
     actor: Any = (
         ray.remote(FleetActor)
         .options(

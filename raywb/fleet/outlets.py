@@ -34,6 +34,10 @@ DATADOG_RETRIES = 4
 #: Longest wait for one answer of Datadog's, in seconds.
 DATADOG_TIMEOUT_S = 30.0
 
+#: How much is told of what went wrong, in characters; cut after the keys are masked, since a part
+#: of a key would not be found.
+LONGEST_TEXT = 500
+
 
 class Outlet(Protocol):
     """Takes a report somewhere."""
@@ -61,7 +65,7 @@ def publish(
         except FleetTimeout:
             failures[outlet.name] = f"it took nothing within {deadline.limit_s:g} s"
         except Exception as error:  # noqa: BLE001 - the others go on, and this one is told
-            failures[outlet.name] = credentials.redact(_text(error))
+            failures[outlet.name] = _one_line(credentials.redact(_text(error)))[:LONGEST_TEXT]
 
     threads = [threading.Thread(target=one, args=(outlet,), daemon=True) for outlet in outlets]
     for thread in threads:
@@ -72,8 +76,12 @@ def publish(
 
 
 def _text(error: Exception) -> str:
-    """An exception in one line; those of HTTP clients print headers and bodies over many."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:500]
+    return f"{type(error).__name__}: {error}"
+
+
+def _one_line(text: str) -> str:
+    """A text in one line; those of HTTP clients' errors have headers and bodies over many."""
+    return " ".join(text.split())
 
 
 class DatadogOutlet:

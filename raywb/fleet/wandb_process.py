@@ -8,13 +8,13 @@ import selectors
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO
 
 import msgspec
 import psutil
 
-from raywb.errors import FleetError, FleetTimeout, KeyRefused, ProjectUnknown
+from raywb.errors import FleetError, FleetTimeout, KeyRefused, ProjectUnknown, RaywbError
 from raywb.fleet.deadline import Deadline
 from raywb.fleet.reading import Line, Progress, Read, ReadRequest
 from raywb.settings import fleet_reader_environment
@@ -25,13 +25,20 @@ __all__ = ["read_runs"]
 _TAIL = 500
 
 
-def read_runs(request: ReadRequest, deadline: Deadline, environment: Mapping[str, str]) -> Read:
+def read_runs(
+    request: ReadRequest,
+    deadline: Deadline,
+    environment: Mapping[str, str],
+    *,
+    redact: Callable[[str], str] = str,
+) -> Read:
     """Read a project's recent runs in a process of its own.
 
     Args:
         request: what is to be read.
         deadline: when the process is ended, whatever it waits for.
         environment: the process environment.
+        redact: masks keys in what goes into the texts of errors.
 
     Raises:
         KeyRefused: W&B's server does not accept the key.
@@ -57,9 +64,13 @@ def read_runs(request: ReadRequest, deadline: Deadline, environment: Mapping[str
                 break
         if isinstance(last, Progress) and deadline.left_s:
             printed.seek(0)
-            said = printed.read().decode(errors="replace")[-_TAIL:].strip()
+            # Cut last: a part of a key would not be found.
+            said = redact(printed.read().decode(errors="replace"))[-_TAIL:].strip()
             raise FleetError(f"the process that reads from W&B ended without a result: {said}")
-    return _judged(last, request, deadline)
+    try:
+        return _judged(last, request, deadline)
+    except RaywbError as error:
+        raise type(error)(" ".join(redact(str(error)).split())) from None
 
 
 def _judged(last: Line, request: ReadRequest, deadline: Deadline) -> Read:

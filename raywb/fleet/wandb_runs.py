@@ -133,6 +133,12 @@ def read(request: ReadRequest, tell: Callable[[Progress], None]) -> Read:
     return Read(runs, baseline, asked.requests, elapsed_s, reader.notes, reader.incomplete)
 
 
+def _told(error: Exception) -> str:
+    """An error in one line, without the part of an address that pydantic shows in its errors."""
+    text = re.sub(r"input_value=.*?, input_type=", "input_type=", str(error), flags=re.DOTALL)
+    return f"{type(error).__name__}: {' '.join(text.split())}"
+
+
 def _end_with_the_parent() -> None:
     sys.stdin.buffer.read()
     os._exit(1)
@@ -153,7 +159,7 @@ def main() -> None:
     except Failure as failure:
         write(Failed(failure.kind, str(failure)))
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is to know it
-        write(Failed("server", f"{type(error).__name__}: {error}"))
+        write(Failed("server", _told(error)))
     # W&B's client would wait for its Go process, which ends by itself when its parent is gone.
     os._exit(0)
 
