@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -23,9 +24,9 @@ from wandb_client import API_KEY
 from wandb_server import WandbServer
 
 from raywb.cli import main
-from raywb.errors import SettingsError
+from raywb.errors import FleetError, RaywbError, SettingsError
 from raywb.fleet.choice import parse_address
-from raywb.fleet.cycle import parse_interval
+from raywb.fleet.cycle import Outcome, parse_interval, repeat
 
 MANIFEST = Path(__file__).parents[1] / "raywb" / "launch" / "fleet-cronjob.yaml"
 MAIN = "github.sky.main.0a1b2c.tiny.2026-11-20"
@@ -148,18 +149,60 @@ def test_staying(server: WandbServer, tmp_path: Path) -> None:
 
 
 def test_a_killed_command_leaves_nothing(server: WandbServer, tmp_path: Path) -> None:
-    """Whoever kills the command in the middle of a collection has killed what it started."""
+    """Whoever kills the command in the middle has killed what it started, and no file is left."""
     server.hang("graphql")
-    process = start_fleet(fleet_environment(tmp_path, server))
+    (tmp_path / "tmp").mkdir()
+    process = start_fleet(fleet_environment(tmp_path, server, TMPDIR=str(tmp_path / "tmp")))
     try:
         server.wait_until(lambda: server.disturbed["graphql"] >= 1)
         started = psutil.Process(process.pid).children(recursive=True)
         assert started
+        assert list((tmp_path / "tmp").iterdir())
     finally:
         process.kill()
         process.communicate()
     _, alive = psutil.wait_procs(started, timeout=10)
     assert alive == []
+    assert list((tmp_path / "tmp").iterdir()) == []
+
+
+def test_names_with_brackets(server: WandbServer, tmp_path: Path) -> None:
+    """Names of runs are printed as they are, whatever they look like."""
+    names = ("exp[/tmp/x]", "[red]", "a :smile: b")
+    for index, name in enumerate(names):
+        put_run(server.store, f"s{index}", name=name, state="running", heartbeat_ago_s=2 * HOUR_S)
+    ended = run_fleet(fleet_environment(tmp_path, server), "--verbose")
+    assert ended.returncode == 0, ended.stderr
+    for index, name in enumerate(names):
+        assert f"{name} (s{index}) claims to be running" in ended.stdout
+
+
+def test_staying_through_errors_of_any_kind() -> None:
+    """An error that is not ours is told by its name, without its text, and the next one comes."""
+    told: list[Outcome | RaywbError] = []
+    ended = threading.Event()
+
+    def cycle() -> Outcome:
+        if told:
+            ended.set()
+        raise ZeroDivisionError("a key")
+
+    repeat(0.01, cycle, tell=told.append, ended=ended)
+    assert len(told) == 2
+    for one in told:
+        assert isinstance(one, FleetError)
+        assert "ZeroDivisionError in test_fleet_command.py" in str(one)
+        assert "a key" not in str(one)
+
+
+def test_push_without_a_key_beside_others(server: WandbServer, tmp_path: Path) -> None:
+    """Datadog's key is missing: the file is written all the same; alone, it is one error."""
+    environment = fleet_environment(tmp_path, server)
+    ended = run_fleet(environment, "--push", "--openmetrics", "out.prom")
+    assert ended.returncode == 24
+    assert "Datadog did not take the metrics: DD_API_KEY is not set" in ended.stderr
+    assert (tmp_path / "out.prom").exists()
+    assert run_fleet(environment, "--push").returncode == 23
 
 
 def test_staying_with_a_wrong_key(tmp_path: Path) -> None:
@@ -182,6 +225,8 @@ def test_staying_with_a_wrong_key(tmp_path: Path) -> None:
         (["--limit-s", "0"], "limit_s=0 cannot be used"),
         (["--window-hours", "0"], "window_hours=0 cannot be used"),
         (["--assumed-gpus", "-1"], "assumed_gpus=-1 cannot be used"),
+        (["--assumed-gpus", "nan"], "assumed_gpus=nan cannot be used"),
+        (["--assumed-gpus", "inf"], "assumed_gpus=inf cannot be used"),
         (["--window-hours", "nan"], "window_hours=nan cannot be used"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from raywb.fleet.details import DetailRules, compute_details, main_regex
 from raywb.fleet.metrics import METRICS, FleetRules, compute
 from raywb.fleet.runs import SPS_KEYS, FleetRun, Window, iso_time, run_from_node
+from raywb.fleet.terminal import _throughput
 
 HOUR_S = 3600.0
 NOW_S = 1_800_000_000.0
@@ -301,6 +302,29 @@ def test_summaries_of_nothing(summary: Any) -> None:
 def test_times(text: Any, seconds: float | None) -> None:
     """Times are UTC unless they say otherwise, and what is no time is none."""
     assert run_from_node(node(createdAt=text)).created_s == seconds
+
+
+def test_values_beyond_floats() -> None:
+    """Values that overflow when they are added up, and a bottomless summary, break nothing."""
+    huge = {"overview/sps": 1.7e308}
+    runs = [run(MAIN, sps=huge, gpus=1e306) for _ in range(5)]
+    found = values(*runs)
+    assert found["wandb.push_to_main.overview.sps"] == pytest.approx(1.7e308)
+    assert "wandb.training.total_gpu_hours_24h" not in found
+    (one,) = compute_details(runs, [], WINDOW, DetailRules(), 1.0).throughput
+    assert one.change_pct is None or one.change_pct == 0
+    deep = '{"overview/sps": 1, "x": ' + "[" * 200_000 + "]" * 200_000 + "}"
+    assert run_from_node(node(summaryMetrics=deep)).sps == {}
+    assert run_from_node(node(summaryMetrics='{"overview/sps": {"last": {"last": 1}}}')).sps == {}
+
+
+def test_a_baseline_of_nothing() -> None:
+    """Runs whose median is 0 are compared with, and are not said to be too few."""
+    runs = [run(MAIN, begun_h=-3 - n, sps={"overview/sps": 0.0}) for n in range(5)]
+    details = compute_details(runs, [], WINDOW, DetailRules(), 1.0)
+    text = str(_throughput(details))
+    assert "only" not in text
+    assert "the median of 4 earlier runs is 0" in text
 
 
 def test_details_of_gpu_hours() -> None:

@@ -234,6 +234,29 @@ def test_main_is_compared_beyond_the_window(server: WandbServer, tmp_path: Path)
     assert "REGRESSION" in shown
 
 
+@pytest.mark.parametrize("ending", ["trickles", "fails", "forbids"])
+def test_main_without_its_earlier_runs(server: WandbServer, tmp_path: Path, ending: str) -> None:
+    """What goes wrong with main's earlier runs costs no metric, and leaves time to the outlets."""
+    put_run(server.store, "r", name=MAIN, summary={"overview/sps": 5.0})
+    answered = server._schema.roots
+
+    def roots(kind: str) -> Any:
+        asked = server.requests["graphql:RaywbFleet"]
+        if ending == "trickles" and asked == 2:
+            server.trickle("graphql")
+        elif ending != "trickles" and asked == 1:  # the next one is the baseline's
+            server.misbehave("graphql", status=500 if ending == "fails" else 403)
+        return answered(kind)
+
+    server._schema.roots = roots  # type: ignore[method-assign]
+    arguments = ("--json", "--limit-s", "6", "--openmetrics", "out.prom")
+    answer = collected(server, tmp_path, "--verbose", *arguments)
+    assert by_name(answer)[SPS] == 5.0
+    assert "main's earlier runs did not come" in "".join(answer["read"]["notes"])
+    assert (tmp_path / "out.prom").exists()
+    server.behave()
+
+
 @pytest.mark.parametrize("ending", ["trickles", "hangs", "fails", "refuses connections"])
 def test_the_time_limit(server: WandbServer, tmp_path: Path, ending: str) -> None:
     """The limit holds whatever the server does, byte by byte too, and nothing is left behind."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -51,9 +52,9 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True):
                 f"window_hours={self.window_hours:g} cannot be used: it is above 0 and at most a "
                 "year's"
             )
-        if self.rules.assumed_gpus < 0:
+        if not 0 <= self.rules.assumed_gpus < math.inf:
             raise SettingsError(
-                f"assumed_gpus={self.rules.assumed_gpus:g} cannot be used: it is 0 or above"
+                f"assumed_gpus={self.rules.assumed_gpus:g} cannot be used: it is 0 or above, and finite"
             )
 
 

@@ -240,7 +240,7 @@ def _show(outcome: Outcome, given: dict[str, Any]) -> None:
     if given["as_json"]:
         click.echo(msgspec.json.encode(outcome.report.as_json()).decode())
     else:
-        Console().print(render_report(outcome.report))
+        Console(markup=False, emoji=False).print(render_report(outcome.report))
     for name, text in outcome.failures.items():
         click.echo(f"raywb: {name} did not take the metrics: {text}", err=True)
     for text in outcome.report.incomplete:

@@ -8,10 +8,11 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from raywb.errors import FleetError, RaywbError, SettingsError
+from raywb.errors import FleetError, RaywbError, SecretMissing, SettingsError
 from raywb.fleet.collector import FleetReport, FleetSettings, collect
-from raywb.fleet.credentials import find_credentials
+from raywb.fleet.credentials import Credentials, find_credentials
 from raywb.fleet.deadline import Deadline
 from raywb.fleet.outlets import DatadogOutlet, Outlet, publish
 
@@ -53,21 +54,45 @@ def run_once(
             error's notes, with the keys masked.
     """
     deadline = Deadline(settings.limit_s)
-    datadog = any(isinstance(outlet, DatadogOutlet) for outlet in outlets)
-    credentials = find_credentials(
-        environment, deadline, secret_name=settings.secret_name, datadog=datadog
-    )
+    credentials = None
     try:
+        credentials, failures = _find(settings, outlets, environment, deadline)
         report = collect(
             settings, credentials, deadline, environment=environment, now_s=time.time()
         )
-        return Outcome(report, publish(report, outlets, credentials, deadline))
+        open_to = [outlet for outlet in outlets if outlet.name not in failures]
+        return Outcome(report, failures | publish(report, open_to, credentials, deadline))
     except RaywbError:
         raise
     except Exception as error:  # noqa: BLE001 - told as ours, without the keys
+        if credentials is None:  # nobody knows which of its words are keys
+            raise FleetError(f"{type(error).__name__} while keys were looked for") from None
         told = FleetError(credentials.redact(f"{type(error).__name__}: {error}"))
         told.add_note(credentials.redact("".join(traceback.format_exception(error))))
         raise told from None
+
+
+def _find(
+    settings: FleetSettings,
+    outlets: Sequence[Outlet],
+    environment: Mapping[str, str],
+    deadline: Deadline,
+) -> tuple[Credentials, dict[str, str]]:
+    """The credentials, and which outlets have to do without theirs.
+
+    Raises:
+        SecretMissing: W&B's are missing, or Datadog's are and no other outlet is there.
+    """
+    to_datadog = [outlet.name for outlet in outlets if isinstance(outlet, DatadogOutlet)]
+    name = settings.secret_name
+    try:
+        found = find_credentials(environment, deadline, secret_name=name, datadog=bool(to_datadog))
+    except SecretMissing as error:
+        if not 0 < len(to_datadog) < len(outlets):
+            raise
+        found = find_credentials(environment, deadline, secret_name=name)
+        return found, dict.fromkeys(to_datadog, found.redact(str(error)))
+    return found, {}
 
 
 def repeat(
@@ -91,7 +116,15 @@ def repeat(
             tell(cycle())
         except RaywbError as error:
             tell(error)
+        except Exception as error:  # noqa: BLE001 - told by its name, since its text may have keys
+            tell(FleetError(f"{type(error).__name__} {_place(error)}: the next one comes in time"))
         ended.wait(max(began + interval_s - time.monotonic(), 0.0))
+
+
+def _place(error: Exception) -> str:
+    """Where an error was raised, as a module's file and a line."""
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return f"in {Path(last.filename).name}, line {last.lineno}"
 
 
 def parse_interval(text: str) -> float:

@@ -4,6 +4,7 @@ main became slower, and which runs only claim to be running.
 
 from __future__ import annotations
 
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -140,6 +141,8 @@ def _throughput(main: Iterable[FleetRun], rules: DetailRules) -> list[Throughput
         enough = len(values) >= FEWEST_BASELINE_RUNS
         median = statistics.median(values) if enough else None
         change_pct = 100.0 * (latest - median) / abs(median) if median else None
+        if change_pct is not None and not math.isfinite(change_pct):
+            change_pct = None
         slower = change_pct is not None and change_pct < -rules.regression_pct
         found.append(Throughput(key, newest.name, latest, median, len(values), change_pct, slower))
     return found

@@ -6,6 +6,7 @@ value and a rate without a run are left out.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
@@ -83,7 +84,10 @@ def _success_rate_pct(runs: Sequence[FleetRun]) -> float | None:
 
 def _mean(values: Iterable[float | None]) -> float | None:
     there = [value for value in values if value is not None]
-    return statistics.fmean(there) if there else None
+    try:
+        return statistics.fmean(there) if there else None
+    except OverflowError:  # of the sum
+        return math.fsum(value / len(there) for value in there)
 
 
 def _avg_duration_hours(runs: Sequence[FleetRun]) -> float | None:
@@ -184,4 +188,6 @@ def compute(runs: Iterable[FleetRun], window: Window, rules: FleetRules) -> list
         rules=rules,
     )
     values = ((name, value(kinds)) for name, (_, value) in METRICS.items())
-    return [Metric(name, value) for name, value in values if value is not None]
+    return [
+        Metric(name, value) for name, value in values if value is not None and math.isfinite(value)
+    ]

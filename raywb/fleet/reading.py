@@ -8,13 +8,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from raywb.fleet.runs import CONFIG_KEYS, SPS_KEYS, FleetRun, Window, run_from_node
 
 __all__ = [
+    "NO_BASELINE",
     "Failed",
     "Failure",
     "Line",
@@ -25,6 +26,9 @@ __all__ = [
     "Reader",
     "Refused",
 ]
+
+#: Said where the window is there and the baseline is not.
+NO_BASELINE = "main's earlier runs did not come"
 
 #: W&B's words for a run whose throughput counts.
 MEASURED_STATES = ("finished", "crashed")
@@ -38,6 +42,7 @@ class ReadRequest(msgspec.Struct, frozen=True):
             from before the window too; empty for none.
         baseline_runs: how many of them.
         limit_s: longest that one request may take.
+        home: directory that the process removes when its parent is gone; empty for none.
     """
 
     api_key: str
@@ -49,6 +54,7 @@ class ReadRequest(msgspec.Struct, frozen=True):
     limit_s: float
     baseline: str = ""
     baseline_runs: int = 0
+    home: str = ""
 
     @property
     def path(self) -> str:
@@ -77,6 +83,7 @@ class Read(msgspec.Struct, frozen=True, tag=True):
         elapsed_s: how long it took, from the login on.
         notes: what the server refused, and how it went on without.
         incomplete: which runs are therefore missing.
+        goes_on: the baseline is still to come, in another of these.
     """
 
     runs: list[FleetRun]
@@ -85,6 +92,7 @@ class Read(msgspec.Struct, frozen=True, tag=True):
     elapsed_s: float
     notes: list[str]
     incomplete: list[str]
+    goes_on: bool = False
 
 
 class Failed(msgspec.Struct, frozen=True, tag=True):
@@ -150,6 +158,48 @@ def window_filters(window: Window) -> dict[str, dict[str, Any]]:
     }
 
 
+class _Order(NamedTuple):
+    """An order that stands in for a filter.
+
+    Attributes:
+        field: the filter's field.
+        name: the order, newest first.
+        time: what of a run it goes by.
+        missing: which runs are not seen without filter and order.
+    """
+
+    field: str
+    name: str
+    time: str
+    missing: str
+
+
+_ORDERS = (
+    _Order(
+        "createdAt",
+        "-created_at",
+        "created_s",
+        "runs that began in the window and were not heard of since",
+    ),
+    _Order(
+        "heartbeatAt",
+        "-heartbeat_at",
+        "heartbeat_s",
+        "runs that began before the window and ended in it",
+    ),
+)
+
+#: So many pages in a row without a run of the window say that a question is passed over. A single
+#: one may come of runs whose state changed while the server looked.
+PAGES_OUTSIDE = 2
+
+
+def _is_outside(run: FleetRun, window: Window) -> bool:
+    """Whether its times say that it does not belong; one without any that can be read may."""
+    dated = run.created_s is not None or run.heartbeat_s is not None
+    return dated and not window.has(run)
+
+
 class Reader:
     """Reads a window, and goes on with less where the server does not know a filter.
 
@@ -170,6 +220,7 @@ class Reader:
         self._query = page_query(keys=True)
         self._count = 0
         self._runs: dict[str, FleetRun] = {}
+        self._outside = 0
 
     def read_window(self) -> list[FleetRun]:
         """Every run of the window, once.
@@ -182,7 +233,7 @@ class Reader:
         """
         filters = window_filters(self._request.window)
         try:
-            self._take({"$or": list(filters.values())}, "-created_at")
+            self._read_filtered({"$or": list(filters.values())})
         except Refused as error:
             self.notes.append(
                 f"the server does not take the three filters as one ({error}): one by one"
@@ -206,41 +257,54 @@ class Reader:
         refused = []
         for name, wanted in filters.items():
             try:
-                self._take(wanted, "-created_at")
+                self._read_filtered(wanted)
             except Refused as error:
                 refused.append(name)
                 self.notes.append(f"the server refuses to filter by {name} ({error})")
-        if "heartbeatAt" in refused:
-            self._read_by_heartbeat(refused)
+        orders = [order for order in _ORDERS if order.field in refused]
+        errors = [error for order in orders if (error := self._read_in_order(order))]
+        if len(refused) == len(filters) and len(errors) == len(_ORDERS):
+            text = f"W&B's server refuses to search for runs at all: {errors[-1]}"
+            raise Failure("server", text)
         if "state" in refused:
             self.incomplete.append("runs that still run and were not heard of in the window")
 
-    def _read_by_heartbeat(self, refused: list[str]) -> None:
-        """Without a filter, those last heard of first, up to the window's start."""
+    def _read_in_order(self, order: _Order) -> Refused | None:
+        """Without a filter, newest first, up to the window's start; returns why it cannot be."""
         try:
-            self._take({}, "-heartbeat_at", by_heartbeat=True)
+            for runs in self._take({}, order.name):
+                times = [at for run in runs if (at := getattr(run, order.time)) is not None]
+                if times and min(times) < self._request.window.start_s:
+                    return None
+                if self._outside >= PAGES_OUTSIDE:
+                    self.notes.append(f"the server passes over the order by {order.field}")
+                    self.incomplete.append(order.missing)
+                    return None
         except Refused as error:
-            if len(refused) == len(window_filters(self._request.window)):
-                text = f"W&B's server refuses to search for runs at all: {error}"
-                raise Failure("server", text) from None
-            self.incomplete.append("runs that began before the window and ended in it")
-            self.notes.append(f"the server refuses the order by heartbeat ({error})")
+            self.notes.append(f"the server refuses the order by {order.field} ({error})")
+            self.incomplete.append(order.missing)
+            return error
+        return None
 
-    def _take(self, wanted: Mapping[str, Any], order: str, *, by_heartbeat: bool = False) -> None:
-        window = self._request.window
-        for page in self._ask(wanted, order, self._request.per_page):
-            runs = [run_from_node(node) for node in page]
-            belonging = [run for run in runs if window.has(run)]
-            self._runs |= {run.id: run for run in belonging}
-            self._tell(Progress(self._count, len(self._runs)))
-            heard = [run.heartbeat_s for run in runs if run.heartbeat_s is not None]
-            if by_heartbeat and heard and min(heard) < window.start_s:
-                return
-            if runs and not belonging:
-                # Honoured filters bring no such page; the rest would be the whole history.
+    def _read_filtered(self, wanted: Mapping[str, Any]) -> None:
+        for _ in self._take(wanted, "-created_at"):
+            if self._outside >= PAGES_OUTSIDE:
+                # Honoured filters bring no such pages; the rest would be the whole history.
                 self.notes.append("the server passes over the filters: read newest first")
                 self.incomplete.append("runs that began long ago and still ran in the window")
                 return
+
+    def _take(self, wanted: Mapping[str, Any], order: str) -> Iterator[list[FleetRun]]:
+        """Keep what belongs to the window, page by page; yields each page's runs."""
+        window = self._request.window
+        self._outside = 0
+        for page in self._ask(wanted, order, self._request.per_page):
+            runs = [run_from_node(node) for node in page]
+            self._runs |= {run.id: run for run in runs if window.has(run)}
+            self._tell(Progress(self._count, len(self._runs)))
+            outside = runs and all(_is_outside(run, window) for run in runs)
+            self._outside = self._outside + 1 if outside else 0
+            yield runs
 
     def _ask(self, wanted: Mapping[str, Any], order: str, per_page: int) -> Iterator[Page]:
         """Page by page, without the selection of keys if the server does not know that."""

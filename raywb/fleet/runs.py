@@ -146,7 +146,7 @@ def _object(value: Any) -> Mapping[str, Any]:
             break
         try:
             value = json.loads(value, strict=False)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
     return value if isinstance(value, Mapping) else {}
 
@@ -157,7 +157,8 @@ def _number(value: Any) -> float | None:
     Strings are no numbers, whatever they say: W&B's server writes NaN as one.
     """
     if isinstance(value, Mapping):
-        found = (_number(value[kind]) for kind in ("last", "mean") if kind in value)
+        kinds = [value[kind] for kind in ("last", "mean") if kind in value]
+        found = (_number(one) for one in kinds if not isinstance(one, Mapping))
         return next((one for one in found if one is not None), None)
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None

@@ -51,11 +51,12 @@ def _details(report: FleetReport, details: FleetDetails) -> Table:
         text = f"{details.runs_without_duration} ended runs, whose times contradict each other"
         table.add_row("no duration", text)
     for key, count in details.unusable.items():
-        table.add_row("no number", f"{key} of {count} {'run' if count == 1 else 'runs'}")
+        table.add_row("no number", Text(f"{key} of {count} {'run' if count == 1 else 'runs'}"))
     table.add_row("throughput", _throughput(details))
-    table.add_row("silent", _silent(details))
+    # As texts: in a string rich looks for markup, and names of runs have brackets as they like.
+    table.add_row("silent", Text(_silent(details)))
     for note in report.notes:
-        table.add_row("note", note)
+        table.add_row("note", Text(note))
     return table
 
 
@@ -71,8 +72,10 @@ def _throughput(details: FleetDetails) -> RenderableType:
     lines = Text()
     for one in details.throughput:
         lines.append(f"{one.key} {one.latest:,.2f}")
-        if one.change_pct is None or one.baseline is None:
+        if one.baseline is None:
             lines.append(f" (only {one.baseline_runs} earlier runs to compare with)")
+        elif one.change_pct is None:
+            lines.append(f" (the median of {one.baseline_runs} earlier runs is {one.baseline:g})")
         else:
             lines.append(f" ({one.change_pct:+.1f} % against the median {one.baseline:,.2f}")
             lines.append(f" of {one.baseline_runs} earlier runs)")

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import IO
 
 import msgspec
@@ -16,13 +17,16 @@ import psutil
 
 from raywb.errors import FleetError, FleetTimeout, KeyRefused, ProjectUnknown, RaywbError
 from raywb.fleet.deadline import Deadline
-from raywb.fleet.reading import Line, Progress, Read, ReadRequest
+from raywb.fleet.reading import NO_BASELINE, Line, Progress, Read, ReadRequest
 from raywb.settings import fleet_reader_environment
 
 __all__ = ["read_runs"]
 
 #: How much of what the process printed goes into the text of an error, in characters.
 _TAIL = 500
+
+#: Once the window is there, its baseline may take this share of what is left of the time.
+BASELINE_SHARE = 0.5
 
 
 def read_runs(
@@ -48,7 +52,8 @@ def read_runs(
     """
     last: Line = Progress(0, 0)
     with (
-        tempfile.TemporaryDirectory(prefix="raywb-fleet-") as home,
+        # What W&B's client left running may still write there.
+        tempfile.TemporaryDirectory(prefix="raywb-fleet-", ignore_cleanup_errors=True) as home,
         tempfile.TemporaryFile() as printed,
         _process(fleet_reader_environment(environment, home), printed) as child,
     ):
@@ -56,12 +61,21 @@ def read_runs(
         if stdin is None or stdout is None:
             raise FleetError("the process that reads from W&B has no pipes")
         with contextlib.suppress(BrokenPipeError):
-            stdin.write(msgspec.json.encode(request) + b"\n")
+            stdin.write(msgspec.json.encode(msgspec.structs.replace(request, home=home)) + b"\n")
             stdin.flush()
-        for line in _lines(stdout, deadline):
+        window: Read | None = None
+        patience = _Patience(deadline)
+        for line in _lines(stdout, patience):
             last = msgspec.json.decode(line, type=Line)
-            if not isinstance(last, Progress):
+            if isinstance(last, Read) and last.goes_on:
+                window = last
+                # What is left then is for the outlets.
+                patience.deadline = Deadline(BASELINE_SHARE * deadline.left_s)
+            elif not isinstance(last, Progress):
                 break
+        if window is not None and (last is window or not isinstance(last, Read)):
+            notes = [*window.notes, NO_BASELINE]
+            return msgspec.structs.replace(window, goes_on=False, notes=notes)
         if isinstance(last, Progress) and deadline.left_s:
             printed.seek(0)
             # Cut last: a part of a key would not be found.
@@ -127,12 +141,19 @@ def _process(
                     pipe.close()
 
 
-def _lines(stdout: IO[bytes], deadline: Deadline) -> Iterator[bytes]:
+@dataclass
+class _Patience:
+    """How long is waited for the next line; it may change between two of them."""
+
+    deadline: Deadline
+
+
+def _lines(stdout: IO[bytes], patience: _Patience) -> Iterator[bytes]:
     """Lines as they come, until the end of the stream or of the time."""
     pending = b""
     with selectors.DefaultSelector() as selector:
         selector.register(stdout, selectors.EVENT_READ)
-        while selector.select(deadline.left_s):
+        while selector.select(patience.deadline.left_s):
             chunk = os.read(stdout.fileno(), 1 << 16)
             if not chunk:
                 return

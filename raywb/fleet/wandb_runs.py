@@ -20,6 +20,7 @@ import contextlib
 import math
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -27,8 +28,10 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import msgspec
+import psutil
 
 from raywb.fleet.reading import (
+    NO_BASELINE,
     Failed,
     Failure,
     Line,
@@ -39,6 +42,7 @@ from raywb.fleet.reading import (
     ReadRequest,
     Refused,
 )
+from raywb.fleet.runs import FleetRun
 
 __all__ = ["main", "read"]
 
@@ -116,8 +120,11 @@ def _status_in(text: str) -> int:
     return int(match[1]) if match else 0
 
 
-def read(request: ReadRequest, tell: Callable[[Progress], None]) -> Read:
+def read(request: ReadRequest, tell: Callable[[Progress | Read], None]) -> Read:
     """Read what is asked for.
+
+    Where a baseline is, too, ``tell`` is given the window as soon as it is there: no trouble with
+    the baseline, and no wait for it, is to cost the metrics.
 
     Raises:
         Failure: there is nothing to go on with.
@@ -128,9 +135,20 @@ def read(request: ReadRequest, tell: Callable[[Progress], None]) -> Read:
     asked = _Asked(request)
     reader = Reader(asked.pages, request, tell)
     runs = reader.read_window()
-    baseline = reader.read_baseline() if request.baseline else None
-    elapsed_s = time.monotonic() - began
-    return Read(runs, baseline, asked.requests, elapsed_s, reader.notes, reader.incomplete)
+
+    def so_far(baseline: list[FleetRun] | None, *, goes_on: bool = False) -> Read:
+        took_s = time.monotonic() - began
+        notes, missing = reader.notes, reader.incomplete
+        return Read(runs, baseline, asked.requests, took_s, notes, missing, goes_on)
+
+    if not request.baseline:
+        return so_far(None)
+    tell(so_far(None, goes_on=True))
+    try:
+        return so_far(reader.read_baseline())
+    except Exception as error:  # noqa: BLE001 - told as a note
+        reader.notes.append(f"{NO_BASELINE} ({_told(error)})")
+        return so_far(None)
 
 
 def _told(error: Exception) -> str:
@@ -139,8 +157,16 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(text.split())}"
 
 
-def _end_with_the_parent() -> None:
+def _end_with_the_parent(home: str) -> None:
     sys.stdin.buffer.read()
+    started = psutil.Process().children(recursive=True)
+    for process in started:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(started, timeout=5)
+    if home:
+        # The parent would have, had it not been killed; there is nobody to be told of failures.
+        shutil.rmtree(home, ignore_errors=True)
     os._exit(1)
 
 
@@ -149,7 +175,7 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # W&B's client prints, and only answers belong on stdout
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=ReadRequest)
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    threading.Thread(target=_end_with_the_parent, args=(request.home,), daemon=True).start()
 
     def write(line: Line) -> None:
         out.write(msgspec.json.encode(line) + b"\n")
