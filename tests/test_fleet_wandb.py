@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from wandb_client import API_KEY, run_client, start_client
 from wandb_server import WandbServer
 
 from raywb.fleet import FleetSettings, run_once
+from raywb.fleet.reading import Page, Reader, ReadRequest, Refused
+from raywb.fleet.runs import Window, iso_time
 
 MAIN = "github.sky.main.0a1b2c.tiny.2026-11-20"
 SPS = "wandb.push_to_main.overview.sps"
@@ -176,7 +178,8 @@ def test_refused_filters(
 def test_a_server_that_refuses_everything(server: WandbServer, tmp_path: Path) -> None:
     """Without any way to ask for recent runs there is an error, not the whole history."""
     seed(server)
-    server.store.refused.update(["createdAt", "heartbeatAt", "state", "heartbeat_at"])
+    orders = ["heartbeat_at", "created_at"]
+    server.store.refused.update(["createdAt", "heartbeatAt", "state", *orders])
     ended = run_fleet(fleet_environment(tmp_path, server))
     assert (ended.returncode, ended.stdout) == (1, "")
     assert "refuses to search for runs at all" in ended.stderr
@@ -340,6 +343,65 @@ def test_unknown_project(server: WandbServer, tmp_path: Path) -> None:
     ended = run_fleet(fleet_environment(tmp_path, server, WANDB_PROJECT="nowhere"))
     assert (ended.returncode, ended.stdout) == (21, "")
     assert f"no project {ENTITY}/nowhere" in ended.stderr
+
+
+NOW_S = 1_800_000_000.0
+WINDOW = Window.until(NOW_S, 24)
+
+
+def node(name: str, begun_h: float, heard_h: float | None, state: str = "finished") -> Any:
+    """A run as GraphQL gives it, its times in hours from now."""
+    heard = None if heard_h is None else iso_time(NOW_S + heard_h * HOUR_S)
+    begun = iso_time(NOW_S + begun_h * HOUR_S)
+    return {"name": name, "state": state, "createdAt": begun, "heartbeatAt": heard}
+
+
+def reader_of(pages: Callable[[Mapping[str, Any], str], Iterable[Page]]) -> Reader:
+    """A reader of a server that answers filters and order with these pages."""
+    request = ReadRequest("key", "http://w", ENTITY, PROJECT, WINDOW, 200, 10.0)
+    return Reader(
+        lambda _, filters, order, __: iter(pages(filters, order)), request, lambda _: None
+    )
+
+
+@pytest.mark.parametrize("order_refused", [False, True])
+def test_a_pending_run_without_its_filter(order_refused: bool) -> None:
+    """A run that waits and was never heard of is found newest first, or told to be missing."""
+    asked: list[str] = []
+    history = [
+        [node("waits", -1, None, "pending"), node("new", -3, -2)],
+        [node("newish", -23, -22), node("old", -30, -29)],
+        [node("older", -40, -39)],
+    ]
+
+    def pages(filters: Mapping[str, Any], order: str) -> Iterator[Page]:
+        if "createdAt" in str(filters) or (order_refused and not filters):
+            raise Refused("no")
+        for page in [[]] if filters else history:
+            asked.append(order)
+            yield page
+
+    reader = reader_of(pages)
+    found = {run.id for run in reader.read_window()}
+    if order_refused:
+        assert found == set()
+        assert "not heard of since" in " ".join(reader.incomplete)
+    else:
+        assert found == {"waits", "new", "newish"}
+        assert reader.incomplete == []
+        assert len(asked) == 2 + 2  # one each for two filters, and no page beyond the window
+
+
+def test_one_page_of_others_is_no_proof() -> None:
+    """Filters count as passed over after two pages in a row whose times lie before the window."""
+    outside, inside = [node("old", -40, -39)], [node("new", -3, -2)]
+    undated = [{"name": "u", "state": "pending", "createdAt": "?", "heartbeatAt": None}]
+    reader = reader_of(lambda *_: [outside, inside, outside, undated, outside, [node("n", -9, -8)]])
+    assert [run.id for run in reader.read_window()] == ["new", "n"]
+    assert reader.incomplete == []
+    reader = reader_of(lambda *_: [inside, outside, outside, [node("n", -9, -8)]])
+    assert [run.id for run in reader.read_window()] == ["new"]
+    assert reader.incomplete == ["runs that began long ago and still ran in the window"]
 
 
 #: What one writes with W&B's public API, without and with its filters.

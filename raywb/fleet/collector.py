@@ -54,7 +54,8 @@ class FleetSettings(msgspec.Struct, frozen=True, kw_only=True):
             )
         if not 0 <= self.rules.assumed_gpus < math.inf:
             raise SettingsError(
-                f"assumed_gpus={self.rules.assumed_gpus:g} cannot be used: it is 0 or above, and finite"
+                f"assumed_gpus={self.rules.assumed_gpus:g} cannot be used: it is finite, and 0 or "
+                "above"
             )
 
 

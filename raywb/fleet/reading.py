@@ -262,7 +262,7 @@ class Reader:
                 refused.append(name)
                 self.notes.append(f"the server refuses to filter by {name} ({error})")
         orders = [order for order in _ORDERS if order.field in refused]
-        errors = [error for order in orders if (error := self._read_in_order(order))]
+        errors = [why for order in orders if (why := self._read_in_order(order))]
         if len(refused) == len(filters) and len(errors) == len(_ORDERS):
             text = f"W&B's server refuses to search for runs at all: {errors[-1]}"
             raise Failure("server", text)
