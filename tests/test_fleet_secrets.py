@@ -231,6 +231,23 @@ def test_keys_in_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert DATADOG_KEY not in whole
 
 
+def test_trouble_before_there_are_keys(
+    aws: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An address of AWS that is none is a missing secret; any other error is told by its name."""
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "nonsense")
+    with pytest.raises(SecretMissing, match="Invalid endpoint"):
+        cycle.run_once(FleetSettings(), [], {})
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RuntimeError(f"no good: {WANDB_KEY}")
+
+    monkeypatch.setattr(cycle, "find_credentials", broken)
+    with pytest.raises(FleetError, match="RuntimeError while keys were looked for") as caught:
+        cycle.run_once(FleetSettings(), [], {})
+    assert WANDB_KEY not in "".join(traceback.format_exception(caught.value))
+
+
 def test_keys_in_reprs() -> None:
     """Neither repr nor str shows a key, and a key goes through pickle."""
     secret = Secret(WANDB_KEY)
