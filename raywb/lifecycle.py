@@ -102,8 +102,7 @@ def start(settings: Settings | None = None, /, *, cfg: Any = None, **overrides: 
     if not joined:
         announced = ray_side.join(service, cluster, timeout_s=START_TIMEOUT_S)
         say_line(log_metadata(_open_client(cluster, announced, None, None, None), cfg))
-    if export_group(run):
-        say(f"Setting WANDB_GROUP={run.group} for child stages", who="orchestrator")
+    hand_down_group(run)
     return run  # type: ignore[no-any-return]
 
 
@@ -121,9 +120,15 @@ def _say_started(run: RunInfo, *, joined: bool) -> None:
     say(f"✓ Run started: {run.name} ({what})")
 
 
-def say(text: str, *, who: str = "raywb") -> None:
+def hand_down_group(run: RunInfo) -> None:
+    """Let what this process launches inherit the run's group, and say so."""
+    if export_group(run):
+        say_line(f"[orchestrator] Setting WANDB_GROUP={run.group} for child stages")
+
+
+def say(text: str) -> None:
     """One line for the person at the terminal."""
-    say_line(f"[{who}] {text}")
+    say_line(f"[raywb] {text}")
 
 
 def say_line(line: str) -> None:

@@ -6,9 +6,8 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Any, NamedTuple
 
-from raywb.children import export_group
 from raywb.client import Client
-from raywb.lifecycle import attach, say
+from raywb.lifecycle import attach, hand_down_group
 from raywb.settings import as_mapping
 
 __all__ = ["WandbConfig", "WandbLogger"]
@@ -55,8 +54,8 @@ class WandbLogger:
         if self._client is None and self._enabled:
             self._client = attach(self._stage, own_run=True, run_id=self._run_id, cfg=self._cfg)
             run = self._client.run
-            if run.job_type == "orchestrator" and export_group(run):
-                say(f"Setting WANDB_GROUP={run.group} for child stages", who="orchestrator")
+            if run.job_type == "orchestrator":
+                hand_down_group(run)
         return self._client
 
     @property

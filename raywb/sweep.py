@@ -17,7 +17,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywb.cluster import Cluster, connect
 from raywb.connection import local_journals
-from raywb.nodes.probe import Tell, look_at_nodes, probe_nodes
+from raywb.nodes.probe import Tell, alive_nodes, look_at_nodes, probe_nodes
 from raywb.nodes.records import SeenNode
 from raywb.orphans import sweep_node
 from raywb.reports import SweepReport
@@ -47,7 +47,7 @@ def sweep_cluster(
         node_ids: the other nodes to sweep; all that are alive by default.
     """
     deadline = time.monotonic() + timeout_s
-    alive = _alive()
+    alive = alive_nodes()
     wanted = alive if node_ids is None else set(node_ids)
     # Through Ray Client this process is outside the cluster, and shares no node's disk.
     here = {cluster.node_id} if cluster.session_dir is not None else set()
@@ -70,14 +70,10 @@ def sweep_cluster(
             ray.cancel(reference)
     if report.unreached:
         # One that was lost a moment ago looked alive before.
-        unreached, alive = set(report.unreached), _alive()
+        unreached, alive = set(report.unreached), alive_nodes()
         report.unreached = sorted(unreached & alive)
         report.gone = sorted({*report.gone, *(unreached - alive)})
     return report
-
-
-def _alive() -> set[str]:
-    return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
 def _sweep_here(endpoint: Endpoint, timeout_s: float) -> SweepReport:

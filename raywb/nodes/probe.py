@@ -25,7 +25,7 @@ from ray.util.scheduling_strategies import (
 from raywb.nodes.node import collect_node_facts
 from raywb.nodes.records import SeenNode
 
-__all__ = ["GROUP_NAME", "ProbeResult", "Tell", "look_at_nodes", "probe_nodes"]
+__all__ = ["GROUP_NAME", "ProbeResult", "Tell", "alive_nodes", "look_at_nodes", "probe_nodes"]
 
 _log = logging.getLogger(__name__)
 
@@ -134,7 +134,7 @@ def _until_ready(
     while time.monotonic() < deadline:
         if group.wait(LOOK_S):
             return True, set()
-        if left := set(wanted) - _alive():
+        if left := set(wanted) - alive_nodes():
             return False, left
     return False, set()
 
@@ -175,7 +175,7 @@ def _collect(pending: dict[Any, str], deadline: float, timeout_s: float, tell: T
             tell(node_id, _result(reference, node_id))
         if remaining_s <= 0:
             break
-        alive = _alive() if pending else set()
+        alive = alive_nodes() if pending else set()
         for reference, node_id in list(pending.items()):
             if node_id not in alive:
                 del pending[reference]
@@ -205,5 +205,6 @@ def _probe_here() -> tuple[str, dict[str, Any]]:
     return ray.get_runtime_context().get_node_id(), collect_node_facts()
 
 
-def _alive() -> set[str]:
+def alive_nodes() -> set[str]:
+    """Ids of the nodes that are there, as Ray's control store knows them."""
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}

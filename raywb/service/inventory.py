@@ -13,11 +13,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-import threading
 import time
 import zlib
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
@@ -26,6 +24,7 @@ import msgspec
 from raywb.nodes.records import NodeRecord, SeenNode, series_name
 from raywb.nodes.utilization import NodeEndpoint
 from raywb.reports import NodeStatus
+from raywb.service.ray_calls import call_ray
 from raywb.service.state import replace_file
 
 __all__ = ["Facts", "Inventory", "NodeProbes", "Tell"]
@@ -267,18 +266,12 @@ class Inventory:
         self.version += 1
 
     async def _ask(self, name: str, call: Callable[[], _T]) -> _T:
-        """Call Ray in a thread that nothing else waits for."""
-        future: Future[_T] = Future()
-        thread = threading.Thread(
-            target=_carry_out, args=(call, future), name=f"raywb-{name}", daemon=True
-        )
-        since = time.monotonic()
-        thread.start()
-        answer = asyncio.wrap_future(future)
-        while not (await asyncio.wait([answer], timeout=PATIENCE_S))[0]:
-            waits_s = time.monotonic() - since
+        """Call Ray; the status says so while it does not answer."""
+
+        def tell(waits_s: float) -> None:
             self.problem = f"Ray has not answered a {name} of the nodes for {waits_s:.0f} s"
-        return answer.result()
+
+        return await call_ray(name, call, PATIENCE_S, tell)
 
     # -- what others ask ------------------------------------------------------------------------
 
@@ -327,17 +320,6 @@ class Inventory:
             )
             for record in ordered
         ]
-
-
-def _carry_out(call: Callable[[], _T], future: Future[_T]) -> None:
-    if not future.set_running_or_notify_cancel():
-        return
-    try:
-        result = call()
-    except Exception as error:  # noqa: BLE001 - it is raised again in the loop
-        future.set_exception(error)
-    else:
-        future.set_result(result)
 
 
 def _decode(data: bytes) -> _Kept:

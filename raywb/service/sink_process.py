@@ -373,8 +373,8 @@ class SinkProcess:
         answers = self._pipes[1]
         try:
             async with asyncio.timeout(deadline_s):
-                # Not before what is written is taken: the child may be busy with an answer that
-                # fills its pipe, and at most one request more is under way.
+                # Nobody waits until the request is taken: the child may be stuck in an answer
+                # that fills its pipe. At most one request more is under way.
                 header = await answers.readexactly(LENGTH.size)
                 body = await answers.readexactly(LENGTH.unpack(header)[0])
         except TimeoutError:

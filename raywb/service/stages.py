@@ -49,7 +49,6 @@ class Stages:
         self._delivery = delivery
         self._runs = runs
         self._merged = delivery.merge.stages
-        self._merged.known |= {run.number for run in state.stage_runs}
 
     def open(
         self,

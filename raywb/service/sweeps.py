@@ -10,14 +10,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Collection
-from concurrent.futures import Future
 from typing import NamedTuple, Protocol
 
 from raywb.reports import SweepReport
 from raywb.service.liveness import Liveness
+from raywb.service.ray_calls import call_ray
 
 __all__ = ["Nodes", "SweepPlan", "Sweeps"]
 
@@ -131,19 +130,18 @@ class Sweeps:
     async def _sweep(self, due: dict[str, set[str]]) -> None:
         self.made += 1
         since = time.monotonic()
-        future: Future[SweepReport] = Future()
-        thread = threading.Thread(
-            target=self._call, args=(sorted(due), future), name="raywb-sweep", daemon=True
-        )
-        thread.start()
-        answer = asyncio.wrap_future(future)
-        while not (await asyncio.wait([answer], timeout=SWEEP_TIMEOUT_S * 2))[0]:
+
+        def tell(waits_s: float) -> None:
             self.problem = (
-                f"a sweep of {len(due)} nodes has not returned for "
-                f"{time.monotonic() - since:.0f} s; journals of killed processes wait there"
+                f"a sweep of {len(due)} nodes has not returned for {waits_s:.0f} s; journals of "
+                "killed processes wait there"
             )
+
+        def sweep() -> SweepReport:
+            return self._nodes.sweep(sorted(due), *self._endpoint(), SWEEP_TIMEOUT_S)
+
         try:
-            report = answer.result()
+            report = await call_ray("sweep", sweep, SWEEP_TIMEOUT_S * 2, tell)
         except Exception as error:  # noqa: BLE001 - whatever Ray raises, there is a next time
             self.failed += 1
             self.problem = f"{len(due)} nodes could not be swept: {error}"
@@ -152,12 +150,3 @@ class Sweeps:
         self.problem = None
         for source_ids in due.values():
             self._liveness.judge(source_ids, report, since)
-
-    def _call(self, node_ids: list[str], future: Future[SweepReport]) -> None:
-        future.set_running_or_notify_cancel()
-        try:
-            report = self._nodes.sweep(node_ids, *self._endpoint(), SWEEP_TIMEOUT_S)
-        except Exception as error:  # noqa: BLE001 - it is raised again in the loop
-            future.set_exception(error)
-        else:
-            future.set_result(report)
