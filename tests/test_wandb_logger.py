@@ -125,3 +125,22 @@ def test_a_run_that_nobody_started_says_where_it_ran(cluster: RayCluster) -> Non
     run = read_runs(report["run"]["dir"])[report["run"]["id"]]
     assert run.values("s/x") == [1]
     assert run.config["compute.cpu_count"] >= 1
+
+
+def test_a_logger_may_be_entered_again(cluster: RayCluster) -> None:
+    """The second block goes on in the run of its id, after the first has ended it."""
+    report = cluster.run_driver("""
+        import ray, raywb
+        from msgspec import to_builtins
+        from ray_cluster import report, without_service
+        ray.init()
+        without_service()
+        raywb.start(project="again")
+        logger = raywb.WandbLogger(stage="s", run_id="again-1")
+        for number in range(2):
+            with logger:
+                logger.log_metrics({"x": number})
+        report(to_builtins(raywb.finish()))
+    """)
+    assert (report["complete"], report["lost"]) == (True, {})
+    assert read_runs(report["run"]["dir"])["again-1"].values("x") == [0, 1]

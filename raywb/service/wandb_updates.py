@@ -32,6 +32,10 @@ from raywb.service.transaction_log import read_artifacts, read_segment
 __all__ = ["WandbUpdates"]
 
 
+#: W&B takes names of artifacts of 128 characters, and adds 7 where it has to replace some.
+MOST_NAME_CHARS = 121
+
+
 class _Logged(NamedTuple):
     """An artifact as W&B knows it."""
 
@@ -189,12 +193,21 @@ def _make_table(run_id: str, table: TableOfRow) -> tuple[Any, Any]:
         value = wandb.Table(columns=table.columns, data=table.rows)
     except TypeError:
         value = wandb.Table(columns=table.columns, data=table.rows, allow_mixed_types=True)
-    artifact = InternalArtifact(f"run-{run_id}-{table.key}", "run_table")
+    artifact = InternalArtifact(_table_artifact_name(run_id, table.key), "run_table")
     artifact._client_id = _client_id(run_id, table.key, str(table.row))
     artifact._sequence_client_id = _client_id(run_id, table.key)
     artifact.add(value, table.key)
     artifact.finalize()
     return value, artifact
+
+
+def _table_artifact_name(run_id: str, key: str) -> str:
+    """W&B's name for it; one that W&B would refuse as too long ends with a digest instead."""
+    name = f"run-{run_id}-{key}"
+    if len(name) <= MOST_NAME_CHARS:
+        return name
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{name[: MOST_NAME_CHARS - len(digest) - 1]}-{digest}"
 
 
 def _client_id(*words: str) -> str:
