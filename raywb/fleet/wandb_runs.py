@@ -46,6 +46,9 @@ from raywb.fleet.runs import FleetRun
 
 __all__ = ["main", "read"]
 
+#: How often a directory is removed that somebody may still be writing to.
+_REMOVALS = 3
+
 
 class _Asked:
     """W&B's client, with errors that say what to do, and a count of its requests."""
@@ -164,9 +167,11 @@ def _end_with_the_parent(home: str) -> None:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()
     psutil.wait_procs(started, timeout=5)
-    if home:
-        # The parent would have, had it not been killed; there is nobody to be told of failures.
-        shutil.rmtree(home, ignore_errors=True)
+    # The parent would have, had it not been killed; there is nobody to be told of failures.
+    # Again, where the main thread wrote into it meanwhile.
+    for _ in range(_REMOVALS):
+        if home and os.path.exists(home):
+            shutil.rmtree(home, ignore_errors=True)
     os._exit(1)
 
 
@@ -175,10 +180,12 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)  # W&B's client prints, and only answers belong on stdout
     request = msgspec.json.decode(sys.stdin.buffer.readline(), type=ReadRequest)
-    threading.Thread(target=_end_with_the_parent, args=(request.home,), daemon=True).start()
+    ending = threading.Thread(target=_end_with_the_parent, args=(request.home,), daemon=True)
+    ending.start()
 
     def write(line: Line) -> None:
-        out.write(msgspec.json.encode(line) + b"\n")
+        with contextlib.suppress(BrokenPipeError):  # the parent is gone, which the thread sees
+            out.write(msgspec.json.encode(line) + b"\n")
 
     try:
         write(read(request, write))
@@ -186,8 +193,9 @@ def main() -> None:
         write(Failed(failure.kind, str(failure)))
     except Exception as error:  # noqa: BLE001 - whatever it is, the parent is to know it
         write(Failed("server", _told(error)))
-    # W&B's client would wait for its Go process, which ends by itself when its parent is gone.
-    os._exit(0)
+    # The parent takes the last line and kills this process, with W&B's Go process and all. If it
+    # was killed itself, the thread clears up: an end of this process now would cut it short.
+    ending.join()
 
 
 if __name__ == "__main__":
