@@ -63,6 +63,9 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._send(served)
 
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
     def _send(self, served: Served) -> None:
         size = len(served.content)
         asked = self.headers.get("Range", "").removeprefix("bytes=")
@@ -93,8 +96,9 @@ class _Handler(BaseHTTPRequestHandler):
             served.hang_ups -= 1
             content = content[: len(content) // 2]
             self.close_connection = True
-        self.web.sent_bytes += len(content)
-        self.wfile.write(content)
+        if self.command == "GET":
+            self.web.sent_bytes += len(content)
+            self.wfile.write(content)
 
 
 class _Server(ThreadingHTTPServer):

@@ -43,6 +43,8 @@ _VERSION_KEYS = (
     *("ETag", "etag", "blob_id", "generation", "md5Hash", "checksum", "Content-MD5"),
     *("LastModified", "Last-Modified", "last_modified", "mtime", "updated", "modified", "created"),
 )
+#: Stores that say the same of a file in a listing and when they are asked about it alone.
+_WHOLE_LISTINGS = frozenset({"s3", "s3a", "gs", "gcs"})
 #: Read at once where the reader jumps, and at most where he reads on.
 _FIRST_BYTES, _MOST_BYTES = 256 << 10, 4 << 20
 _BUFFER_BYTES = 64 << 10
@@ -75,7 +77,7 @@ def remote_source(scheme: str, location: str) -> Source:
             f"input.paths: no store for {scheme}:// ({location}); allowed: paths, globs, "
             "stdlib://, s3://, gs://, https://, hf://, and others that fsspec knows"
         )
-    return RemoteSource()
+    return RemoteSource(listing_is_whole=scheme in _WHOLE_LISTINGS)
 
 
 class RemoteSource:
@@ -86,6 +88,15 @@ class RemoteSource:
     #: Whether a file may become another under the same address.
     changes = True
 
+    def __init__(self, *, listing_is_whole: bool = True) -> None:
+        """Make a source.
+
+        Args:
+            listing_is_whole: A listing says the same of a file as a question about it alone;
+                otherwise each file is asked about.
+        """
+        self._listing_is_whole = listing_is_whole
+
     def list(self, location: str) -> Iterator[tuple[StoredFile, bool]]:
         """Yield the files at an address; a directory is walked, hidden names left out."""
         with told_clearly("list", location):
@@ -93,6 +104,8 @@ class RemoteSource:
             fs.invalidate_cache()
             prefix = location.rstrip("/").removesuffix(path)
             root, found = _found(fs, path)
+            if not self._listing_is_whole:
+                found = {name: (fs.info(name), named) for name, (_, named) in found.items()}
         for name, (info, by_name) in found.items():
             relative = name.removeprefix(root).lstrip("/") or name.rpartition("/")[2]
             if by_name or not self._is_left_out(relative):

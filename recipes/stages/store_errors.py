@@ -121,11 +121,11 @@ def _status(error: BaseException) -> int | None:
     response = getattr(error, "response", None)
     if isinstance(response, dict):  # botocore
         response = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    found = getattr(response, "status_code", response)
-    for status in (found, getattr(error, "status", None), getattr(error, "code", None)):
-        if isinstance(status, int):
-            return status
-    return None
+    status = getattr(response, "status_code", response)
+    for name in ("status", "code"):  # aiohttp's, and gcsfs'
+        if not isinstance(status, int):
+            status = getattr(error, name, None)
+    return status if isinstance(status, int) else None
 
 
 def _first_line(error: BaseException) -> str:
