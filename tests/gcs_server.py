@@ -22,8 +22,8 @@ class GcsServer:
 
     url: str
     objects: dict[str, bytes] = field(default_factory=dict)
-    #: Nobody may read anything.
-    forbidden: bool = False
+    #: Nobody may read anything, and gets this status.
+    refusal: int | None = None
 
     def facts(self, name: str) -> dict[str, Any]:
         """Return an object's metadata."""
@@ -66,8 +66,9 @@ class _Handler(BaseHTTPRequestHandler):
         path = address.path.removeprefix("/download").removeprefix("/storage/v1/b/")
         bucket, _, rest = path.partition("/")
         name = unquote(rest.removeprefix("o").removeprefix("/"))
-        if self.gcs.forbidden:
-            self._answer(403, {"error": {"code": 403, "message": "no access to it"}})
+        if self.gcs.refusal is not None:
+            error = {"code": self.gcs.refusal, "message": "no access to it"}
+            self._answer(self.gcs.refusal, {"error": error})
         elif bucket != "bucket" or (name and name not in self.gcs.objects):
             self._answer(404, {"error": {"code": 404, "message": "Not Found"}})
         elif words.get("alt") == "media":

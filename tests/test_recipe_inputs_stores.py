@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import os
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -29,6 +31,8 @@ from recipes.stages import remote, web
 from recipes.stages.scratch import Scratch
 from recipes.stages.shards import cut_into_shards
 from recipes.stages.sources import list_inputs
+
+TESTS = Path(__file__).parent
 
 
 @pytest.fixture
@@ -208,9 +212,30 @@ def test_a_gcs_object_that_changed_or_is_refused_is_one_sentence(
     gcs.objects["a.txt"] = b"behind"
     with pytest.raises(InputError, match=r"gs://bucket/a\.txt changed since it was listed"):
         scratch.fetch(shard)
-    gcs.forbidden = True
+    gcs.refusal = 403
     with pytest.raises(InputError, match=r"^cannot list gs://bucket/a\.txt: access was refused"):
         list_inputs(input_settings("gs://bucket/a.txt"))
+
+
+def test_what_fails_prints_no_traceback(tmp_path: Path, gcs: GcsServer) -> None:
+    """A library that logs its own failures does not speak beside the one sentence."""
+    gcs.refusal = 401
+    code = (
+        "from recipe_inputs import input_settings; from recipes.stages.sources import list_inputs\n"
+        "from recipes.errors import InputError\n"
+        "try: list_inputs(input_settings('gs://bucket/a.txt'))\n"
+        "except InputError as error: print(error)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stderr == ""
+    assert done.stdout.startswith("cannot list gs://bucket/a.txt: access was refused (401); run")
 
 
 # ----------------------------------------------------------------------------------------- web

@@ -12,6 +12,7 @@ store's library tries again by itself where that helps, and gives up on a store 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -45,6 +46,7 @@ _VERSION_KEYS = (
 )
 #: Stores that say the same of a file in a listing and when they are asked about it alone.
 _WHOLE_LISTINGS = frozenset({"s3", "s3a", "gs", "gcs"})
+_LOUD_LIBRARIES = ("aiobotocore", "botocore", "fsspec", "gcsfs", "s3fs")
 #: Read at once where the reader jumps, and at most where he reads on.
 _FIRST_BYTES, _MOST_BYTES = 256 << 10, 4 << 20
 _BUFFER_BYTES = 64 << 10
@@ -72,6 +74,9 @@ def remote_source(scheme: str, location: str) -> Source:
         from recipes.stages.hub import HubSource
 
         return HubSource()
+    for library in _LOUD_LIBRARIES:
+        # What fails is told in a sentence; without a handler, Python prints its traceback as well.
+        logging.getLogger(library).addHandler(logging.NullHandler())
     if scheme not in available_protocols():
         raise InputError(
             f"input.paths: no store for {scheme}:// ({location}); allowed: paths, globs, "
