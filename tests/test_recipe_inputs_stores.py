@@ -343,7 +343,7 @@ def test_a_silent_server_does_not_hang_the_recipe(
     """A server that takes the request and never answers is given up."""
     monkeypatch.setattr(remote, "SILENCE_S", 0.3)
     url = web_files.put("a.txt", b"hello", silent=True)
-    with pytest.raises(InputError, match=rf"^cannot read {url}: no answer in time"):
+    with pytest.raises(InputError, match=rf"^cannot read {url}: the store did not answer in time$"):
         list_inputs(input_settings(url))
 
 

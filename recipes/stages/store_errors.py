@@ -25,7 +25,8 @@ _REMEDIES = {
     "GOOGLE_APPLICATION_CREDENTIALS to a key file",
     "hf": "set HF_TOKEN to a token that may read it, and accept the dataset's terms on its page "
     "if it has any",
-    "https": "use an address that may be read without a login, such as a signed one",
+    "https": "use an address that may be read without a login, such as a signed one, or put the "
+    "login into ~/.netrc",
 }
 _REMEDIES |= {"s3a": _REMEDIES["s3"], "gcs": _REMEDIES["gs"], "http": _REMEDIES["https"]}
 
@@ -97,7 +98,7 @@ def _sentence(causes: list[BaseException], scheme: str) -> str:
         status = next((f" ({found})" for found in statuses if found in _REFUSED_STATUS), "")
         return f"access was refused{status}; {remedy}"
     if any("Timeout" in type(cause).__name__ for cause in causes):
-        return f"no answer in time ({_first_line(causes[0])})"
+        return "the store did not answer in time"
     if any(isinstance(cause, FileNotFoundError) for cause in causes) or 404 in statuses:
         return "there is no such file"
     return _first_line(causes[-1])
