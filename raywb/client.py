@@ -116,6 +116,8 @@ class Client:
         self._logged = 0
         #: Prefix of this client's keys, without the slash.
         self.stage = stage
+        #: Its rank among those that log the stage; None without one.
+        self.rank = connection.rank_of(channel)
         #: The run as it was known at ``attach()``.
         self.run = run
         #: The run's config; ``config.update({...})`` adds to it.
@@ -206,7 +208,7 @@ class Client:
         if self._aside is None:
             connection = self._connection
             self._aside = RowsAside(
-                self._take, self._warn_refused, connection.count_loss, connection.aside
+                self._take, self.refuse, connection.count_loss, connection.aside
             )
         self._careful = True
         self._aside.put(time_s, step, row, on_device)
@@ -219,9 +221,14 @@ class Client:
         texts = [f"{item.key!r} is {item.type_name}: {item.why}" for item in refused]
         if self._strict:
             raise MetricTypeError(f"cannot log {'; '.join(texts)}")
-        self._warn_refused(refused)
+        self.refuse(refused)
 
-    def _warn_refused(self, refused: list[Refusal]) -> None:
+    def count_loss(self, reason: str) -> None:
+        """Count a row that never came as far as ``log()``."""
+        self._connection.count_loss(reason)
+
+    def refuse(self, refused: list[Refusal]) -> None:
+        """Count values that cannot be charted, and warn about each key once; raises nothing."""
         self._connection.rejected += len(refused)
         for key, type_name, why in refused:
             text = f"{key!r} is {type_name}: {why}"

@@ -299,9 +299,16 @@ class Connection:
                 self._say(channel)
             return channel.channel
 
+    def rank_of(self, channel: int) -> int | None:
+        """The rank with which a channel was opened."""
+        return self._channels[channel].rank
+
     def end_channel(self, channel: int, exit_code: int) -> None:
-        """The client of a stage's own run was closed; nothing more comes by its channel."""
-        if channel in self._open_ends:
+        """A client was closed: nothing more comes by its channel, or nothing for now.
+
+        Only a stage's own run, and the other ranks of a stage, want to know.
+        """
+        if channel in self._open_ends or self._channels[channel].rank is not None:
             self._open_ends.discard(channel)
             self._say(EndChannel(channel, exit_code))
 
