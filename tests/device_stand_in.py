@@ -8,7 +8,7 @@ since that is the wait that must not happen.
 
 from __future__ import annotations
 
-import torch
+import numpy
 
 
 class Device:
@@ -43,9 +43,9 @@ class Tensor:
     def detach(self) -> Tensor:
         return self
 
-    def to(self, where: str, *, non_blocking: bool) -> torch.Tensor:
+    def to(self, where: str, *, non_blocking: bool) -> numpy.float64:
         assert (where, non_blocking) == ("cpu", True)
-        return torch.tensor(self.value)
+        return numpy.float64(self.value)
 
     def item(self) -> float:
         raise AssertionError("item() waits for the device")

@@ -176,12 +176,16 @@ def test_the_pace_of_a_stage() -> None:
 
 @pytest.mark.ray
 def test_a_stopped_rank_is_named_within_30_seconds() -> None:
-    """Of real processes on Ray one is stopped, while all wait for each other at every step."""
+    """Of real processes on Ray one is stopped, while all wait for each other at every step.
+
+    Everything is 2.5 times as fast as with the default of ``silent_after_s``.
+    """
     script = """
         import os, time
         import ray, raywb
         from ray_cluster import report, told
-        raywb.start(project="ranks", mode="offline", node_metrics_interval_s=0)
+        raywb.start(project="ranks", mode="offline", node_metrics_interval_s=0,
+                    silent_after_s=12)  # which is 30 otherwise
 
         @ray.remote(num_cpus=0)
         class Rank:
@@ -201,7 +205,7 @@ def test_a_stopped_rank_is_named_within_30_seconds() -> None:
         while ready:
             number += 1
             done = [one.step.remote(number) for one in ranks]
-            ready = len(ray.wait(done, num_returns=3, timeout=5.0)[0]) == 3
+            ready = len(ray.wait(done, num_returns=3, timeout=2.0)[0]) == 3
             time.sleep(0.2)
             if number == 10:
                 report(number)
@@ -234,8 +238,7 @@ def test_a_stopped_rank_is_named_within_30_seconds() -> None:
         print(f"named after {took_s:.1f} s: {warnings}")
         assert [one[:2] for one in slow] == [[1, pids[1]]]
         assert f"rank 1 ({stopped_host()} pid {pids[1]})" in warnings[0]
-        assert took_s < 30
-        assert slow[0][3] < 30
+        assert took_s < 30 / 2.5
         assert number > slow[0][2] - 1
         driver.tell()
         assert driver.next_report() == []
