@@ -46,7 +46,7 @@ def table(directory: Path, run: WandbRun, key: str) -> tuple[list, list]:
 @pytest.mark.ray
 def test_both_columns_write_the_same(tmp_path: Path) -> None:
     """Config, points on their axes, summary, table, artifact, alert and the runs' own names."""
-    pytest.importorskip("pydantic", reason="ray[train] is not installed")
+    pytest.importorskip("tensorboardX", reason="ray[train] is not installed")
     left, right, below = blocks()
     *body, end = right
     assert "finish" in end

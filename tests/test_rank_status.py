@@ -181,7 +181,7 @@ def test_a_stopped_rank_is_named_within_30_seconds() -> None:
     Everything is 2.5 times as fast as with the default of ``silent_after_s``.
     """
     script = """
-        import os, time
+        import json, os, subprocess, sys, time
         import ray, raywb
         from ray_cluster import report, told
         raywb.start(project="ranks", mode="offline", node_metrics_interval_s=0,
@@ -213,8 +213,11 @@ def test_a_stopped_rank_is_named_within_30_seconds() -> None:
         while not (warnings := [w for w in raywb.status().warnings if w.startswith("train: ")]):
             assert time.time() < began + 60
             time.sleep(0.2)
-        slow = raywb.status().stages[0].slow
-        report([warnings, [[one.rank, one.pid, one.step, one.silent_s] for one in slow], number])
+        command = [sys.executable, "-m", "raywb", "status", "--json"]
+        printed = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        slow = printed["stages"][0]["slow"]
+        assert warnings[0][:20] in " ".join(printed["warnings"])
+        report([warnings, [[one[key] for key in ("rank", "pid", "step")] for one in slow], number])
         told()
         ray.get(done)
         ray.get([one.close.remote() for one in ranks])

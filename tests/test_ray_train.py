@@ -11,7 +11,7 @@ from ray_cluster import RayCluster
 from wandb_file import WandbRun, read_runs
 
 pytestmark = pytest.mark.ray
-pytest.importorskip("pydantic", reason="ray[train] is not installed")
+pytest.importorskip("tensorboardX", reason="ray[train] is not installed")
 
 #: What the drivers share: a run whose files lie in their own directory.
 HEAD = """
