@@ -76,14 +76,18 @@ _HOMES = {
     "Settings": "raywb.settings",
 }
 
+#: Public modules, imported at first use. Of these the two for Ray's own libraries need them
+#: installed (``ray[train]``, ``ray[tune]``), so they are not among the names of the door.
+_ROOMS = ("log_handler", "ray_train", "ray_tune", "xenna")
+
 
 def __getattr__(name: str) -> Any:
     import importlib
 
     if name in _HOMES:
         return getattr(importlib.import_module(_HOMES[name]), name)
-    if name == "xenna":
-        return importlib.import_module("raywb.xenna")
+    if name in _ROOMS:
+        return importlib.import_module(f"raywb.{name}")
     raise AttributeError(f"module 'raywb' has no attribute {name!r}")
 
 

@@ -24,14 +24,13 @@ from raywb.rows import (
     ROW_TAG,
     Alert,
     Artifact,
-    ConfigUpdate,
     Define,
     Row,
-    SummaryUpdate,
     Table,
     encode,
 )
-from raywb.settings import as_mapping
+from raywb.rows_aside import RowsAside
+from raywb.run_values import Config, Summary
 from raywb.shapes import NO_SHAPE, Shape, shape_of
 from raywb.tables import plain_table
 from raywb.values import Refusal, flatten, plain
@@ -72,6 +71,8 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
         failed_requests: requests to the service that failed.
         last_error: why the last request failed; None while all is well.
         waiting_files: files of artifacts that the service does not have.
+        waiting_on_device: rows of this client that wait for a value on a GPU, and those behind
+            them: not logged yet, and gone if the process is killed.
     """
 
     logged: int
@@ -82,6 +83,7 @@ class ClientStats(msgspec.Struct, frozen=True, kw_only=True):
     failed_requests: int
     last_error: str | None
     waiting_files: int = 0
+    waiting_on_device: int = 0
 
 
 class Client:
@@ -104,6 +106,9 @@ class Client:
         self._channel = channel
         self._strict = strict
         self._closed = False
+        #: Each row needs a second look: the client is closed, or rows wait for a device.
+        self._careful = False
+        self._aside: RowsAside | None = None
         self._warned: set[str] = set()
         self._shapes: dict[int, Shape] = {}
         # Counted without a lock: Python changes threads at calls and at loops, and an addition
@@ -111,6 +116,8 @@ class Client:
         self._logged = 0
         #: Prefix of this client's keys, without the slash.
         self.stage = stage
+        #: Its rank among those that log the stage; None without one.
+        self.rank = connection.rank_of(channel)
         #: The run as it was known at ``attach()``.
         self.run = run
         #: The run's config; ``config.update({...})`` adds to it.
@@ -120,6 +127,10 @@ class Client:
 
     def log(self, metrics: Mapping[str, Any], *, step: int | float | None = None) -> None:
         """Log one row of values, and return at once.
+
+        A tensor on a GPU is not waited for: its row, and what this client logs behind it, goes
+        into the journal when the device has the value (asked at the next ``log()``; ``flush``,
+        ``close`` and the end of the process wait for it). At most 64 rows wait so.
 
         Args:
             metrics: floats, ints, bools, strings, numpy or torch scalars, or dicts of these,
@@ -131,7 +142,7 @@ class Client:
             MetricTypeError: a value cannot be charted, and the client is strict. Otherwise the
                 value is left out, counted, and warned about once per key.
         """
-        if type(metrics) is dict and not self._closed:
+        if type(metrics) is dict and not self._careful:
             try:
                 # What a Row is encoded to, without making one.
                 payload = encode((ROW_TAG, self._channel, _now(), step, metrics))
@@ -167,7 +178,8 @@ class Client:
         if not isinstance(metrics, Mapping):
             name = type(metrics).__name__
             return self._refuse([Refusal("", name, "log() takes a dict of values")])
-        row, refused = flatten(metrics)
+        on_device: dict[str, Any] = {}
+        row, refused = flatten(metrics, on_device)
         if step is not None:
             taken, wrong = flatten({"step": int(step) if isinstance(step, bool) else step})
             step = taken.get("step")
@@ -179,21 +191,48 @@ class Client:
             self._refuse(refused)
         if not row:
             return None
-        payload = encode(Row(self._channel, time.time(), step, row))
+        time_s = time.time()
+        payload = encode(Row(self._channel, time_s, step, row))
         if len(payload) > MAX_MESSAGE_BYTES:
             size = f"a row of {len(payload)} bytes"
             return self._refuse([Refusal(next(iter(row)), size, f"{MAX_MESSAGE_BYTES} are most")])
+        if on_device or self._aside:
+            return self._put_aside(time_s, step, row, on_device)
+        self._careful = self._closed
         self._connection.append(payload)
         self._logged += 1
         return None
+
+    def _put_aside(self, time_s: float, step: Any, row: dict[str, Any], on_device: Any) -> None:
+        """The row waits for a device, or for rows that do."""
+        if self._aside is None:
+            connection = self._connection
+            self._aside = RowsAside(
+                self._take, self.refuse, connection.count_loss, connection.aside
+            )
+        self._careful = True
+        self._aside.put(time_s, step, row, on_device)
+
+    def _take(self, time_s: float, step: Any, row: dict[str, Any]) -> None:
+        self._connection.append(encode(Row(self._channel, time_s, step, row)))
+        self._logged += 1
 
     def _refuse(self, refused: list[Refusal]) -> None:
         texts = [f"{item.key!r} is {item.type_name}: {item.why}" for item in refused]
         if self._strict:
             raise MetricTypeError(f"cannot log {'; '.join(texts)}")
+        self.refuse(refused)
+
+    def count_loss(self, reason: str) -> None:
+        """Count a row that never came as far as ``log()``."""
+        self._connection.count_loss(reason)
+
+    def refuse(self, refused: list[Refusal]) -> None:
+        """Count values that cannot be charted, and warn about each key once; raises nothing."""
         self._connection.rejected += len(refused)
-        for item, text in zip(refused, texts, strict=True):
-            self._warn_once(item.key, f"cannot log {text}; left out, and counted from now on")
+        for key, type_name, why in refused:
+            text = f"{key!r} is {type_name}: {why}"
+            self._warn_once(key, f"cannot log {text}; left out, and counted from now on")
 
     def _warn_once(self, key: str, text: str) -> None:
         if key not in self._warned:
@@ -362,9 +401,13 @@ class Client:
             exit_code: how a stage's own run ends: 0 for success, anything else as failed.
         """
         if not self._closed:
-            self._closed = True
+            self._closed = self._careful = True
+            began = time.monotonic()
+            if self._aside is not None:
+                self._aside.settle(timeout_s, give_up=True)
+                timeout_s -= time.monotonic() - began
             self._connection.end_channel(self._channel, exit_code)
-            self.flush(timeout_s)
+            self.flush(max(timeout_s, 0.0))
 
     def __reduce__(self) -> Any:
         raise TypeError(
@@ -397,6 +440,7 @@ class Client:
             failed_requests=shipper.failures if shipper else 0,
             last_error=(shipper.last_error or shipper.blob_error) if shipper else None,
             waiting_files=shipper.blobs.left if shipper else 0,
+            waiting_on_device=len(self._aside) if self._aside is not None else 0,
         )
 
     def open_series(self, namespace: str, *, label: str, axis: str) -> Series:
@@ -428,37 +472,3 @@ class Series:
     def set_summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary under the series' name."""
         self._client.summary.update(values)
-
-
-class Config:
-    """The run's config, as a client sees it: write only, and later values win."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def update(self, values: Mapping[str, Any], allow_val_change: bool = True) -> None:
-        """Add values; OmegaConf objects and nested mappings will do.
-
-        ``allow_val_change`` is there for those who come from ``wandb``; changes are allowed.
-        """
-        del allow_val_change
-        connection, channel = self._client._connection, self._client._channel
-        connection.say(ConfigUpdate(channel, plain(as_mapping(values))))
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.update({key: value})
-
-
-class Summary:
-    """The run's summary, as a client sees it: write only, and later values win."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-
-    def update(self, values: Mapping[str, Any]) -> None:
-        """Set values; keys get the stage as prefix."""
-        connection, channel = self._client._connection, self._client._channel
-        connection.say(SummaryUpdate(channel, plain(values)))
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.update({key: value})

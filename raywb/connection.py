@@ -41,6 +41,7 @@ from raywb.rows import (
     Owner,
     encode,
 )
+from raywb.rows_aside import RowsAside
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
@@ -75,6 +76,7 @@ class Connection:
         source_id: under which the process writes, or will as soon as it has a journal.
         append: takes an encoded message; False when it had to be counted as lost.
         lost: what could not be kept, by reason.
+        aside: of the clients that have rows waiting for a device, these rows.
     """
 
     append: Callable[..., bool]
@@ -96,6 +98,7 @@ class Connection:
         #: Messages that are no rows, and wait for room on the disk; rows come after them.
         self._unsaid: list[bytes] = []
         self._counters: dict[str, int] = {}
+        self.aside: set[RowsAside] = set()
         self._written: tuple[int, dict[str, int]] = (0, {})
         self._lock = threading.RLock()
         self._next_try = 0.0
@@ -296,9 +299,16 @@ class Connection:
                 self._say(channel)
             return channel.channel
 
+    def rank_of(self, channel: int) -> int | None:
+        """The rank with which a channel was opened."""
+        return self._channels[channel].rank
+
     def end_channel(self, channel: int, exit_code: int) -> None:
-        """The client of a stage's own run was closed; nothing more comes by its channel."""
-        if channel in self._open_ends:
+        """A client was closed: nothing more comes by its channel, or nothing for now.
+
+        Only a stage's own run, and the other ranks of a stage, want to know.
+        """
+        if channel in self._open_ends or self._channels[channel].rank is not None:
             self._open_ends.discard(channel)
             self._say(EndChannel(channel, exit_code))
 
@@ -356,16 +366,29 @@ class Connection:
 
     def flush(self, timeout_s: float) -> bool:
         """Wait until the service has everything; False when it has not in time."""
+        deadline = time.monotonic() + timeout_s
+        settled = self._settle(timeout_s)
         if self.shipper is None:
             return False
         self._write_counters()
-        return self.shipper.flush(timeout_s)
+        return self.shipper.flush(max(deadline - time.monotonic(), 0.0)) and settled
+
+    def _settle(self, timeout_s: float, *, give_up: bool = False) -> bool:
+        """Wait for the rows that wait for a device; False when there are some left."""
+        deadline = time.monotonic() + timeout_s
+        return all(
+            [
+                rows.settle(max(deadline - time.monotonic(), 0.0), give_up=give_up)
+                for rows in list(self.aside)
+            ]
+        )
 
     def close(self, timeout_s: float) -> None:
         """End this source in good order: say so, flush, and let go of the files.
 
         Files that hold what the service does not have stay for a sweep.
         """
+        self._settle(timeout_s, give_up=True)
         for channel in sorted(self._open_ends):
             self.end_channel(channel, 0)
         self.disown()
@@ -401,6 +424,7 @@ class Connection:
         """
         if self.journal is None:
             return  # nothing was ever logged here: a forked child that only inherited the client
+        self._settle(EXIT_FLUSH_S, give_up=True)
         self._write_counters()
         failed = self._exit_code.failed if self._exit_code is not None else None
         for channel in sorted(self._open_ends):
@@ -419,6 +443,9 @@ class Connection:
         self.journal = None
         self.shipper = None
         self._frozen = None
+        for rows in self.aside:
+            rows.abandon_in_child()
+        self.aside = set()
         self.source_id = new_source_id()
         # It may log into a stage's own run, whose end is its parent's to say.
         self._open_ends.clear()

@@ -26,7 +26,7 @@ from raywb.settings import (
 )
 from raywb.sweep import sweep_cluster
 
-__all__ = ["attach", "finish", "running_client", "start", "status"]
+__all__ = ["attach", "attach_own_run", "finish", "running_client", "start", "status"]
 
 _log = logging.getLogger("raywb")
 
@@ -177,7 +177,26 @@ def attach(
             finished, and ``own_run`` is asked for.
         VersionMismatch: the service speaks another protocol.
     """
-    stage = _checked_stage(stage)
+    ranks = rank, world_size
+    return _attach(stage, ranks, own_run=own_run, run_id=run_id, cfg=cfg, strict=strict)
+
+
+def attach_own_run(stage: str, *, run_id: str, name: str) -> Client:
+    """As ``attach(stage, own_run=True, run_id=…)``, for a run that has a name already."""
+    return _attach(stage, (None, None), own_run=True, run_id=run_id, name=name)
+
+
+def _attach(
+    stage: str | None,
+    ranks: tuple[int | None, int | None],
+    *,
+    own_run: bool,
+    run_id: str | None,
+    cfg: Any = None,
+    strict: bool = False,
+    name: str | None = None,
+) -> Client:
+    stage, (rank, world_size) = _checked_stage(stage), ranks
     _check_rank(rank, world_size)
     check_own_run(stage, run_id, own_run=own_run)
     cluster = ray_side.connect()
@@ -191,7 +210,8 @@ def attach(
     if is_first:
         log_metadata(_open_client(cluster, joined, None, None, None), cfg)
     if own_run and stage is not None:
-        run, session = open_own_run(service, stage, run_id, cfg, timeout_s=ATTACH_TIMEOUT_S)
+        limit_s = ATTACH_TIMEOUT_S
+        run, session = open_own_run(service, stage, run_id, cfg, timeout_s=limit_s, name=name)
         connection = connection_for(cluster, joined.endpoint, joined.epoch)
         channel = connection.open_channel(stage, rank, world_size, own_run=(run.epoch, session))
         client = Client(connection, channel, stage, run, strict=strict)

@@ -27,7 +27,13 @@ OWN_SETTINGS = ("project", "entity", "group", "mode", "tags", "notes", "name")
 
 
 def open_own_run(
-    service: Any, stage: str, run_id: str | None, cfg: Any, *, timeout_s: float
+    service: Any,
+    stage: str,
+    run_id: str | None,
+    cfg: Any,
+    *,
+    timeout_s: float,
+    name: str | None = None,
 ) -> tuple[RunInfo, int]:
     """Have the service open a stage's own run, or join the one of this id.
 
@@ -37,6 +43,7 @@ def open_own_run(
         run_id: W&B's id of the run; a new one by default.
         cfg: config with a ``wandb`` section, whose project, entity, group and mode count.
         timeout_s: longest that it may take.
+        name: the run's name; by default project, stage and time.
 
     Returns:
         The run, and how often it was opened.
@@ -50,8 +57,10 @@ def open_own_run(
     if run_id is not None:
         resolve(overrides={"run_id": run_id})  # says what is wrong with it
     settings = resolve(cfg=cfg)
-    named = [name for name in explicit_settings(cfg=cfg, overrides={}) if name in OWN_SETTINGS]
-    explicit = {name: getattr(settings, name) for name in named}
+    named = [key for key in explicit_settings(cfg=cfg, overrides={}) if key in OWN_SETTINGS]
+    explicit = {key: getattr(settings, key) for key in named}
+    if name is not None:
+        explicit["name"] = name
     api_key = None if settings.mode in ("offline", "disabled") else find_api_key(settings)
     request = StageRunRequest(
         stage=stage, run_id=run_id, explicit=explicit, nonce=secrets.token_hex(8)

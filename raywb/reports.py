@@ -13,12 +13,14 @@ import msgspec
 __all__ = [
     "FinishReport",
     "NodeStatus",
+    "RankStatus",
     "RecoveryReport",
     "RunInfo",
     "SinkStatus",
     "SourceStatus",
     "StageRunRequest",
     "StageRunStatus",
+    "StageStatus",
     "Status",
     "SweepReport",
     "SyncReport",
@@ -218,6 +220,53 @@ class StageRunStatus(msgspec.Struct, frozen=True, kw_only=True):
     sink: SinkStatus
 
 
+class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """One rank that is not where it should be.
+
+    Attributes:
+        step: the furthest step that it logged; None before the first.
+        silent_s: seconds since its last row; since the service's start, where it has none since.
+        hostname, pid: its process; empty and 0 where none has attached.
+        reason: what is wrong with it, as part of a sentence.
+    """
+
+    rank: int
+    step: int | float | None
+    silent_s: float
+    hostname: str
+    pid: int
+    reason: str
+
+
+class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
+    """The ranks of one stage: those of its latest start.
+
+    Attributes:
+        run_id: the run that it logs to.
+        world_size: how many ranks there are to be.
+        attached: how many have come.
+        ended: how many of these are over: closed, or their process has ended.
+        step: the furthest step of any; None before the first row.
+        last_row_s: seconds since the last row of any; None before the first.
+        step_s: longest time between two of the latest steps, in seconds.
+        slow: ranks that lag or are silent, the most silent first; the first 20 of them.
+        slow_ranks: how many there are.
+        warning: what is wrong, in one sentence.
+    """
+
+    stage: str
+    run_id: str
+    world_size: int
+    attached: int
+    ended: int
+    step: int | float | None
+    last_row_s: float | None
+    step_s: float | None
+    slow: list[RankStatus]
+    slow_ranks: int
+    warning: str | None
+
+
 class Status(msgspec.Struct, frozen=True, kw_only=True):
     """The service at one moment.
 
@@ -236,8 +285,9 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
         stage_runs: runs that stages have of their own.
         nodes: the cluster's nodes, those that are there first.
-        warnings: what is not as one would expect, each in one sentence: nodes whose versions
-            differ, nodes that could not be probed or read.
+        stages: stages whose rows come from ranks.
+        warnings: what is not as one would expect, each in one sentence: ranks that hang, nodes
+            whose versions differ, nodes that could not be probed or read.
     """
 
     version: str
@@ -258,6 +308,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     undelivered_updates: list[str] = []
     stage_runs: list[StageRunStatus] = []
     nodes: list[NodeStatus] = []
+    stages: list[StageStatus] = []
     warnings: list[str] = []
 
 

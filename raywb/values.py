@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from raywb.device_values import is_on_device
 from raywb.rows import Scalar
 
 __all__ = ["Refusal", "flatten", "plain"]
@@ -29,21 +30,34 @@ class Refusal(NamedTuple):
     why: str
 
 
-def flatten(metrics: Mapping[Any, Any]) -> tuple[dict[str, Scalar], list[Refusal]]:
+def flatten(
+    metrics: Mapping[Any, Any], on_device: dict[str, Any] | None = None
+) -> tuple[dict[str, Scalar], list[Refusal]]:
     """Make a flat dict of scalars; nested dicts join their keys with a slash.
 
     numpy and torch scalars (and arrays of one element) become Python's, a member of an
     enumeration becomes its value. NaN and infinities stay
     as they are. What is refused does not keep the rest from being taken.
+
+    Args:
+        metrics: the values.
+        on_device: gets the tensors that lie on a device, by key; the row has NaN in their place.
+            Without it they are asked for their value, which waits for the device.
     """
     row: dict[str, Scalar] = {}
     refused: list[Refusal] = []
     for key, value in _leaves(metrics, "", 0):
+        if on_device is not None and is_on_device(value):
+            on_device[key] = value
+            row[key] = math.nan
+            continue
         taken = scalar(value)
         if isinstance(taken, Refusal):
             refused.append(Refusal(key, taken.type_name, taken.why))
         else:
             row[key] = taken
+            if on_device:
+                on_device.pop(key, None)
     return row, refused
 
 

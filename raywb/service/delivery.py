@@ -40,12 +40,14 @@ class Delivery:
         position: everything in the ledger before it was read; rows that wait for other ranks are
             in no batch yet.
         folds: what each run amounts to, by run number.
+        began_s: when this was made, on the monotonic clock.
 
     Raises:
         OSError: the directory cannot be made or read.
     """
 
     def __init__(self, directory: Path, stage_runs: Iterable[int] = ()) -> None:
+        self.began_s = time.monotonic()
         self.liveness = Liveness()
         self.ledger = Ledger(directory / "ledger", observe=self.liveness.note)
         self.outbox = Outbox(directory / "outbox")

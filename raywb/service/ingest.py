@@ -238,6 +238,11 @@ class Ingest:
         return self._pace_s
 
     @property
+    def keep_alive_s(self) -> float:
+        """Longest time, in seconds, without a word of a source that is well."""
+        return self._keep_alive_s
+
+    @property
     def silence_s(self) -> float:
         """A source that was not heard for longer is silent."""
         return 3 * self._keep_alive_s

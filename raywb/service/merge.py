@@ -15,7 +15,7 @@ import contextlib
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import TypeGuard
 
 from raywb.errors import FrameError
@@ -57,7 +57,7 @@ from raywb.service.outbox import (
     State,
 )
 from raywb.service.ranges import Ranges
-from raywb.service.ranks import Group, Part, RankMerge, Seat, Stage, Waiting
+from raywb.service.ranks import Attempt, Group, Part, RankMerge, Seat, Stage, Waiting
 from raywb.service.stage_runs import FIRST_STAGE_RUN, StageRuns
 
 __all__ = ["Merge", "Source"]
@@ -173,6 +173,7 @@ class Merge:
         """Rows from here on belong to ``run``: its namespaces and counters begin anew."""
         if run == self.run:
             return
+        self._ranks.open_run()
         self._lost_before = self._all_lost()
         self._rejected_before = self._all_rejected()
         self.run = run
@@ -276,6 +277,11 @@ class Merge:
     def waiting_rows(self) -> int:
         """Rows that wait for other ranks."""
         return self._ranks.rows
+
+    @property
+    def attempts(self) -> Iterable[tuple[Stage, Attempt]]:
+        """The latest attempt of each stage with ranks."""
+        return self._ranks.present()
 
     def is_waiting(self, run: int) -> bool:
         """Whether rows of a stage's own run wait for other ranks."""
@@ -429,6 +435,9 @@ class Merge:
                 self.stages.note_channel(source_id, message)
             case EndChannel():
                 self.stages.note_end_channel(source_id, message)
+                of = source.channels.get(message.channel)
+                if of is not None and _has_rank(of):
+                    self._ranks.note_end(self._take_seat(source_id, source, of))
             case AttemptNumber():
                 channel = source.channels[message.channel]
                 rank, world_size = channel.rank or 0, channel.world_size or 1

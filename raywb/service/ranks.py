@@ -19,11 +19,13 @@ import math
 import operator
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
+from raywb.across_ranks import combined
 from raywb.rows import Scalar
+from raywb.service.pace import Pace
 
-__all__ = ["Group", "Part", "RankMerge", "Seat", "Stage", "Waiting"]
+__all__ = ["Attempt", "Group", "Part", "RankMerge", "Seat", "Stage", "Waiting"]
 
 #: Most rows that wait for other ranks at one time; beyond it the oldest groups wait no longer.
 MAX_WAITING_ROWS = 200_000
@@ -63,7 +65,7 @@ class Seat(NamedTuple):
 
     run: int
     prefix: str
-    attempt: _Attempt
+    attempt: Attempt
     rank: int
 
 
@@ -119,7 +121,7 @@ class Group:
             elif kind == "last":
                 merged[key] = max(having, key=_time_of).metrics[key]
             else:
-                merged[key] = _combined(kind, [part.metrics[key] for part in having])
+                merged[key] = combined(kind, [part.metrics[key] for part in having])
         merged["ranks"] = len(parts)
         if len(parts) > 1:
             slowest = max(parts, key=_time_of)
@@ -130,27 +132,17 @@ class Group:
 
 _time_of = operator.attrgetter("time_s")
 
-_COMBINE: dict[str, Callable[[list[float]], float]] = {"min": min, "max": max, "sum": sum}
 
+class Attempt:
+    """The ranks that train together, and their unfinished groups in order of opening.
 
-def _combined(kind: str, values: list[Scalar]) -> Scalar:
-    """One value of many; of texts, which cannot be added up, the lowest rank's."""
-    numbers = cast("list[float]", values)
-    try:
-        total = sum(numbers)
-    except TypeError:
-        return values[0]
-    if kind not in _COMBINE:
-        return total / len(values)
-    if total != total:
-        return math.nan
-    found = _COMBINE[kind](numbers)
-    # msgpack, and W&B, take integers of 64 bits.
-    return float(found) if isinstance(found, int) and found.bit_length() > 63 else found
-
-
-class _Attempt:
-    """The ranks that train together, and their unfinished groups in order of opening."""
+    Attributes:
+        sources: the process that each rank is.
+        progress: the furthest step of each.
+        pace: when they came to it, in this run.
+        ended: ranks that were closed, and have not logged since.
+        joined: it has a rank that came, or came again, in this run.
+    """
 
     def __init__(self, world_size: int) -> None:
         self.world_size = world_size
@@ -160,6 +152,9 @@ class _Attempt:
         self.rounds: dict[int, _Key] = {}
         self.groups: dict[_Key, Group] = {}
         self.done: OrderedDict[_Key, None] = OrderedDict()
+        self.pace = Pace()
+        self.ended: set[int] = set()
+        self.joined = False
 
     def expect(self, rank: int) -> None:
         if rank not in self.expected:
@@ -239,9 +234,9 @@ class RankMerge:
 
     def __init__(self) -> None:
         self.rows = 0
-        self._attempts: dict[Stage, list[_Attempt]] = {}
+        self._attempts: dict[Stage, list[Attempt]] = {}
         self._number: dict[tuple[Stage, str, int, int], int] = {}
-        self._of_source: dict[str, list[tuple[_Attempt, int]]] = {}
+        self._of_source: dict[str, list[tuple[Attempt, int]]] = {}
 
     def number_of(self, stage: Stage, source_id: str, rank: int, world_size: int) -> int:
         """The attempt that a source's rank belongs to; the first call decides."""
@@ -268,8 +263,9 @@ class RankMerge:
         """Put a source's rank into an attempt, as it was decided before a restart."""
         attempts = self._attempts.setdefault(stage, [])
         while len(attempts) <= number:
-            attempts.append(_Attempt(world_size))
+            attempts.append(Attempt(world_size))
         attempts[number].sources[rank] = source_id
+        attempts[number].joined = True
         self._number[stage, source_id, rank, world_size] = number
         self._of_source.setdefault(source_id, []).append((attempts[number], rank))
 
@@ -303,6 +299,9 @@ class RankMerge:
         group.frames.append(frame)
         attempt.rounds[rank] = key
         attempt.progress[rank] = max(attempt.progress.get(rank, step), step)
+        attempt.pace.note(rank, step, now_s)
+        if attempt.ended:
+            attempt.ended.discard(rank)
         self.rows += 1
         return self._finished(attempt.take([key])) if group.missing == 0 else []
 
@@ -312,6 +311,22 @@ class RankMerge:
         for attempt, rank in self._of_source.get(source_id, ()):
             found += attempt.no_longer_expect(rank)
         return self._finished(found)
+
+    def note_end(self, seat: Seat) -> None:
+        """A rank was closed; what this means for rows that wait is :meth:`end_seat`'s."""
+        seat.attempt.ended.add(seat.rank)
+
+    def open_run(self) -> None:
+        """Another run begins: who has not logged in it yet takes no part in it yet."""
+        for attempt in self._all():
+            attempt.pace = Pace()
+            attempt.joined = False
+
+    def present(self) -> Iterator[tuple[Stage, Attempt]]:
+        """The latest attempt of each stage that takes part in this run."""
+        for stage, attempts in self._attempts.items():
+            if attempts[-1].joined or attempts[-1].pace.heard:
+                yield stage, attempts[-1]
 
     def is_waiting(self, run: int) -> bool:
         """Whether rows of a stage's own run wait for other ranks."""
@@ -355,11 +370,11 @@ class RankMerge:
         self.rows -= sum(len(group.frames) for group in groups)
         return groups
 
-    def _all(self) -> Iterator[_Attempt]:
+    def _all(self) -> Iterator[Attempt]:
         for attempts in self._attempts.values():
             yield from attempts
 
 
-def _position(attempt: _Attempt) -> int:
+def _position(attempt: Attempt) -> int:
     # Groups are opened in the order of the ledger, so the first one lies before the others.
     return next(iter(attempt.groups.values())).position

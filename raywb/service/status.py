@@ -8,6 +8,7 @@ from raywb import __version__
 from raywb.reports import RunInfo, SourceStatus, Status
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
+from raywb.service.rank_status import stage_statuses
 from raywb.service.runs import Runs
 
 __all__ = ["make_status"]
@@ -41,6 +42,8 @@ def make_status(
     found = list(problems.values())
     if ingest.ledger_error:
         found.append(ingest.ledger_error)
+    finished = run is not None and run.report is not None
+    stages = [] if finished else stage_statuses(delivery, ingest, runs, info.id)
     sink = runs.sink_status(run)
     if sink.state == "no key" and sink.last_error:
         found.append(sink.last_error)
@@ -51,7 +54,7 @@ def make_status(
     return Status(
         version=__version__,
         run=info,
-        finished=run is not None and run.report is not None,
+        finished=finished,
         address=address,
         incarnation=incarnation,
         received_rows=merge.rows,
@@ -66,6 +69,8 @@ def make_status(
         unconfirmed=delivery.unconfirmed(),
         undelivered_updates=runs.undelivered_updates(run),
         stage_runs=runs.stages.status(),
+        stages=stages,
+        warnings=[one.warning for one in stages if one.warning],
     )
 
 

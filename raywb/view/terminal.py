@@ -15,6 +15,7 @@ from raywb.reports import (
     UnconfirmedSource,
 )
 from raywb.view.nodes import render_nodes
+from raywb.view.stages import render_stages
 
 __all__ = ["render_recovery", "render_report", "render_status", "render_sync"]
 
@@ -89,6 +90,8 @@ def render_status(status: Status) -> RenderableType:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
     facts += _unconfirmed(status.unconfirmed)
     parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
+    if status.stages:
+        parts += [Text(), render_stages(status.stages)]
     if status.stage_runs:
         parts += [Text(), _stage_runs(status)]
     if status.nodes:

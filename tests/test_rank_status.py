@@ -1,0 +1,254 @@
+"""Ranks that hang are named in the status: behind, stopped, or all of them together."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+import psutil
+import pytest
+from local_service import LocalService, local_service
+from ray_cluster import RayCluster, until
+from rich.console import Console
+
+from raywb.client import Client
+from raywb.reports import StageStatus, Status
+from raywb.service import rank_status
+from raywb.service.pace import Pace
+from raywb.view.terminal import render_status
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seconds instead of tens of them."""
+    monkeypatch.setattr(rank_status, "LAG_S", 0.5)
+    monkeypatch.setattr(rank_status, "STALL_S", 1.0)
+    monkeypatch.setattr(rank_status, "ATTACH_S", 0.5)
+
+
+def ranks(service: LocalService, *numbers: int, world_size: int) -> list[Client]:
+    return [service.client("train", rank=rank, world_size=world_size) for rank in numbers]
+
+
+def stage(status: Status) -> StageStatus:
+    (found,) = status.stages
+    return found
+
+
+def text_of(status: Status) -> str:
+    console = Console(width=240, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render_status(status))
+    return console.export_text()
+
+
+def log_until(service: LocalService, clients: list[Client], first: int, condition) -> Status:
+    """Let clients log further steps until the status is as expected."""
+    deadline = time.monotonic() + 30
+    step = first
+    while not condition(status := service.status()):
+        assert time.monotonic() < deadline, status.stages
+        for client in clients:
+            client.log({"loss": 1.0}, step=step)
+        step += 1
+        time.sleep(0.1)
+    return status
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_rank_that_falls_silent_is_named(service: LocalService) -> None:
+    """While others go on, with its process, its step, and how far the furthest is."""
+    service.up()
+    service.start()
+    clients = ranks(service, 0, 1, 2, world_size=3)
+    for step in range(3):
+        for client in clients:
+            client.log({"loss": 1.0}, step=step)
+    status = log_until(
+        service, clients[:2], 3, lambda s: any("nothing" in one for one in s.warnings)
+    )
+    (slow,) = stage(status).slow
+    assert (slow.rank, slow.step, stage(status).slow_ranks) == (2, 2, 1)
+    assert slow.pid
+    assert slow.silent_s >= 0.5
+    assert stage(status).step > 3
+    (warning,) = status.warnings
+    assert "train: rank 2" in warning
+    assert "at step 2 logged nothing for" in warning
+    assert "3 of 3" in text_of(status)
+    assert warning in text_of(status)
+    assert json.loads(msgspec.json.encode(status))["stages"][0]["slow"][0]["rank"] == 2
+    clients[2].log({"loss": 1.0}, step=10_000)
+    service.wait_for(lambda s: 2 not in [one.rank for one in s.stages[0].slow])
+
+
+@pytest.mark.usefixtures("quick")
+def test_ranks_that_hang_together_are_told(service: LocalService) -> None:
+    """No row for much longer than a step took; after close() it is no trouble."""
+    service.up()
+    service.start()
+    clients = ranks(service, 0, 1, world_size=2)
+    for step in range(4):
+        for client in clients:
+            client.log({"loss": 1.0}, step=step)
+            client.flush()
+    status = service.wait_for(lambda s: bool(s.warnings))
+    assert stage(status).slow == []
+    assert "train: no rank has logged for" in status.warnings[0]
+    assert "all are at step 3" in status.warnings[0]
+    for client in clients:
+        client.close()
+    status = service.wait_for(lambda s: bool(s.stages) and s.stages[0].ended == 2)
+    assert status.warnings == []
+    assert "2 of 2, 2 ended" in text_of(status)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_rank_that_never_comes_is_named(service: LocalService) -> None:
+    """Others have logged for a while, and it has not even attached."""
+    service.up()
+    service.start()
+    (client,) = ranks(service, 1, world_size=2)
+    client.log({"loss": 1.0}, step=0)
+    client.flush()
+    status = service.wait_for(lambda s: bool(s.warnings))
+    assert [(one.rank, one.reason) for one in stage(status).slow] == [(0, "has not attached")]
+    assert (stage(status).attached, stage(status).world_size) == (1, 2)
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_end_survives_a_restart(service: LocalService) -> None:
+    """A service that was started again knows who is done, and calls nobody hanging for its own
+    absence."""
+    service.up()
+    service.start()
+    one, other = ranks(service, 0, 1, world_size=2)
+    for step in range(4):
+        one.log({"loss": 1.0}, step=step)
+        other.log({"loss": 1.0}, step=step)
+    one.close()
+    other._connection.close(5.0)
+    service.wait_for(lambda s: bool(s.stages) and s.stages[0].ended == 2)
+    service.down()
+    service.up()
+    status = service.wait_for(lambda s: bool(s.stages))
+    assert (stage(status).ended, status.warnings) == (2, [])
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_new_run_knows_nothing_of_ranks_before_it(tmp_path: Path, monkeypatch) -> None:
+    """Stages of the run before are not among those of the next, nor is a finished run's."""
+    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    with local_service(tmp_path) as service:
+        service.up()
+        service.start()
+        for client in ranks(service, 0, 1, world_size=2):
+            client.log({"loss": 1.0}, step=1)
+            client.flush()
+        service.wait_for(lambda s: bool(s.stages))
+        assert service.service is not None
+        service.service.finish(60.0, 0)
+        assert service.status().stages == []
+        service.start()
+        assert service.status().stages == []
+
+
+def test_the_pace_of_a_stage() -> None:
+    """The front moves with the furthest rank; the first interval is not a step's usual time."""
+    pace = Pace()
+    assert (pace.step_s, pace.passed_at(0)) == (None, None)
+    for rank, step, at in [(0, 1, 0.0), (1, 1, 0.5), (0, 2, 90.0), (1, 2, 91.0)]:
+        pace.note(rank, step, at)
+    assert pace.step_s is None
+    pace.note(0, 3, 92.0)
+    assert pace.step_s == 90.0
+    for step in range(4, 20):
+        pace.note(0, step, 92.0 + step)
+    assert pace.step_s == 1.0
+    assert pace.heard == {0: 111.0, 1: 91.0}
+    assert pace.passed_at(2) == 92.0
+    assert pace.passed_at(18.5) == 111.0
+    assert pace.passed_at(19) is None
+    assert pace.passed_at(None) == 0.0
+
+
+@pytest.mark.ray
+def test_a_stopped_rank_is_named_within_30_seconds() -> None:
+    """Of real processes on Ray one is stopped, while all wait for each other at every step.
+
+    Everything is 2.5 times as fast as with the default of ``silent_after_s``.
+    """
+    script = """
+        import json, os, subprocess, sys, time
+        import ray, raywb
+        from ray_cluster import report, told
+        raywb.start(project="ranks", mode="offline", node_metrics_interval_s=0,
+                    silent_after_s=12)  # which is 30 otherwise
+
+        @ray.remote(num_cpus=0)
+        class Rank:
+            def __init__(self, rank):
+                self.client = raywb.attach("train", rank=rank, world_size=3)
+            def pid(self):
+                return os.getpid()
+            def step(self, number):
+                self.client.log({"loss": 1.0}, step=number)
+                return number
+            def close(self):
+                self.client.close()
+
+        ranks = [Rank.remote(rank) for rank in range(3)]
+        report(ray.get([one.pid.remote() for one in ranks]))
+        ready, number = True, 0
+        while ready:
+            number += 1
+            done = [one.step.remote(number) for one in ranks]
+            ready = len(ray.wait(done, num_returns=3, timeout=2.0)[0]) == 3
+            time.sleep(0.2)
+            if number == 10:
+                report(number)
+        began = time.time()
+        while not (warnings := [w for w in raywb.status().warnings if w.startswith("train: ")]):
+            assert time.time() < began + 60
+            time.sleep(0.2)
+        command = [sys.executable, "-m", "raywb", "status", "--json"]
+        printed = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE).stdout)
+        slow = printed["stages"][0]["slow"]
+        assert warnings[0][:20] in " ".join(printed["warnings"])
+        report([warnings, [[one[key] for key in ("rank", "pid", "step")] for one in slow], number])
+        told()
+        ray.get(done)
+        ray.get([one.close.remote() for one in ranks])
+        while raywb.status().stages[0].ended < 3:
+            time.sleep(0.1)
+        time.sleep(1)
+        report([w for w in raywb.status().warnings if w.startswith("train: ")])
+    """
+    with RayCluster.start(num_cpus=2) as cluster:
+        driver = cluster.driver(script)
+        pids = driver.next_report()
+        driver.next_report()
+        stopped = psutil.Process(pids[1])
+        began = time.monotonic()
+        stopped.send_signal(signal.SIGSTOP)
+        try:
+            warnings, slow, number = driver.next_report()
+            took_s = time.monotonic() - began
+        finally:
+            stopped.send_signal(signal.SIGCONT)
+        print(f"named after {took_s:.1f} s: {warnings}")
+        assert [one[:2] for one in slow] == [[1, pids[1]]]
+        assert f"rank 1 ({stopped_host()} pid {pids[1]})" in warnings[0]
+        assert took_s < 30 / 2.5
+        assert number > slow[0][2] - 1
+        driver.tell()
+        assert driver.next_report() == []
+        until("the driver's end", lambda: driver.wait() == 0)
+
+
+def stopped_host() -> str:
+    import socket
+
+    return socket.gethostname()
