@@ -5,7 +5,9 @@ shards     inputs, cut into units of work
 plan       PlanStage: which shards are finished?
 scratch    a shard's input on the node that works on it
 download   DownloadStage: brings it there
-documents  bytes become documents; what cannot is counted
+rows       bytes become rows; what cannot is counted
+parquet    the rows of Parquet files, and which of their bytes a slice needs
+documents  rows become documents; what cannot is counted
 tokenizer  documents become token ids
 receipts   what went into a finished shard; the blend of all
 manifest   which settings made an output directory

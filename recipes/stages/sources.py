@@ -22,9 +22,19 @@ from typing import Annotated, BinaryIO, Literal, Protocol
 from recipes.errors import InputError
 from recipes.settings import Count, NotEmpty, Text
 
-__all__ = ["InputFile", "InputSettings", "Source", "list_inputs", "source_of"]
+__all__ = [
+    "Compression",
+    "Format",
+    "InputFile",
+    "InputSettings",
+    "Source",
+    "list_inputs",
+    "source_of",
+]
 
-Format = Literal["text", "jsonl"]
+Format = Literal["text", "jsonl", "parquet"]
+#: How a file is packed as a whole; Parquet packs its pages itself.
+Compression = Literal["gzip", "zstd"]
 
 #: How a file is read, by its ending (before ``.gz``). A text is one document, a JSONL line is one.
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
