@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from recipes.errors import CountsError, OutputError
+from recipes.pretrain.blend import write_blend
 from recipes.pretrain.indexed_dataset import IndexedDatasetWriter, token_type
 from recipes.stages.layout import OutputLayout, temporary_name, write_whole
 from recipes.stages.manifest import Manifest, claim
@@ -18,7 +19,6 @@ from recipes.stages.receipts import (
     Receipt,
     add_up,
     matching_receipt,
-    write_blend,
     write_receipt,
 )
 
@@ -44,8 +44,7 @@ def make_shard(layout: OutputLayout, name: str, documents: list[list[int]]) -> R
         rows_filtered={"empty": 2},
         rows_errors={"broken_json": 1},
         tokens=written.tokens,
-        bin=written.bin,
-        idx=written.idx,
+        files={".bin": written.bin, ".idx": written.idx},
     )
     write_receipt(layout, receipt)
     return receipt
