@@ -53,7 +53,9 @@ def test_every_token_is_in_one_pack(algorithm: Algorithm, lengths: list[int], se
 def test_first_fit_is_first_fit(algorithm: Algorithm, lengths: list[int]) -> None:
     """The tree finds the pack that a search through all packs finds, and tears nothing."""
     packs = pack(lengths, 20, algorithm, seed=7)
-    assert all((piece.start, piece.stop) == (0, lengths[piece.number]) for p in packs for piece in p)
+    assert all(
+        (piece.start, piece.stop) == (0, lengths[piece.number]) for p in packs for piece in p
+    )
     order = list(range(len(lengths)))
     if algorithm == "first_fit_decreasing":
         order.sort(key=lambda number: -lengths[number])

@@ -18,12 +18,15 @@ from itertools import pairwise
 
 from tokenizers import Tokenizer
 
-from recipes.sft.chat_template import ChatTemplate, TemplateSource
+from recipes.errors import TemplateError
+from recipes.sft.chat_template import ChatTemplate, TemplateRefusal, TemplateSource
 from recipes.sft.turns import Conversation, Rendered, TemplateMismatch, render_turns
 from recipes.stages.tokenizer import PreparedTokenizer, load_prepared
 
 __all__ = ["ChatEncoder", "EncodedConversation", "special_pattern"]
 
+#: What every template must be able to render.
+_TRIAL = ({"role": "user", "content": "Hello."}, {"role": "assistant", "content": "Good day!"})
 #: Token id, begin and end in characters of the text.
 _Token = tuple[int, int, int]
 
@@ -67,6 +70,24 @@ class ChatEncoder:
         if edges and self._parts_join:
             tokens = self._tokens(rendered.text, sorted({*rendered.cuts, *edges}))
         return EncodedConversation([token for token, _, _ in tokens], _mask(tokens, rendered))
+
+    def try_out(self) -> None:
+        """Encode a question and an answer.
+
+        Raises:
+            TemplateError: The template cannot do even that; nothing would come of the input.
+        """
+        try:
+            encoded = self.encode(Conversation(_TRIAL))
+        except (TemplateRefusal, TemplateMismatch) as error:
+            raise TemplateError(
+                f"the chat template fails over a question and an answer: {error}"
+            ) from error
+        if not any(encoded.loss_mask):
+            raise TemplateError(
+                "the chat template cannot be used: of a question and an answer, no token is the "
+                "assistant's"
+            )
 
     def _tokens(self, text: str, cuts: Sequence[int]) -> list[_Token]:
         tokens: list[_Token] = []

@@ -100,7 +100,7 @@ class _Turns:
     def found(self) -> tuple[str, list[tuple[int, int]]]:
         """Find the turns by rendering in parts, and where that does not do, by sentinels."""
         whole = self._render()
-        spans = []
+        spans: list[tuple[int, int]] = []
         for number, message in enumerate(self.conversation.messages):
             if message["role"] == "assistant":
                 span = self._added(whole, number) or self._enclosed(whole, number)
