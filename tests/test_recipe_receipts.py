@@ -17,6 +17,7 @@ from recipes.stages.layout import OutputLayout, temporary_name, write_whole
 from recipes.stages.manifest import Manifest, claim
 from recipes.stages.receipts import (
     Receipt,
+    SplitCounts,
     add_up,
     matching_receipt,
     write_receipt,
@@ -96,6 +97,32 @@ def test_a_damaged_receipt_is_no_receipt(layout: OutputLayout, content: bytes) -
     make_shard(layout, "shard-00000", [[1, 2]])
     layout.receipt("shard-00000").write_bytes(content)
     assert found(layout) is None
+
+
+def test_a_receipt_of_version_1_still_counts(layout: OutputLayout) -> None:
+    """A shard that was finished before receipts had a list of files is finished."""
+    receipt = make_shard(layout, "shard-00000", [[1, 2]])
+    path = layout.receipt("shard-00000")
+    older = json.loads(path.read_text())
+    files = older.pop("files")
+    del older["splits"], older["packing_efficiency"]
+    older |= {"version": 1, "bin": files[".bin"], "idx": files[".idx"]}
+    path.write_text(json.dumps(older))
+    assert found(layout) == receipt
+    cut_off(Path(f"{layout.shard_prefix('shard-00000')}.idx"))
+    assert found(layout) is None
+
+
+def test_splits_hold_every_row_that_was_kept(layout: OutputLayout) -> None:
+    """A conversation that is in no split, or in two, is an error of the recipe."""
+    receipt = make_shard(layout, "shard-00000", [[1], [2]])
+    halves = {"train": SplitCounts(1, 1, 1), "test": SplitCounts(1, 1, 1)}
+    write_receipt(layout, dataclasses.replace(receipt, splits=halves))
+    assert found(layout).splits == halves
+    assert add_up([found(layout)] * 2).splits["train"] == SplitCounts(2, 2, 2)
+    wrong = dataclasses.replace(receipt, splits={**halves, "valid": SplitCounts(1, 1, 1)})
+    with pytest.raises(CountsError, match="2 rows kept, but 1 in train, 1 in test, 1 in valid"):
+        write_receipt(layout, wrong)
 
 
 def test_rows_that_do_not_add_up_get_no_receipt(layout: OutputLayout) -> None:
