@@ -95,16 +95,17 @@ def test_excluded_names_are_left_out(tmp_path: Path) -> None:
 
 def test_a_named_file_with_an_unknown_ending_is_refused(tmp_path: Path) -> None:
     """A file that was asked for is never left out silently; input.format says how to read it."""
-    lay_out(tmp_path, ["table.parquet", "notes"])
-    with pytest.raises(InputError, match=r"cannot tell how to read .*table\.parquet.*\.jsonl"):
-        names(tmp_path / "table.parquet")
+    lay_out(tmp_path, ["table.csv", "packed.parquet.gz", "notes"])
+    for name in ("table.csv", "packed.parquet.gz"):
+        with pytest.raises(InputError, match=rf"cannot tell how to read .*{name}.*\.jsonl"):
+            names(tmp_path / name)
     assert names(tmp_path / "notes", format="text") == ["notes"]
-    assert names(tmp_path, format="text") == ["notes", "table.parquet"]
+    assert names(tmp_path, format="text") == ["notes", "packed.parquet.gz", "table.csv"]
 
 
 @pytest.mark.parametrize(
     ("path", "message"),
-    [("missing", "nothing to read at"), ("s3://bucket/key", "no store for s3://")],
+    [("missing", "nothing to read at"), ("nowhere://bucket/key", "no store for nowhere://")],
 )
 def test_a_path_that_holds_nothing_is_refused(tmp_path: Path, path: str, message: str) -> None:
     """A typing error in a path does not become an empty dataset."""

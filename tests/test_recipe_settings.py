@@ -114,7 +114,7 @@ def test_an_unknown_key_in_a_file_is_refused_at_any_depth(refused) -> None:
         ("input.shard_bytes=1.5", "=1.5 cannot be used; allowed: a whole number, 1 or more"),
         ("input.shard_bytes=true", "=True cannot be used; allowed: a whole number, 1 or more"),
         ("input.limit_bytes=-1", "allowed: a whole number, 1 or more, or null"),
-        ("input.format=parquet", "='parquet' cannot be used; allowed: auto, text, jsonl"),
+        ("input.format=csv", "='csv' cannot be used; allowed: auto, text, jsonl, parquet"),
         (
             "input.paths=[]",
             "input.paths=[] cannot be used; allowed: a text or a list of texts, not",

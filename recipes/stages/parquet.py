@@ -1,9 +1,4 @@
-"""Parquet files: their rows in batches, and which of their bytes a slice needs.
-
-A row group belongs to the slice in which its first byte lies. Of its bytes only the wanted columns
-are brought to the node, each at the place where it lies in the stored file, with the footer behind
-them: what lies here then is a Parquet file with holes, read as any other.
-"""
+"""The rows of Parquet files, in batches; what cannot be read is counted and nothing raises."""
 
 from __future__ import annotations
 
@@ -18,7 +13,10 @@ if TYPE_CHECKING:
 
     from recipes.stages.rows import RowCounts
 
-__all__ = ["ParquetPart", "parquet_rows"]
+__all__ = ["CORRUPT_PARQUET", "ParquetPart", "parquet_rows"]
+
+#: As what damage is counted.
+CORRUPT_PARQUET = "corrupt_parquet"
 
 #: Decoded at once: about this many bytes, and at most this many rows.
 _BATCH_BYTES = 4 << 20
@@ -49,62 +47,82 @@ def parquet_rows(
     Raises:
         OSError: The disk refused; damage inside the file never raises.
     """
-    import pyarrow.parquet as pq
-
+    if part.row_groups == ():
+        return
     try:
-        file = pq.ParquetFile(
-            path,
-            buffer_size=_READ_BYTES,
-            pre_buffer=False,
-            page_checksum_verification=True,
-        )
+        file = _opened(path)
+        groups = _wanted_groups(file, part)
     except _damage() as error:
         _raise_if_disk(error)
-        counts.lose(1, "corrupt_parquet")  # how many rows it held is unknown
+        counts.lose(1, CORRUPT_PARQUET)  # how many rows it held is unknown
         return
     with file:
-        yield from _rows(file, part, max_row_bytes, counts)
+        for group in groups:
+            yield from _rows_of_group(file, group, max_row_bytes, counts)
 
 
-def _rows(
-    file: pq.ParquetFile, part: ParquetPart, max_row_bytes: int, counts: RowCounts
-) -> Iterator[dict[str, Any]]:
-    groups = range(file.num_row_groups) if part.row_groups is None else part.row_groups
+@dataclass(frozen=True)
+class _Group:
+    """A row group, and what is wanted of it."""
+
+    number: int
+    rows: int
+    columns: tuple[str, ...]
+    #: How many rows are decoded at once.
+    batch_rows: int
+
+
+def _opened(path: Path) -> pq.ParquetFile:
+    import pyarrow.parquet as pq
+
+    return pq.ParquetFile(
+        path, buffer_size=_READ_BYTES, pre_buffer=False, page_checksum_verification=True
+    )
+
+
+def _wanted_groups(file: pq.ParquetFile, part: ParquetPart) -> list[_Group]:
+    numbers = range(file.num_row_groups) if part.row_groups is None else part.row_groups
     present = file.schema_arrow.names
-    columns = [name for name in present if part.columns is None or name in part.columns]
+    columns = tuple(name for name in present if part.columns is None or name in part.columns)
+    groups = []
     left = part.front_rows
-    for group in groups:
-        wanted = file.metadata.row_group(group).num_rows
-        wanted = wanted if left is None else min(wanted, left)
-        left = None if left is None else left - wanted
-        yield from _rows_of_group(file, group, wanted, columns, max_row_bytes, counts)
+    for number in numbers:
+        metadata = file.metadata.row_group(number)
+        rows = metadata.num_rows if left is None else min(metadata.num_rows, left)
+        left = None if left is None else left - rows
+        groups.append(_Group(number, rows, columns, _batch_rows(metadata)))
+    return groups
+
+
+def _batch_rows(metadata: pq.RowGroupMetaData) -> int:
+    fitting = _BATCH_BYTES * metadata.num_rows // max(metadata.total_byte_size, 1)
+    return max(1, min(_BATCH_ROWS, int(fitting)))
 
 
 def _rows_of_group(
-    file: pq.ParquetFile,
-    group: int,
-    wanted: int,
-    columns: list[str],
-    max_row_bytes: int,
-    counts: RowCounts,
+    file: pq.ParquetFile, group: _Group, max_row_bytes: int, counts: RowCounts
 ) -> Iterator[dict[str, Any]]:
-    if not columns:  # the rows are there, the columns are not
-        counts.rows_in += wanted
-        yield from ({} for _ in range(wanted))
+    if not group.columns:  # the rows are there, the columns are not
+        counts.rows_in += group.rows
+        yield from ({} for _ in range(group.rows))
         return
-    size = _batch_rows(file.metadata.row_group(group), columns)
-    batches = file.iter_batches(size, row_groups=[group], columns=columns, use_threads=False)
+    batches = file.iter_batches(
+        group.batch_rows,
+        row_groups=[group.number],
+        columns=list(group.columns),
+        use_threads=False,
+    )
     done = 0
-    while done < wanted:
+    while done < group.rows:
         try:
             batch = next(batches, None)
         except _damage() as error:
             _raise_if_disk(error)
             batch = None
         if batch is None or not batch.num_rows:  # broke off, or holds less than it says
-            counts.lose(wanted - done, "corrupt_parquet")
+            counts.lose(group.rows - done, CORRUPT_PARQUET)
             return
-        batch = batch.slice(0, wanted - done)
+        batch = batch.slice(0, group.rows - done)
         done += batch.num_rows
         counts.rows_in += batch.num_rows
         yield from _rows_of_batch(batch, max_row_bytes, counts)
@@ -132,7 +150,7 @@ def _rows_of_batch(
         except UnicodeDecodeError:
             counts.errors["undecodable"] += 1
         except (ValueError, OverflowError):
-            counts.errors["corrupt_parquet"] += 1
+            counts.errors[CORRUPT_PARQUET] += 1
         else:
             yield row
 
@@ -144,23 +162,11 @@ def _decoded(row: dict[str, Any]) -> dict[str, Any]:
     return row
 
 
-def _batch_rows(group: pq.RowGroupMetaData, columns: list[str]) -> int:
-    """Return how many rows are decoded at once."""
-    chunks = (group.column(k) for k in range(group.num_columns))
-    size_bytes = sum(
-        chunk.total_uncompressed_size
-        for chunk in chunks
-        if chunk.path_in_schema.partition(".")[0] in columns
-    )
-    fitting = int(_BATCH_BYTES * group.num_rows // max(size_bytes, 1))
-    return max(1, min(_BATCH_ROWS, fitting))
-
-
 def _damage() -> tuple[type[Exception], ...]:
     """Return what pyarrow raises where a file is not as it should be."""
     import pyarrow as pa
 
-    return (pa.ArrowException, OSError)
+    return (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError)
 
 
 def _raise_if_disk(error: Exception) -> None:

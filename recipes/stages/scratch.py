@@ -7,19 +7,19 @@ One output directory has one writer at a time, so the next start may wipe what a
 
 from __future__ import annotations
 
-import gzip
 import os
 import shutil
 import stat
 import tempfile
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from recipes.errors import InputError
-from recipes.stages.documents import LocalFile
+from recipes.stages.compression import CORRUPT, unpacked
+from recipes.stages.parquet_slices import bring_parquet
+from recipes.stages.rows import LocalFile
 from recipes.stages.shards import InputSlice, Shard, fingerprint
 from recipes.stages.sources import source_of
 
@@ -47,7 +47,8 @@ class Scratch:
 
         Args:
             shard: Whose input is wanted.
-            front_bytes: Of a slice of JSONL, take only so much from its front, and whole lines.
+            front_bytes: Of a slice of JSONL or Parquet, take only so much from its front, and
+                whole rows.
 
         Raises:
             InputError: An input is gone, cannot be read, or is not what was listed.
@@ -83,30 +84,42 @@ class Scratch:
         try:
             if source.stat(file.url) != (file.size_bytes, file.version):
                 raise InputError(f"{file.url} changed since it was listed; start again")
-            with source.open(file.url) as stored, path.open("wb") as local:
-                try:
-                    for content in self._contents(piece, stored, front_bytes):
-                        local.write(content)
-                    corrupt = False
-                except (gzip.BadGzipFile, EOFError, zlib.error):
-                    corrupt = True  # counted by the reader; what came before is kept
+            with source.open(file.url) as stored:
+                if file.format == "parquet":
+                    return bring_parquet(piece, stored, path, front_bytes)
+                corrupt = self._bring(piece, stored, path, front_bytes)
         except OSError as error:
             raise InputError(f"cannot fetch {file.url}: {error.strerror or error}") from error
-        return LocalFile(path, file.format, corrupt)
+        return LocalFile(path, file.format, corrupt, file.compression)
+
+    def _bring(
+        self, piece: InputSlice, stored: BinaryIO, path: Path, front_bytes: int | None
+    ) -> bool:
+        """Write a slice's bytes to a file, and say whether its archive is corrupt."""
+        with path.open("wb") as local:
+            try:
+                for content in self._contents(piece, stored, front_bytes):
+                    local.write(content)
+            except CORRUPT:
+                return True  # counted by the reader; what came before is kept
+        return False
 
     def _contents(
         self, piece: InputSlice, stored: BinaryIO, front_bytes: int | None
     ) -> Iterator[bytes]:
         """Yield the bytes of a slice: of a text the front, of JSONL all lines that begin in it."""
-        stream = cast(BinaryIO, gzip.GzipFile(fileobj=stored)) if piece.file.gzip else stored
-        if piece.file.format == "text":
+        file = piece.file
+        stream = unpacked(stored, file.compression)
+        if file.format == "text":
             yield from _read(stream, self.max_text_bytes)
             return
         size_bytes = None
-        if not piece.file.gzip:
-            begin, end = line_start(stored, piece.start), line_start(stored, piece.end)
-            size_bytes = end - begin
-            stored.seek(begin)
+        if file.compression is None and file.size_bytes is not None:
+            begin = line_start(stored, piece.start)
+            whole_rest = piece.end == file.size_bytes
+            size_bytes = (piece.end if whole_rest else line_start(stored, piece.end)) - begin
+            if stored.seekable():
+                stored.seek(begin)
         if front_bytes is None or (size_bytes is not None and size_bytes <= front_bytes):
             yield from _read(stream, size_bytes)
         else:

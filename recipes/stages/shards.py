@@ -1,8 +1,8 @@
 """Cutting the inputs into shards: the unit of work, of output, and of resuming.
 
-A shard is a list of slices. A slice is a whole file, or a range of bytes of a large JSONL file;
-a line belongs to the slice in which it begins. The cut depends on the listing and ``shard_bytes``
-only, so every start with the same input finds the same shards.
+A shard is a list of slices. A slice is a whole file, or a range of bytes of a large JSONL or
+Parquet file; a line or a row group belongs to the slice in which it begins. The cut depends on the
+listing and ``shard_bytes`` only, so every start with the same input finds the same shards.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class InputSlice:
 
     @property
     def size_bytes(self) -> int:
-        """Stored size: of a compressed file, its compressed bytes."""
+        """Stored size: of a compressed file, its compressed bytes; assumed where it is unknown."""
         return self.end - self.start
 
     def identity(self) -> dict[str, object]:
@@ -87,10 +87,13 @@ def cut_into_shards(
 
 def _slices(files: Iterable[InputFile], slice_bytes: int) -> Iterator[InputSlice]:
     for file in files:
-        divisible = file.format == "jsonl" and not file.gzip and file.size_bytes > slice_bytes
-        step = slice_bytes if divisible else max(file.size_bytes, 1)
-        for start in range(0, max(file.size_bytes, 1), step):
-            yield InputSlice(file, start, min(start + step, file.size_bytes))
+        # a file of unknown size may hold anything: as far as sizes go, it fills a slice
+        size_bytes = slice_bytes if file.size_bytes is None else file.size_bytes
+        by_rows = file.format in ("jsonl", "parquet") and file.compression is None
+        divided = by_rows and file.divisible and size_bytes > slice_bytes
+        step = slice_bytes if divided else max(size_bytes, 1)
+        for start in range(0, max(size_bytes, 1), step):
+            yield InputSlice(file, start, min(start + step, size_bytes))
 
 
 def fingerprint(content: object) -> str:

@@ -3,8 +3,17 @@
     input.paths → Source.list() → InputFile …           the driver, once
     InputFile   → Source.open() → bytes                 a DownloadStage worker, per shard
 
-A location is a file, a directory, a glob, or ``stdlib://[package]``: the source files of Python's
-standard library, the input that is real and on every machine.
+A location is a file, a directory, a glob, or an address in a store:
+
+    stdlib://[package]                    the source files of Python's standard library: the input
+                                          that is real and on every machine
+    stdlib-qa://[package]                 questions and answers about them     (``questions.py``)
+    s3:// gs://                           objects, prefixes, globs            (``remote.py``)
+    https:// http://                      single files                        (``web.py``)
+    hf://[datasets/]ORG/NAME[@REVISION]   a dataset of the Hugging Face hub, or a path or a glob
+                                          in it                               (``hub.py``)
+
+and any other store that fsspec knows by its scheme.
 """
 
 from __future__ import annotations
@@ -17,7 +26,7 @@ import itertools
 import os
 import sysconfig
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Annotated, BinaryIO, Literal, Protocol
 
@@ -39,7 +48,8 @@ Format = Literal["text", "jsonl", "parquet"]
 #: How a file is packed as a whole; Parquet packs its pages itself.
 Compression = Literal["gzip", "zstd"]
 
-#: How a file is read, by its ending (before ``.gz``). A text is one document, a JSONL line is one.
+#: How a file is read, by its ending (before ``.gz`` or ``.zst``). A text is one document; a line of
+#: JSONL and a row of Parquet are one.
 _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -50,6 +60,7 @@ _FORMAT_OF_SUFFIX: dict[str, Format] = {
     ".rst": "text",
     ".py": "text",
 }
+_COMPRESSION_OF_SUFFIX: dict[str, Compression] = {".gz": "gzip", ".zst": "zstd"}
 
 
 @dataclass(frozen=True)
@@ -73,9 +84,12 @@ class StoredFile:
     url: str
     #: Relative to the location that was asked for, so the same on every machine.
     name: str
-    size_bytes: int
+    #: None: the store does not say.
+    size_bytes: int | None
     #: Another text whenever the content may be another: modification time, etag.
     version: str
+    #: Whether the store hands out parts of it.
+    divisible: bool = field(default=True, kw_only=True)
 
 
 @dataclass(frozen=True)
@@ -83,7 +97,9 @@ class InputFile(StoredFile):
     """A stored file, and how it is to be read."""
 
     format: Format
-    gzip: bool
+    compression: Compression | None
+    #: Of a Parquet file, the columns that are wanted.
+    columns: tuple[str, ...] = field(default=(), kw_only=True)
 
 
 class Source(Protocol):
@@ -96,8 +112,8 @@ class Source(Protocol):
         """
         ...
 
-    def stat(self, url: str) -> tuple[int, str]:
-        """Return size and version of a file now."""
+    def stat(self, url: str) -> tuple[int | None, str]:
+        """Return size, if it is known, and version of a file now."""
         ...
 
     def readable(self, url: str) -> bool:
@@ -105,7 +121,7 @@ class Source(Protocol):
         ...
 
     def open(self, url: str) -> BinaryIO:
-        """Open a file for reading; the reader can seek."""
+        """Open a file for reading; where it is ``seekable()``, the reader can seek."""
         ...
 
 
@@ -230,19 +246,24 @@ def source_of(location: str) -> Source:
     """Return the store that a location or a file's url belongs to.
 
     Raises:
-        InputError: There is no store for this scheme.
+        InputError: There is no store for this scheme, or its package is not installed.
     """
     scheme = location.partition("://")[0] if "://" in location else ""
     if scheme not in _SOURCES:
-        known = ", ".join(f"{name}://" for name in _SOURCES if name)
-        raise InputError(
-            f"input.paths: no store for {scheme}:// ({location}); allowed: paths, globs, {known}"
-        )
+        from recipes.stages.remote import remote_source
+
+        _SOURCES[scheme] = remote_source(scheme, location)
     return _SOURCES[scheme]
 
 
-def list_inputs(settings: InputSettings) -> tuple[InputFile, ...]:
+def list_inputs(
+    settings: InputSettings, columns: Sequence[str] | None = None
+) -> tuple[InputFile, ...]:
     """List every input once, in an order that depends on nothing but the input and the settings.
+
+    Args:
+        settings: What is read.
+        columns: What is wanted of a Parquet file; by default its ``text_field``.
 
     Raises:
         InputError: A location holds nothing, or a file cannot be read or has an unknown ending.
@@ -253,7 +274,9 @@ def list_inputs(settings: InputSettings) -> tuple[InputFile, ...]:
         if not found:
             raise InputError(f"input.paths: nothing to read at {location}")
         for file in found:
-            files.setdefault(file.url, file)
+            wanted = (settings.text_field,) if columns is None else tuple(columns)
+            wanted = wanted if file.format == "parquet" else ()
+            files.setdefault(file.url, replace(file, columns=wanted))
     return tuple(files.values())
 
 
@@ -281,19 +304,26 @@ def _excluded(name: str, patterns: Sequence[str]) -> bool:
 
 def _with_format(stored: StoredFile, by_name: bool, settings: InputSettings) -> InputFile | None:
     """Say how a file is read; None leaves out what lies in a directory with another ending."""
-    name = stored.name.lower()
-    suffix = PurePosixPath(name.removesuffix(".gz")).suffix
+    name = PurePosixPath(stored.name.lower())
+    compression = _COMPRESSION_OF_SUFFIX.get(name.suffix)
+    suffix = name.with_suffix("").suffix if compression else name.suffix
     form = _FORMAT_OF_SUFFIX.get(suffix) if settings.format == "auto" else settings.format
-    if form is None:
+    if form is None or (form == "parquet" and compression):
         if not by_name:
             return None
         raise InputError(
             f"input.paths: cannot tell how to read {stored.url}; known endings: "
-            f"{', '.join(sorted(_FORMAT_OF_SUFFIX))}, each also with .gz; "
-            "or set input.format=text or input.format=jsonl"
+            f"{', '.join(sorted(_FORMAT_OF_SUFFIX))}, all but .parquet also with "
+            f"{' or '.join(_COMPRESSION_OF_SUFFIX)}; or set input.format=text, jsonl or parquet"
         )
     return InputFile(
-        stored.url, stored.name, stored.size_bytes, stored.version, form, name.endswith(".gz")
+        stored.url,
+        stored.name,
+        stored.size_bytes,
+        stored.version,
+        form,
+        compression,
+        divisible=stored.divisible,
     )
 
 
