@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,7 +288,8 @@ def test_a_file_is_a_template(tmp_path: Path) -> None:
         ("broken.jinja", "train", "cannot be used: .*endfor.*, in its line 2"),
         ("tokenizer", "train", "tokenizer.source=train makes one without"),
         ("tokenizer", "bare", "no chat template beside bare"),
-        ("chatml", "damaged", "tokenizer_config.json is no JSON"),
+        ("tokenizer", "damaged", "tokenizer_config.json is no JSON"),
+        ("tokenizer", "gone/tokenizer.json", "gone/tokenizer.json: no such file"),
     ],
 )
 def test_a_template_that_cannot_be_used_is_refused_in_a_sentence(
@@ -305,6 +309,32 @@ def test_a_template_that_cannot_be_used_is_refused_in_a_sentence(
     with pytest.raises(TemplateError, match=message) as refused:
         found(source, tokenizer_source)
     assert len(str(refused.value).splitlines()) == 1
+
+
+OFFLINE = """
+from recipes.errors import TemplateError
+from recipes.sft.chat_template import TemplateSettings, find_template
+try:
+    find_template(TemplateSettings("tokenizer", "2026-01-01"), "nobody/no-such-model", {})
+except TemplateError as error:
+    print(error)
+"""
+
+
+def test_a_hub_that_does_not_answer_is_named(tmp_path: Path) -> None:
+    """A tokenizer's template on the hub needs the hub, and says so in a line."""
+    done = subprocess.run(
+        [sys.executable, "-c", OFFLINE],
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == (
+        "tokenizer.source=nobody/no-such-model: cannot fetch tokenizer_config.json from the Hugging "
+        "Face hub\n"
+    )
 
 
 def test_a_date_that_is_none_is_refused() -> None:

@@ -180,11 +180,11 @@ def find_template(
         raise TemplateError(
             f"template.today={settings.today} is no date; write it as 2026-01-31"
         ) from error
+    if settings.source == "chatml":  # it names no variables, and never asks for the date
+        return TemplateSource(CHATML)
     own = functools.partial(_read_beside, tokenizer_source)
     known = dict(variables) if tokenizer_source == "train" else {**variables, **_special(own)}
-    if settings.source == "chatml":
-        found = TemplateSource(CHATML)
-    elif settings.source == "tokenizer":
+    if settings.source == "tokenizer":
         found = _tokenizers_own(tokenizer_source, own)
     else:
         found = TemplateSource(_read_file(Path(settings.source).expanduser()))
@@ -209,6 +209,8 @@ def _read_beside(tokenizer_source: str, name: str) -> str | None:
     if path.exists():
         beside = (path if path.is_dir() else path.parent) / name
         return beside.read_text(encoding="utf-8") if beside.is_file() else None
+    if tokenizer_source.endswith(".json"):
+        raise TemplateError(f"tokenizer.source={tokenizer_source}: no such file")
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
     from huggingface_hub.errors import LocalEntryNotFoundError as Offline
