@@ -332,8 +332,8 @@ def test_a_hub_that_does_not_answer_is_named(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout == (
-        "tokenizer.source=nobody/no-such-model: cannot fetch tokenizer_config.json from the Hugging "
-        "Face hub\n"
+        "tokenizer.source=nobody/no-such-model: cannot fetch tokenizer_config.json from the "
+        "Hugging Face hub\n"
     )
 
 

@@ -14,9 +14,9 @@ from chat_cases import chat
 
 from recipes.errors import InputError
 from recipes.sft.conversations import ConversationReader, ConversationTexts
-from recipes.sft.data_prep import SplitSettings, split_of
 from recipes.sft.packed_parquet import CompactConversation, write_packs
 from recipes.sft.packing import pack
+from recipes.sft.splits import SplitSettings, split_of
 from recipes.sft.turns import Conversation
 from recipes.stages.questions import questions_about
 from recipes.stages.rows import LocalFile

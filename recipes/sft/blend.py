@@ -5,17 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from recipes.sft.packing import efficiency
+from recipes.sft.splits import SPLITS, split_ending
 from recipes.stages.layout import OutputLayout, write_json
 from recipes.stages.receipts import Receipt
 
-__all__ = ["SPLITS", "split_ending", "write_blend"]
-
-SPLITS = ("train", "valid", "test")
-
-
-def split_ending(split: str) -> str:
-    """Return what follows a shard's name in the name of the file that holds one split of it."""
-    return f".{split}.parquet"
+__all__ = ["write_blend"]
 
 
 def write_blend(

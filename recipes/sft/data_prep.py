@@ -10,39 +10,30 @@
     add up, check, write the blend                                             here again
 
 The same input and settings give the same bytes, however many workers there are. A start after a
-kill makes only the shards that have no valid receipt. Which split a conversation belongs to depends
-on nothing but its own words and ``split``: more input moves nobody, and what is there twice is in
-one split only.
+kill makes only the shards that have no valid receipt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
-import xxhash
 from cosmos_xenna.pipelines.v1 import Resources, Stage, StageSpec, WorkerMetadata
 
-from recipes.cluster import RaySettings
 from recipes.errors import InputError, SettingsError
 from recipes.pipeline import PipelineIdentity
-from recipes.settings import AtLeast, Count, NotEmpty, Text, settings_as_dict
-from recipes.sft.blend import SPLITS, split_ending, write_blend
+from recipes.settings import settings_as_dict
+from recipes.sft.blend import write_blend
 from recipes.sft.chat_encoder import ChatEncoder
-from recipes.sft.chat_template import (
-    TemplateRefusal,
-    TemplateSettings,
-    TemplateSource,
-    find_template,
-)
+from recipes.sft.chat_template import TemplateRefusal, TemplateSource, find_template
 from recipes.sft.conversations import ConversationReader, ConversationTexts
 from recipes.sft.packed_parquet import CompactConversation, write_packs
-from recipes.sft.packing import Algorithm, efficiency, pack
+from recipes.sft.packing import efficiency, pack
+from recipes.sft.settings import ConversationSettings, SftSettings
+from recipes.sft.splits import SPLITS, split_ending, split_of
 from recipes.sft.turns import Conversation, TemplateMismatch
 from recipes.stages.dataset import (
     DataPrepResult,
@@ -59,122 +50,25 @@ from recipes.stages.receipts import Receipt, SplitCounts, WrittenFile, write_rec
 from recipes.stages.rows import LocalFile
 from recipes.stages.scratch import Scratch
 from recipes.stages.shards import Shard, cut_into_shards, fingerprint
-from recipes.stages.sources import InputFile, InputSettings, list_inputs
-from recipes.stages.tokenizer import PreparedTokenizer, TokenizerMaker, TokenizerSettings
+from recipes.stages.sources import InputFile, list_inputs
+from recipes.stages.tokenizer import PreparedTokenizer, TokenizerMaker
 from recipes.terminal import Terminal
-from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings
+from recipes.tracking import TrackedRun
 
 __all__ = [
     "STAGE",
     "PackedSftParquetStage",
+    "SftPlan",
     "SftSettings",
-    "SplitSettings",
     "packs_in_words",
     "plan_data",
     "prepare_data",
-    "split_of",
 ]
 
 #: Changes when the same settings begin to give other bytes; finished shards are then made anew.
 _FORMAT_VERSION = 1
 #: The prefix of all that this part of the recipe logs.
 STAGE = "sft/data_prep"
-
-Share = Annotated[float, AtLeast(0)]
-
-
-@dataclass(frozen=True)
-class ConversationSettings:
-    """What is read, and where in a row the conversation is."""
-
-    paths: Annotated[tuple[str, ...], NotEmpty()]
-    format: Literal["auto", "jsonl", "parquet"]
-    messages_field: Text
-    tools_field: Text
-    exclude: tuple[str, ...]
-    limit_bytes: Count | None
-    shard_bytes: Count
-    max_row_bytes: Count
-
-    def files(self) -> InputSettings:
-        """Return the same as settings of files, rows aside."""
-        return InputSettings(
-            paths=self.paths,
-            format=self.format,
-            text_field=self.messages_field,
-            exclude=self.exclude,
-            limit_bytes=self.limit_bytes,
-            shard_bytes=self.shard_bytes,
-            max_document_bytes=self.max_row_bytes,
-        )
-
-    def reader(self) -> ConversationReader:
-        """Return what reads the conversations of one shard."""
-        return ConversationReader(self.messages_field, self.tools_field, self.max_row_bytes)
-
-
-@dataclass(frozen=True)
-class ChatTokenizerSettings(TokenizerSettings):
-    """Where the tokenizer comes from, and which tokens a template needs of it."""
-
-    special_tokens: tuple[str, ...] | None
-
-
-@dataclass(frozen=True)
-class PackingSettings:
-    """How conversations become packs."""
-
-    pack_size: Count
-    algorithm: Algorithm
-    seed: int
-
-
-@dataclass(frozen=True)
-class SplitSettings:
-    """Which share of the conversations each split gets; only their ratio counts."""
-
-    train: Share
-    valid: Share
-    test: Share
-    seed: int
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How many workers each stage has; null leaves it to xenna's autoscaler."""
-
-    plan: Count | None
-    download: Count | None
-    pack: Count | None
-
-
-@dataclass(frozen=True)
-class SftSettings:
-    """Everything that ``default.yaml`` holds."""
-
-    output_dir: Text
-    overwrite: bool
-    input: ConversationSettings
-    tokenizer: ChatTokenizerSettings
-    template: TemplateSettings
-    packing: PackingSettings
-    split: SplitSettings
-    workers: WorkerSettings
-    ray: RaySettings
-    observability: ObservabilitySettings
-    wandb: WandbSettings
-
-    def idle_keys(self) -> dict[str, str]:
-        """Return the keys that change nothing beside another, each with the other one."""
-        idle: dict[str, str] = {}
-        if not self.tokenizer.trained:
-            trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
-            idle |= dict.fromkeys(trained_only, "tokenizer.source")
-        if self.template.source == "chatml":
-            idle["template.today"] = "template.source"
-        if self.packing.algorithm != "first_fit_shuffle":
-            idle["packing.seed"] = "packing.algorithm"
-        return idle
 
 
 @dataclass(frozen=True)
@@ -313,23 +207,6 @@ class PackedSftParquetStage(Stage[FetchedShard, ShardResult]):  # type: ignore[m
         else:  # nor one that other settings left here
             path.unlink(missing_ok=True)
         return SplitCounts(len(conversations), len(packs), sum(lengths))
-
-
-def split_of(conversation: Conversation, settings: SplitSettings) -> str:
-    """Return the split that a conversation belongs to, by its words and the seed alone."""
-    words = json.dumps(
-        [settings.seed, conversation.messages, conversation.tools],
-        sort_keys=True,
-        ensure_ascii=False,
-        separators=(",", ":"),
-    )
-    shares = [settings.train, settings.valid, settings.test]
-    place = xxhash.xxh3_64_intdigest(words.encode()) / 2**64 * sum(shares)
-    for split, share in zip(SPLITS, shares, strict=True):
-        if place < share:
-            return split
-        place -= share
-    return next(split for split, share in zip(SPLITS, shares, strict=True) if share)
 
 
 def plan_data(settings: SftSettings, layout: OutputLayout, terminal: Terminal) -> SftPlan:
