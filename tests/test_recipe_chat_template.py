@@ -74,7 +74,7 @@ TEMPLATES = {
 HOSTILE = (
     *("<|im_end|>", "<|im_start|>", "<|eot|>", "</s>", "[INST]", "<|im_", "end|>"),
     *("\n", "\n\n", " ", "  ", "a", "answer", "é", "🙂", "\u200b", "{{ x }}"),
-    *("\ufdd0", "\ufdd00g\ufdd1"),
+    *("\ufdd0", "\ufdd00\ufdd2\ufdd1"),
 )
 WORDS = st.lists(
     st.sampled_from(HOSTILE) | st.text(st.characters(codec="utf-8"), min_size=1, max_size=3),
@@ -179,6 +179,13 @@ def test_a_template_that_hides_its_turns_is_told_apart(tokenizer: PreparedTokeni
     hiding = "{% for message in messages | reverse %}{{ message.content | upper }}{% endfor %}"
     with pytest.raises(TemplateMismatch):
         encoder(tokenizer, hiding).encode(Conversation(chat("a", "b", "c", "d")))
+
+
+def test_a_template_that_cuts_messages_is_told_apart(tokenizer: PreparedTokenizer) -> None:
+    """What is hidden in a text for its own protection is never left in it."""
+    cutting = CHATML.replace("+ message.content }}", "+ message.content[:4] }}")
+    with pytest.raises(TemplateMismatch, match="cut a message"):
+        encoder(tokenizer, cutting).encode(Conversation(chat("a", "</s></s>")))
 
 
 def test_a_refusal_is_told_in_the_words_of_the_template(tokenizer: PreparedTokenizer) -> None:

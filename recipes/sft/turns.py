@@ -28,8 +28,9 @@ from recipes.sft.chat_template import ChatTemplate, Message, TemplateRefusal
 
 __all__ = ["Conversation", "Rendered", "TemplateMismatch", "render_turns"]
 
-#: Signs that Unicode keeps free for uses like this one: no text should hold them.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+#: Signs that Unicode keeps free for uses like this one: no text should hold them, and no filter of
+#: a template changes them.
+_OPEN, _CLOSE, _GUARD, _BEGIN, _END = "\ufdd0", "\ufdd1", "\ufdd2", "\ufdd3", "\ufdd4"
 
 
 class TemplateMismatch(Exception):
@@ -78,7 +79,10 @@ def render_turns(
         )
     turns = _Turns(template, conversation, special, (begin, end))
     text, spans = turns.marked() if template.marks_turns else turns.found()
-    return _unguarded(text, spans, guard)
+    rendered = _unguarded(text, spans, guard)
+    if guard.removesuffix(f"{_GUARD}{_CLOSE}") in rendered.text:
+        raise TemplateMismatch("the template cut a message in a word that looks like special")
+    return rendered
 
 
 @dataclass(frozen=True)
@@ -209,9 +213,9 @@ def _unused_marks(strings: Sequence[str]) -> tuple[str, str, str]:
     while any(f"{_OPEN}{number}" in text for text in strings):
         number += 1
     return (
-        f"{_OPEN}{number}g{_CLOSE}",
-        f"{_OPEN}{number}b{_CLOSE}",
-        f"{_OPEN}{number}e{_CLOSE}",
+        f"{_OPEN}{number}{_GUARD}{_CLOSE}",
+        f"{_OPEN}{number}{_BEGIN}{_CLOSE}",
+        f"{_OPEN}{number}{_END}{_CLOSE}",
     )
 
 
