@@ -4,6 +4,7 @@
     ├── SettingsError      a setting is unknown, or its value cannot be used (exit code 2)
     ├── InputError         an input is missing, unreadable, or changed while it was read
     ├── TokenizerError     the tokenizer cannot be loaded or trained
+    ├── TemplateError      the chat template is not there, or cannot be used
     ├── OutputError        the output directory holds something else, or is in use
     ├── ClusterError       the Ray cluster lacks what the pipeline needs
     ├── PipelineError      a stage of the pipeline failed
@@ -23,6 +24,7 @@ __all__ = [
     "PipelineError",
     "RecipeError",
     "SettingsError",
+    "TemplateError",
     "TokenizerError",
     "TrackingError",
 ]
@@ -47,6 +49,10 @@ class InputError(RecipeError):
 
 class TokenizerError(RecipeError):
     """Raised when the tokenizer cannot be loaded, or trained from the input."""
+
+
+class TemplateError(RecipeError):
+    """Raised when there is no chat template, or it cannot be used."""
 
 
 class OutputError(RecipeError):

@@ -7,10 +7,32 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
+from recipes.stages.dataset import DataPrepResult
+from recipes.stages.layout import OutputLayout
 from recipes.stages.receipts import Totals
 from recipes.tracking import TrackedRun
 
-__all__ = ["commands_for_run", "rows_in_words", "run_in_words"]
+__all__ = ["commands_for_run", "data_in_words", "rows_in_words", "run_in_words"]
+
+
+def data_in_words(
+    result: DataPrepResult, layout: OutputLayout, *more: tuple[str, object]
+) -> list[tuple[str, object]]:
+    """Say what data preparation made, in labelled lines, with a recipe's own behind the tokens."""
+    totals = result.totals
+    there = totals.shards - result.shards_made
+    removed = f", {result.shards_removed} outdated removed" if result.shards_removed else ""
+    return [
+        ("rows", rows_in_words(totals)),
+        ("tokens", f"{totals.tokens:,}, vocabulary {result.vocabulary_size:,}"),
+        *more,
+        (
+            "shards",
+            f"{totals.shards:,}: {result.shards_made:,} made now, {there:,} already there{removed}",
+        ),
+        ("bottleneck", result.bottleneck_stage),
+        ("data", layout.blend),
+    ]
 
 
 def rows_in_words(totals: Totals) -> str:

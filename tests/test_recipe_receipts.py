@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from recipes.errors import CountsError, OutputError
+from recipes.pretrain.blend import write_blend
 from recipes.pretrain.indexed_dataset import IndexedDatasetWriter, token_type
 from recipes.stages.layout import OutputLayout, temporary_name, write_whole
 from recipes.stages.manifest import Manifest, claim
 from recipes.stages.receipts import (
     Receipt,
+    SplitCounts,
     add_up,
     matching_receipt,
-    write_blend,
     write_receipt,
 )
 
@@ -44,8 +45,7 @@ def make_shard(layout: OutputLayout, name: str, documents: list[list[int]]) -> R
         rows_filtered={"empty": 2},
         rows_errors={"broken_json": 1},
         tokens=written.tokens,
-        bin=written.bin,
-        idx=written.idx,
+        files={".bin": written.bin, ".idx": written.idx},
     )
     write_receipt(layout, receipt)
     return receipt
@@ -97,6 +97,32 @@ def test_a_damaged_receipt_is_no_receipt(layout: OutputLayout, content: bytes) -
     make_shard(layout, "shard-00000", [[1, 2]])
     layout.receipt("shard-00000").write_bytes(content)
     assert found(layout) is None
+
+
+def test_a_receipt_of_version_1_still_counts(layout: OutputLayout) -> None:
+    """A shard that was finished before receipts had a list of files is finished."""
+    receipt = make_shard(layout, "shard-00000", [[1, 2]])
+    path = layout.receipt("shard-00000")
+    older = json.loads(path.read_text())
+    files = older.pop("files")
+    del older["splits"], older["packing_efficiency"]
+    older |= {"version": 1, "bin": files[".bin"], "idx": files[".idx"]}
+    path.write_text(json.dumps(older))
+    assert found(layout) == receipt
+    cut_off(Path(f"{layout.shard_prefix('shard-00000')}.idx"))
+    assert found(layout) is None
+
+
+def test_splits_hold_every_row_that_was_kept(layout: OutputLayout) -> None:
+    """A conversation that is in no split, or in two, is an error of the recipe."""
+    receipt = make_shard(layout, "shard-00000", [[1], [2]])
+    halves = {"train": SplitCounts(1, 1, 1), "test": SplitCounts(1, 1, 1)}
+    write_receipt(layout, dataclasses.replace(receipt, splits=halves))
+    assert found(layout).splits == halves
+    assert add_up([found(layout)] * 2).splits["train"] == SplitCounts(2, 2, 2)
+    wrong = dataclasses.replace(receipt, splits={**halves, "valid": SplitCounts(1, 1, 1)})
+    with pytest.raises(CountsError, match="2 rows kept, but 1 in train, 1 in test, 1 in valid"):
+        write_receipt(layout, wrong)
 
 
 def test_rows_that_do_not_add_up_get_no_receipt(layout: OutputLayout) -> None:

@@ -20,22 +20,24 @@ from dataclasses import dataclass, replace
 
 from cosmos_xenna.pipelines.v1 import Resources, Stage, StageSpec, WorkerMetadata
 
-from recipes.cluster import RayCluster, RaySettings, ray_cluster
-from recipes.errors import CountsError, InputError
-from recipes.pipeline import PipelineIdentity, run_stages
+from recipes.cluster import RaySettings
+from recipes.pipeline import PipelineIdentity
+from recipes.pretrain.blend import write_blend
 from recipes.pretrain.indexed_dataset import IndexedDatasetWriter, token_type
 from recipes.settings import Count, Text, settings_as_dict
-from recipes.stages.documents import DocumentReader, LocalFile
-from recipes.stages.download import (
-    DownloadStage,
-    FetchedShard,
-    files_on_this_node,
-    remove_scratch_everywhere,
+from recipes.stages.dataset import (
+    DataPrepResult,
+    DatasetPlan,
+    ShardResult,
+    make_dataset,
+    report,
 )
+from recipes.stages.documents import DocumentReader, LocalFile
+from recipes.stages.download import DownloadStage, FetchedShard, files_on_this_node
 from recipes.stages.layout import OutputLayout
 from recipes.stages.manifest import Manifest, claim
 from recipes.stages.plan import PlanStage
-from recipes.stages.receipts import Receipt, Totals, add_up, write_blend, write_receipt
+from recipes.stages.receipts import Receipt, write_receipt
 from recipes.stages.scratch import Scratch
 from recipes.stages.shards import Shard, cut_into_shards, fingerprint
 from recipes.stages.sources import InputSettings, list_inputs
@@ -46,22 +48,15 @@ from recipes.stages.tokenizer import (
     TokenizerSettings,
 )
 from recipes.terminal import Terminal
-from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings, tracked
+from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings
 
-__all__ = [
-    "BinIdxTokenizationStage",
-    "DataPrepResult",
-    "PretrainSettings",
-    "ShardResult",
-    "prepare_data",
-]
+__all__ = ["STAGE", "BinIdxTokenizationStage", "PretrainSettings", "plan_data", "prepare_data"]
 
 #: Changes when the same settings begin to give other bytes; finished shards are then made anew.
 _FORMAT_VERSION = 1
 
-
-#: The prefix of all that this recipe logs.
-_STAGE = "pretrain/data_prep"
+#: The prefix of all that this part of the recipe logs.
+STAGE = "pretrain/data_prep"
 
 
 @dataclass(frozen=True)
@@ -95,28 +90,6 @@ class PretrainSettings:
         if self.input.format == "text":
             idle["input.text_field"] = "input.format"
         return idle
-
-
-@dataclass(frozen=True)
-class ShardResult:
-    """A finished shard, and whether this start made it."""
-
-    receipt: Receipt
-    made_now: bool
-
-
-@dataclass(frozen=True)
-class DataPrepResult:
-    """What came out, for the summary."""
-
-    totals: Totals
-    shards_made: int
-    shards_removed: int
-    duration_s: float
-    vocabulary_size: int
-    bottleneck_stage: str | None
-    run: TrackedRun
-    cluster: RayCluster
 
 
 class BinIdxTokenizationStage(Stage[FetchedShard, ShardResult]):  # type: ignore[misc]
@@ -179,23 +152,20 @@ class BinIdxTokenizationStage(Stage[FetchedShard, ShardResult]):  # type: ignore
             rows_filtered=dict(reader.filtered),
             rows_errors=dict(reader.errors),
             tokens=written.tokens,
-            bin=written.bin,
-            idx=written.idx,
+            files={".bin": written.bin, ".idx": written.idx},
         )
 
 
-def prepare_data(
-    settings: PretrainSettings, layout: OutputLayout, terminal: Terminal
-) -> DataPrepResult:
-    """Make all shards that are missing, and the blend.
+def plan_data(settings: PretrainSettings, layout: OutputLayout, terminal: Terminal) -> DatasetPlan:
+    """List and cut the inputs and make the tokenizer ready, without Ray.
 
     Args:
         settings: What is made, from what.
         layout: The output directory; the caller holds its lock.
-        terminal: Where steps and progress are shown.
+        terminal: Where steps are shown.
 
     Raises:
-        RecipeError: One of its subclasses; a later start goes on where this one ended.
+        RecipeError: One of its subclasses.
     """
     began = time.monotonic()
     terminal.step(f"Listing {', '.join(settings.input.paths)} …")
@@ -203,6 +173,24 @@ def prepare_data(
     shards = cut_into_shards(list_inputs(inputs), inputs.shard_bytes, inputs.limit_bytes)
     scratch = Scratch.of(layout.root, inputs.max_document_bytes + 4)
     tokenizer = _claim_output(settings, layout, scratch, shards, terminal)
+    return DatasetPlan(layout, shards, scratch, tokenizer, "document", began)
+
+
+def prepare_data(
+    settings: PretrainSettings, plan: DatasetPlan, run: TrackedRun, terminal: Terminal
+) -> DataPrepResult:
+    """Make all shards that are missing, and the blend; the Ray cluster is there.
+
+    Args:
+        settings: What is made, from what.
+        plan: What :func:`plan_data` returned for them.
+        run: The W&B run.
+        terminal: Where progress is shown.
+
+    Raises:
+        RecipeError: One of its subclasses; a later start goes on where this one ended.
+    """
+    layout, inputs, tokenizer = plan.layout, settings.input, plan.tokenizer
     settings_fingerprint = fingerprint(
         [
             _FORMAT_VERSION,
@@ -214,54 +202,27 @@ def prepare_data(
     )
     stages = [
         StageSpec(PlanStage(layout.root, settings_fingerprint), settings.workers.plan),
-        StageSpec(DownloadStage(scratch), settings.workers.download),
+        StageSpec(DownloadStage(plan.scratch), settings.workers.download),
         StageSpec(
-            BinIdxTokenizationStage(layout, scratch, inputs, tokenizer, settings_fingerprint),
+            BinIdxTokenizationStage(layout, plan.scratch, inputs, tokenizer, settings_fingerprint),
             settings.workers.tokenize,
         ),
     ]
-    identity = PipelineIdentity(
-        pipeline_kind="pretrain",
-        run_hash=fingerprint(settings_as_dict(settings)),
-        run_dir=str(layout.root),
-        dataset_names=inputs.paths,
+    result = make_dataset(
+        plan,
+        stages,
+        identity=PipelineIdentity(
+            pipeline_kind="pretrain",
+            run_hash=fingerprint(settings_as_dict(settings)),
+            run_dir=str(layout.root),
+            dataset_names=inputs.paths,
+        ),
+        observability=settings.observability,
+        run=run,
+        terminal=terminal,
+        write_blend=lambda receipts: write_blend(layout, receipts, tokenizer.xxh64),
     )
-    terminal.step(f"{len(shards)} shards; starting or joining Ray …")
-    with (
-        ray_cluster(settings.ray) as cluster,
-        tracked(
-            settings.wandb,
-            _STAGE,
-            finish=cluster.started_here,
-            announce=terminal.step,
-        ) as run,
-    ):
-        run.config({_STAGE: settings_as_dict(settings)})
-        try:
-            results, bottleneck = run_stages(
-                shards,
-                stages,
-                identity=identity,
-                observability=settings.observability,
-                run=run,
-                terminal=terminal,
-                unobserved_progress=lambda: [("shards", layout.count_receipts(), len(shards))],
-            )
-        finally:
-            remove_scratch_everywhere(scratch)
-        totals = _checked_totals(shards, results)
-        write_blend(layout, [result.receipt for result in results], tokenizer.xxh64)
-        result = DataPrepResult(
-            totals=totals,
-            shards_made=sum(result.made_now for result in results),
-            shards_removed=_remove_surplus(layout, shards),
-            duration_s=time.monotonic() - began,
-            vocabulary_size=tokenizer.vocabulary_size,
-            bottleneck_stage=bottleneck,
-            run=run,
-            cluster=cluster,
-        )
-        _report(run, result)
+    report(run, result)
     return result
 
 
@@ -280,49 +241,3 @@ def _claim_output(
     tokenizer = maker.prepare(layout, scratch, manifest.tokenizer_xxh64, terminal.step)
     replace(manifest, tokenizer_xxh64=tokenizer.xxh64).write(layout)
     return tokenizer
-
-
-def _checked_totals(shards: tuple[Shard, ...], results: list[ShardResult]) -> Totals:
-    """Add up what all shards hold, after making sure that none is missing or there twice."""
-    expected = sorted(shard.name for shard in shards)
-    found = sorted(result.receipt.shard for result in results)
-    if found != expected:
-        raise CountsError(
-            f"{len(expected)} shards went into the pipeline and {len(found)} came out; "
-            f"missing: {sorted(set(expected) - set(found))[:5]}; please report this"
-        )
-    totals = add_up(result.receipt for result in results)
-    if not totals.rows_kept:
-        raise InputError(
-            f"the input holds no document: {totals.rows_in} rows read, left out: "
-            f"{totals.rows_filtered | totals.rows_errors}"
-        )
-    return totals
-
-
-def _remove_surplus(layout: OutputLayout, shards: tuple[Shard, ...]) -> int:
-    """Remove shards of an earlier, larger input; the blend no longer names them."""
-    surplus = layout.shard_names() - {shard.name for shard in shards}
-    for name in surplus:
-        layout.remove_shard(name)
-    return len(surplus)
-
-
-def _report(run: TrackedRun, result: DataPrepResult) -> None:
-    """Put the totals into the W&B run."""
-    totals = result.totals
-    counts = {
-        "rows_in": totals.rows_in,
-        "rows_kept": totals.rows_kept,
-        "rows_filtered": sum(totals.rows_filtered.values()),
-        "rows_errors": sum(totals.rows_errors.values()),
-        **{f"rows_filtered/{kind}": count for kind, count in totals.rows_filtered.items()},
-        **{f"rows_errors/{kind}": count for kind, count in totals.rows_errors.items()},
-        "tokens": totals.tokens,
-        "size_bytes": totals.size_bytes,
-        "shards": totals.shards,
-        "shards_made": result.shards_made,
-        "duration_s": result.duration_s,
-    }
-    run.log(counts)
-    run.summary(counts)

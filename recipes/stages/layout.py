@@ -1,9 +1,10 @@
 """What lies where in an output directory, and how a file gets there whole.
 
     OUTPUT_DIR/
-      shards/shard-00000.bin  .idx     the tokens, a Megatron indexed dataset per shard
+      shards/shard-00000.*             the tokens, in files of the recipe's kind
       receipts/shard-00000.json        what went into the shard; written last: no receipt, no shard
       tokenizer.json                   the tokenizer that made the tokens
+      chat_template.jinja              the template of its conversations, where it has any
       manifest.json                    the settings that made this directory
       blend.json                       what a training run reads: finished shards and their weights
       logs/                            what Ray and cosmos-xenna had to say
@@ -44,6 +45,11 @@ class OutputLayout:
         return self.root / "tokenizer.json"
 
     @property
+    def chat_template(self) -> Path:
+        """The chat template that the conversations of a fine-tuning dataset went through."""
+        return self.root / "chat_template.jinja"
+
+    @property
     def manifest(self) -> Path:
         """The settings that made this directory."""
         return self.root / "manifest.json"
@@ -69,8 +75,12 @@ class OutputLayout:
         return self.root / "receipts"
 
     def shard_prefix(self, shard: str) -> Path:
-        """The path of a shard without ``.bin`` and ``.idx``, as Megatron names a dataset."""
+        """The path of a shard's files without their endings, as Megatron names a dataset."""
         return self.shards / shard
+
+    def shard_file(self, shard: str, ending: str) -> Path:
+        """One file of a shard."""
+        return self.shards / f"{shard}{ending}"
 
     def receipt(self, shard: str) -> Path:
         """The receipt of a shard."""
@@ -120,7 +130,7 @@ class OutputLayout:
     def shard_names(self) -> set[str]:
         """Return the shards that have a receipt or a data file here."""
         files = [*self.shards.glob("shard-*.*"), *self.receipts.glob("shard-*.json")]
-        return {path.stem for path in files if _TEMPORARY not in path.name}
+        return {path.name.partition(".")[0] for path in files if _TEMPORARY not in path.name}
 
     def count_receipts(self) -> int:
         """Return how many shards have a receipt."""
@@ -128,8 +138,7 @@ class OutputLayout:
 
     def remove_shard(self, shard: str) -> None:
         """Remove a shard: its receipt first, so that it is never counted as done without data."""
-        prefix = self.shard_prefix(shard)
-        for path in (self.receipt(shard), Path(f"{prefix}.bin"), Path(f"{prefix}.idx")):
+        for path in (self.receipt(shard), *self.shards.glob(f"{shard}.*")):
             path.unlink(missing_ok=True)
 
 

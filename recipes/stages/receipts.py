@@ -1,7 +1,7 @@
 """A receipt says that a shard is finished, from what it was made, and where every row went.
 
-It is written last and whole: a shard without a receipt that matches settings, input and both files
-was never finished. The blend is drawn up from receipts alone.
+It is written last and whole: a shard without a receipt that matches settings, input and every file
+was never finished. A recipe's blend is drawn up from receipts alone.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import dataclasses
 import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
@@ -20,18 +20,20 @@ from recipes.stages.layout import OutputLayout, write_json
 
 __all__ = [
     "Receipt",
+    "SplitCounts",
     "Totals",
     "WrittenFile",
     "add_up",
     "check_counts",
     "hash_file",
     "matching_receipt",
-    "write_blend",
     "write_receipt",
 ]
 
-#: Changes when the meaning of a receipt's fields does; older ones then count as not there.
-_VERSION = 1
+#: Changes when a receipt's fields do.
+_VERSION = 2
+#: Version 1 was of the one recipe that there was, and had a field for each of its two files.
+_FILES_OF_VERSION_1 = ("bin", "idx")
 _HASH_CHUNK_BYTES = 1 << 20
 
 
@@ -41,6 +43,20 @@ class WrittenFile:
 
     size_bytes: int
     xxh64: str
+
+
+@dataclass(frozen=True)
+class SplitCounts:
+    """What a shard holds for one split, such as train or valid."""
+
+    rows: int
+    packs: int
+    tokens: int
+
+    def __add__(self, other: SplitCounts) -> SplitCounts:
+        return SplitCounts(
+            self.rows + other.rows, self.packs + other.packs, self.tokens + other.tokens
+        )
 
 
 @dataclass(frozen=True)
@@ -55,9 +71,18 @@ class Receipt:
     rows_filtered: dict[str, int]
     rows_errors: dict[str, int]
     tokens: int
-    bin: WrittenFile
-    idx: WrittenFile
+    #: Every file of the shard, by its ending: what follows the shard's name.
+    files: dict[str, WrittenFile]
+    #: By name, where the rows of a dataset are split: together they hold every row that was kept.
+    splits: dict[str, SplitCounts] = field(default_factory=dict)
+    #: Which share of its packs is filled, 0 to 1; None where nothing is packed.
+    packing_efficiency: float | None = None
     version: int = _VERSION
+
+    @property
+    def size_bytes(self) -> int:
+        """Size of all files."""
+        return sum(file.size_bytes for file in self.files.values())
 
 
 @dataclass(frozen=True)
@@ -71,6 +96,7 @@ class Totals:
     rows_errors: dict[str, int]
     tokens: int
     size_bytes: int
+    splits: dict[str, SplitCounts] = field(default_factory=dict)
 
 
 def write_receipt(layout: OutputLayout, receipt: Receipt) -> None:
@@ -84,8 +110,8 @@ def matching_receipt(
 ) -> Receipt | None:
     """Return the receipt of a finished shard, or None when the shard has to be made.
 
-    A shard counts as finished only if its receipt is of these settings and this input, and both
-    files have the size and the hash that it names.
+    A shard counts as finished only if its receipt is of these settings and this input, and every
+    file has the size and the hash that it names.
     """
     receipt = _read_receipt(layout.receipt(shard))
     if (
@@ -95,26 +121,30 @@ def matching_receipt(
         or receipt.input_fingerprint != input_fingerprint
     ):
         return None
-    prefix = layout.shard_prefix(shard)
-    whole = _is_as_written(Path(f"{prefix}.bin"), receipt.bin) and _is_as_written(
-        Path(f"{prefix}.idx"), receipt.idx
+    whole = all(
+        _is_as_written(layout.shard_file(shard, ending), written)
+        for ending, written in receipt.files.items()
     )
     return receipt if whole else None
 
 
 def check_counts(counted: Receipt | Totals) -> None:
-    """Hold rows in against rows kept, filtered and errors.
+    """Hold rows in against rows kept, filtered and errors, and rows kept against the splits.
 
     Raises:
         CountsError: A row was lost or counted twice.
     """
     filtered, errors = sum(counted.rows_filtered.values()), sum(counted.rows_errors.values())
+    name = counted.shard if isinstance(counted, Receipt) else "all shards"
     if counted.rows_in != counted.rows_kept + filtered + errors:
-        name = counted.shard if isinstance(counted, Receipt) else "all shards"
         raise CountsError(
             f"{name}: {counted.rows_in} rows in, but {counted.rows_kept} kept + {filtered} "
             f"filtered + {errors} errors; please report this"
         )
+    split_rows = {split: counts.rows for split, counts in counted.splits.items()}
+    if split_rows and counted.rows_kept != sum(split_rows.values()):
+        parts = ", ".join(f"{rows} in {split}" for split, rows in split_rows.items())
+        raise CountsError(f"{name}: {counted.rows_kept} rows kept, but {parts}; please report this")
 
 
 def add_up(receipts: Iterable[Receipt]) -> Totals:
@@ -122,9 +152,12 @@ def add_up(receipts: Iterable[Receipt]) -> Totals:
     receipts = list(receipts)
     filtered: Counter[str] = Counter()
     errors: Counter[str] = Counter()
+    splits: dict[str, SplitCounts] = {}
     for receipt in receipts:
         filtered.update(receipt.rows_filtered)
         errors.update(receipt.rows_errors)
+        for name, split in receipt.splits.items():
+            splits[name] = splits.get(name, SplitCounts(0, 0, 0)) + split
     totals = Totals(
         shards=len(receipts),
         rows_in=sum(receipt.rows_in for receipt in receipts),
@@ -132,46 +165,11 @@ def add_up(receipts: Iterable[Receipt]) -> Totals:
         rows_filtered=dict(sorted(filtered.items())),
         rows_errors=dict(sorted(errors.items())),
         tokens=sum(receipt.tokens for receipt in receipts),
-        size_bytes=sum(receipt.bin.size_bytes + receipt.idx.size_bytes for receipt in receipts),
+        size_bytes=sum(receipt.size_bytes for receipt in receipts),
+        splits=splits,
     )
     check_counts(totals)
     return totals
-
-
-def write_blend(layout: OutputLayout, receipts: Iterable[Receipt], tokenizer_xxh64: str) -> None:
-    """Write the blend: every shard that holds documents, weighted by its tokens.
-
-    ``blend`` is the list that Megatron takes, weight and prefix in turn; prefixes are relative to
-    the directory of the file, so that the whole directory can be moved.
-    """
-    filled = sorted(
-        (receipt for receipt in receipts if receipt.rows_kept), key=lambda receipt: receipt.shard
-    )
-    prefixes = [
-        layout.shard_prefix(receipt.shard).relative_to(layout.root).as_posix() for receipt in filled
-    ]
-    content = {
-        "blend": [
-            item
-            for receipt, prefix in zip(filled, prefixes, strict=True)
-            for item in (str(receipt.tokens), prefix)
-        ],
-        "shards": [
-            {
-                "prefix": prefix,
-                "documents": receipt.rows_kept,
-                "tokens": receipt.tokens,
-                "bin_xxh64": receipt.bin.xxh64,
-                "idx_xxh64": receipt.idx.xxh64,
-            }
-            for receipt, prefix in zip(filled, prefixes, strict=True)
-        ],
-        "documents": sum(receipt.rows_kept for receipt in filled),
-        "tokens": sum(receipt.tokens for receipt in filled),
-        "tokenizer": layout.tokenizer.name,
-        "tokenizer_xxh64": tokenizer_xxh64,
-    }
-    write_json(layout.blend, content)
 
 
 def hash_file(path: Path) -> WrittenFile:
@@ -191,12 +189,21 @@ def _read_receipt(path: Path) -> Receipt | None:
         raw = json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-    if not isinstance(raw, Mapping) or raw.get("version") != _VERSION:
+    if not isinstance(raw, Mapping) or raw.get("version") not in (1, _VERSION):
         return None
+    fields = dict(raw)
     try:
-        files = {name: WrittenFile(**raw[name]) for name in ("bin", "idx")}
-        return Receipt(**{**raw, **files})
-    except (TypeError, KeyError):
+        if fields["version"] == 1:
+            files = {f".{name}": fields.pop(name) for name in _FILES_OF_VERSION_1}
+            fields |= {"files": files, "version": _VERSION}
+        fields["files"] = {
+            ending: WrittenFile(**written) for ending, written in fields["files"].items()
+        }
+        fields["splits"] = {
+            name: SplitCounts(**split) for name, split in fields.get("splits", {}).items()
+        }
+        return Receipt(**fields)
+    except (TypeError, KeyError, AttributeError):
         return None
 
 

@@ -7,6 +7,7 @@ A location is a file, a directory, a glob, or an address in a store:
 
     stdlib://[package]                    the source files of Python's standard library: the input
                                           that is real and on every machine
+    stdlib-qa://[package]                 questions and answers about them     (``questions.py``)
     s3:// gs://                           objects, prefixes, globs            (``remote.py``)
     https:// http://                      single files                        (``web.py``)
     hf://[datasets/]ORG/NAME[@REVISION]   a dataset of the Hugging Face hub, or a path or a glob
@@ -19,6 +20,8 @@ from __future__ import annotations
 
 import fnmatch
 import glob
+import gzip
+import io
 import itertools
 import os
 import sysconfig
@@ -29,6 +32,7 @@ from typing import Annotated, BinaryIO, Literal, Protocol
 
 from recipes.errors import InputError
 from recipes.settings import Count, NotEmpty, Text
+from recipes.stages import questions
 
 __all__ = [
     "Compression",
@@ -181,7 +185,61 @@ class StandardLibrarySource(LocalSource):
         yield from ((file, False) for file in self._walk(root, root) if file.name.endswith(".py"))
 
 
-_SOURCES: dict[str, Source] = {"": LocalSource(), "stdlib": StandardLibrarySource()}
+class QuestionSource(StandardLibrarySource):
+    """Conversations about the standard library: of each module a JSONL file, made when it is read.
+
+    A file is listed with the size of the module's source and as packed with gzip, so that it is
+    handed out whole, and listing parses nothing.
+    """
+
+    _scheme = "stdlib-qa://"
+    #: Beside what is no source of the library: its own tests, and what only serves as an example.
+    _left_out = StandardLibrarySource._left_out | {"test", "tests", "idle_test", "turtledemo"}
+
+    def list(self, location: str) -> Iterator[tuple[StoredFile, bool]]:
+        """Yield a file for each public module, or for those of one package: ``stdlib-qa://json``."""
+        top = Path(sysconfig.get_path("stdlib"))
+        root = Path(top, location.removeprefix(self._scheme))
+        found = self._walk(root, top) if root.is_dir() else iter(())
+        if root.with_suffix(".py").is_file():
+            name = root.with_suffix(".py").relative_to(top).as_posix()
+            found = iter([self._stored(root.with_suffix(".py"), name)])
+        for file in found:
+            if file.name.endswith(".py") and not _is_private(file.name):
+                url = f"{self._scheme}{file.name}"
+                yield replace(file, url=url, name=f"{file.name}.jsonl.gz"), False
+
+    def stat(self, url: str) -> tuple[int, str]:
+        """Return the size of a module's source, and its version with that of the questions."""
+        size_bytes, version = super().stat(self._path(url))
+        return size_bytes, f"{version}-{questions.VERSION}"
+
+    def readable(self, url: str) -> bool:
+        """Say whether this process has the permission to read a module's source."""
+        return super().readable(self._path(url))
+
+    def open(self, url: str) -> BinaryIO:
+        """Make the conversations about a module."""
+        module = url.removeprefix(self._scheme).removesuffix(".py").removesuffix("/__init__")
+        source = Path(self._path(url)).read_bytes()
+        rows = questions.questions_about(source, module.replace("/", "."))
+        return io.BytesIO(gzip.compress(rows, compresslevel=1, mtime=0))
+
+    def _path(self, url: str) -> str:
+        # An absolute path, as the walk through the library asks for it, stays as it is.
+        return str(Path(sysconfig.get_path("stdlib"), url.removeprefix(self._scheme)))
+
+
+def _is_private(name: str) -> bool:
+    parts = PurePosixPath(name).with_suffix("").parts
+    return any(part.startswith("_") and part != "__init__" for part in parts)
+
+
+_SOURCES: dict[str, Source] = {
+    "": LocalSource(),
+    "stdlib": StandardLibrarySource(),
+    "stdlib-qa": QuestionSource(),
+}
 
 
 def source_of(location: str) -> Source:

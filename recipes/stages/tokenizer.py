@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
@@ -21,11 +21,20 @@ from recipes.settings import AtLeast, Count, Text
 from recipes.stages.documents import DocumentReader
 from recipes.stages.layout import OutputLayout, write_whole
 from recipes.stages.receipts import hash_file
+from recipes.stages.rows import LocalFile, RowCounts
 from recipes.stages.scratch import Scratch
 from recipes.stages.shards import InputSlice, Shard, fingerprint
 from recipes.stages.sources import InputSettings
 
-__all__ = ["DocumentEncoder", "PreparedTokenizer", "TokenizerMaker", "TokenizerSettings", "load"]
+__all__ = [
+    "DocumentEncoder",
+    "PreparedTokenizer",
+    "TextReader",
+    "TokenizerMaker",
+    "TokenizerSettings",
+    "load",
+    "load_prepared",
+]
 
 #: The trained vocabulary holds the 256 bytes and the end-of-document token at least.
 _SMALLEST_VOCABULARY = 257
@@ -62,6 +71,19 @@ class PreparedTokenizer:
     eod_id: int
 
 
+class TextReader(Protocol):
+    """Reads the texts that a tokenizer is trained from."""
+
+    @property
+    def counts(self) -> RowCounts:
+        """Where the rows went that were read."""
+        ...
+
+    def read(self, file: LocalFile) -> Iterator[str]:
+        """Yield the texts of a file."""
+        ...
+
+
 class DocumentEncoder:
     """Turns texts into token ids, with the end-of-document token behind each.
 
@@ -73,14 +95,8 @@ class DocumentEncoder:
         # One worker is one core; the library would otherwise take all cores for each of them.
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         self._eod_id = tokenizer.eod_id
-        self._tokenizer = load(str(tokenizer.path))
+        self._tokenizer = load_prepared(tokenizer)
         self._tokenizer.encode_special_tokens = True
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
-        if (found := hash_file(tokenizer.path).xxh64) != tokenizer.xxh64:
-            raise TokenizerError(
-                f"{tokenizer.path} changed while the pipeline ran ({found} ≠ {tokenizer.xxh64})"
-            )
 
     def encode(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Yield the token ids of each text; a text without any token gives an empty list."""
@@ -99,7 +115,11 @@ class DocumentEncoder:
 
 @dataclass(frozen=True)
 class TokenizerMaker:
-    """Makes the tokenizer of a dataset, the same one from the same input and settings."""
+    """Makes the tokenizer of a dataset, the same one from the same input and settings.
+
+    A recipe whose rows are no documents says in a subclass how they are read, and which special
+    tokens they need beside the one that ends a document.
+    """
 
     settings: TokenizerSettings
     inputs: InputSettings
@@ -109,16 +129,30 @@ class TokenizerMaker:
         """Return what must be the same for a stored tokenizer to be the one that is wanted."""
         if not self.settings.trained:
             path = _tokenizer_file(self.settings.source)
-            return fingerprint([self.settings.source, path and hash_file(path).xxh64])
+            return fingerprint(
+                [self.settings.source, path and hash_file(path).xxh64, *self.special_tokens()]
+            )
         return fingerprint(
             [
                 self.settings.vocab_size,
                 self.settings.eod_token,
-                self.inputs.text_field,
-                self.inputs.max_document_bytes,
+                *self.special_tokens(),
+                *self.how_texts_are_read(),
                 [[piece.identity(), taken_bytes] for piece, taken_bytes in self._sample()],
             ]
         )
+
+    def special_tokens(self) -> tuple[str, ...]:
+        """Return the tokens that are made special, or added where the tokenizer lacks them."""
+        return ()
+
+    def how_texts_are_read(self) -> list[object]:
+        """Return the settings that decide which texts :meth:`text_reader` gives."""
+        return [self.inputs.text_field, self.inputs.max_document_bytes]
+
+    def text_reader(self) -> TextReader:
+        """Return what reads the texts to train from."""
+        return DocumentReader(self.inputs.text_field, self.inputs.max_document_bytes)
 
     def prepare(
         self,
@@ -143,6 +177,7 @@ class TokenizerMaker:
         if stored_xxh64 is None or not path.is_file() or hash_file(path).xxh64 != stored_xxh64:
             announce(f"{'Training' if self.settings.trained else 'Loading'} the tokenizer …")
             made = self._train(scratch) if self.settings.trained else load(self.settings.source)
+            made.add_special_tokens(list(self.special_tokens()))
             write_whole(path, made.to_str(pretty=True).encode())
         tokenizer = load(str(path))
         vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
@@ -158,21 +193,22 @@ class TokenizerMaker:
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
             vocab_size=self.settings.vocab_size,
-            special_tokens=[self.settings.eod_token],
+            special_tokens=list(dict.fromkeys([self.settings.eod_token, *self.special_tokens()])),
             initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             show_progress=False,
         )
-        reader = DocumentReader(self.inputs.text_field, self.inputs.max_document_bytes)
+        reader = self.text_reader()
         tokenizer.train_from_iterator(self._sampled_texts(reader, scratch), trainer)
-        left_out = reader.filtered + reader.errors
-        if reader.rows_in == left_out.total():
+        counts = reader.counts
+        left_out = counts.filtered + counts.errors
+        if counts.rows_in == left_out.total():
             raise TokenizerError(
-                f"the input holds no document to train a tokenizer from: {reader.rows_in} rows "
+                f"the input holds no document to train a tokenizer from: {counts.rows_in} rows "
                 f"read, left out: {dict(left_out)}"
             )
         return tokenizer
 
-    def _sampled_texts(self, reader: DocumentReader, scratch: Scratch) -> Iterator[str]:
+    def _sampled_texts(self, reader: TextReader, scratch: Scratch) -> Iterator[str]:
         for piece, taken_bytes in self._sample():
             sample = Shard("sample", (piece,))
             for file in scratch.fetch(sample, front_bytes=taken_bytes):
@@ -195,6 +231,22 @@ class TokenizerMaker:
             chosen.append((piece, min(piece.size_bytes, share_bytes)))
             left_bytes -= chosen[-1][1]
         return chosen
+
+
+def load_prepared(tokenizer: PreparedTokenizer) -> Tokenizer:
+    """Load the tokenizer of an output directory, for its tokens alone: no padding, no cutting.
+
+    Raises:
+        TokenizerError: It is not the one that was laid there.
+    """
+    loaded = load(str(tokenizer.path))
+    loaded.no_padding()
+    loaded.no_truncation()
+    if (found := hash_file(tokenizer.path).xxh64) != tokenizer.xxh64:
+        raise TokenizerError(
+            f"{tokenizer.path} changed while the pipeline ran ({found} ≠ {tokenizer.xxh64})"
+        )
+    return loaded
 
 
 def load(source: str) -> Tokenizer:
