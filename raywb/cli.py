@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raywb import __version__
+from raywb.charts.command import charts
 from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
@@ -219,6 +220,7 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
         Console().print(rendered)
 
 
+main.add_command(charts)
 main.add_command(doctor)
 main.add_command(fleet)
 

@@ -378,6 +378,17 @@ def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
     return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
 
 
+def charts_environment(
+    environment: Mapping[str, str], home: str, *, api_key: str, base_url: str
+) -> dict[str, str]:
+    """The environment of the process that saves charts: W&B's package takes its key from there.
+
+    W&B's client keeps below ``home`` whatever it writes.
+    """
+    own = {"WANDB_API_KEY": api_key, "WANDB_BASE_URL": base_url}
+    return fleet_reader_environment(environment, home) | own
+
+
 #: The fleet collector's reader is given its key otherwise, and asks W&B for nothing but runs.
 _NOT_FOR_THE_READER = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", *_NOT_FOR_THE_SINK)
 

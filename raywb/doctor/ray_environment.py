@@ -107,9 +107,9 @@ def _where_to_put(variable: Variable) -> str:
     pair = f"{variable.name}={variable.value}"
     return (
         "where Ray's processes start, on the head and on every worker, and start them again: in "
-        f"cluster.yaml under `docker: run_options` as `--env={pair}`, on Kubernetes in the `env` of "
-        f"each group's container, else `export {pair}` before `ray start`; a runtime_env comes too "
-        "late"
+        f"cluster.yaml under `docker: run_options` as `--env={pair}`, on Kubernetes in the `env` "
+        f"of each group's container, else `export {pair}` before `ray start`; a runtime_env comes "
+        "too late"
     )
 
 
