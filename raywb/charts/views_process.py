@@ -144,9 +144,13 @@ def _merged_panels(there: list[Any], wanted: tuple[Panel, ...]) -> list[Any]:
 
 
 def _shows_the_same(one: Any, other: Any) -> bool:
-    return type(one) is type(other) and all(
-        getattr(one, name) == getattr(other, name) for name in ("x", "y", "metric_regex")
-    )
+    return type(one) is type(other) and _shown(one) == _shown(other)
+
+
+def _shown(plot: Any) -> tuple[Any, ...]:
+    """Axis, metrics and pattern; what was loaded has objects where a new panel has names."""
+    x, *y = (getattr(metric, "name", metric) for metric in (plot.x, *plot.y))
+    return x, y, plot.metric_regex
 
 
 def _plot(panel: Panel) -> Any:
