@@ -13,8 +13,16 @@ from raywb import __version__
 from raywb.doctor import charts, disks, nodes, ray_address, ray_environment, service, wandb_key
 from raywb.doctor.cluster_look import LIMIT_S, look_at_cluster
 from raywb.doctor.findings import Diagnosis, Finding, trouble, warning
-from raywb.doctor.look import ClusterLook, ClusterRequest, DiskLook, WandbLook, WandbRequest
-from raywb.doctor.on_node import PACKAGES, look_at_disk
+from raywb.doctor.look import (
+    ClusterLook,
+    ClusterRequest,
+    DiskLook,
+    Imported,
+    NodeLook,
+    WandbLook,
+    WandbRequest,
+)
+from raywb.doctor.on_node import PACKAGES, look_at_disk, try_imports
 from raywb.doctor.wandb_access import look_at_wandb
 from raywb.errors import RaywbError, SettingsError
 from raywb.settings import Settings, child_environment, resolve
@@ -91,6 +99,7 @@ def examine(
     if look.connected is not None:
         _check_nodes(findings, look)
     else:
+        findings.add("imports", lambda: nodes.check_imports(_imports_here(directory)))
         findings.add("disk", lambda: disks.check_disks({"here": _disks_here(settings)}))
     _check_wandb(findings, look, wandb, settings)
     _check_service(findings, look, environment)
@@ -110,11 +119,10 @@ def _cluster(
     if (finding := ray_address.unreachable(address)) is not None:
         findings.found.append(finding)
         return ClusterLook()
-    recipes = (directory / RECIPES.replace(".", "/")).with_suffix(".py").is_file()
     request = ClusterRequest(
         address=address.text,
         variables=[variable.name for variable in ray_environment.VARIABLES],
-        modules=[*MODULES, *([RECIPES] if recipes else [])],
+        modules=_modules(directory),
         wandb=wandb,
         nodes_limit_s=limit_s / 2,
     )
@@ -156,7 +164,12 @@ def _check_wandb(
     if here is None:
         return
     mode = run.mode if run is not None else settings.mode
-    findings.add(wandb_key.KEY, lambda: wandb_key.check_key(here, head, mode))
+    handed_over = bool(
+        look.status and mode == "online" and look.status.sink.state not in ("no key", "waiting")
+    )
+    findings.add(
+        wandb_key.KEY, lambda: wandb_key.check_key(here, head, mode, handed_over=handed_over)
+    )
     seen: WandbLook = head or here
     place = "from the head node" if head else "from here"
     entity = run.entity if run is not None else settings.entity
@@ -171,6 +184,18 @@ def _check_service(findings: _Findings, look: ClusterLook, environment: Mapping[
         seen = look.head.wandb if look.head else None
         at_server = seen.server.run if seen and seen.server else None
         findings.add(charts.CHECK, lambda: charts.check_charts(status, at_server, environment))
+
+
+def _modules(directory: Path) -> list[str]:
+    """What workers are to import: the recipes too, where they would be started from."""
+    is_there = (directory / RECIPES.replace(".", "/")).with_suffix(".py").is_file()
+    return [*MODULES, *([RECIPES] if is_there else [])]
+
+
+def _imports_here(directory: Path) -> ClusterLook:
+    imports = msgspec.convert(try_imports(_modules(directory)), dict[str, Imported])
+    here = NodeLook(node_id="", name="here", is_head=False, cpus=0, gpus=0, imports=imports)
+    return ClusterLook(nodes=[here])
 
 
 def _disks_here(settings: Settings) -> list[DiskLook]:

@@ -13,6 +13,7 @@ __all__ = [
     "ClusterRequest",
     "Connected",
     "DiskLook",
+    "Imported",
     "KeyLook",
     "Line",
     "NodeLook",
@@ -24,6 +25,10 @@ __all__ = [
     "WandbLook",
     "WandbRequest",
 ]
+
+
+#: A module's version, if it tells one, and why it cannot be imported.
+Imported: TypeAlias = tuple[str | None, str | None]
 
 
 class WandbRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -122,7 +127,7 @@ class NodeLook(msgspec.Struct, frozen=True, kw_only=True):
     hostname: str = ""
     versions: dict[str, str] = {}
     processes: dict[str, dict[str, str | None]] = {}
-    imports: dict[str, tuple[str | None, str | None]] = {}
+    imports: dict[str, Imported] = {}
     disks: list[DiskLook] = []
     autoscales: bool = False
     wandb: WandbLook | None = None

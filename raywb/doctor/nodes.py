@@ -136,8 +136,9 @@ def _versions_of(node: NodeLook) -> dict[str, str]:
 
 
 def check_imports(look: ClusterLook) -> list[Finding]:
-    """Whether a worker on each node can import what it will need there."""
+    """Whether a worker on each node, or without a cluster this Python, can import what it needs."""
     asked = [node for node in look.nodes if node.imports]
+    who = "workers" if look.connected else "this Python"
     failures: dict[tuple[str, str], list[str]] = {}
     for unique, node in _by_name(asked).items():
         for module, (_, error) in node.imports.items():
@@ -145,11 +146,12 @@ def check_imports(look: ClusterLook) -> list[Finding]:
                 failures.setdefault((module, error), []).append(unique)
     if not failures:
         modules = sorted({module for node in asked for module in node.imports})
-        return [well("imports", f"workers can import {', '.join(modules)}")] if asked else []
+        return [well("imports", f"{who} can import {', '.join(modules)}")] if asked else []
     return [
         trouble(
             "imports",
-            f"`import {module}` fails {named(where, len(asked))}: {error}",
+            f"`import {module}` fails "
+            f"{named(where, len(asked)) if look.connected else 'here'}: {error}",
             _import_remedy(module, error),
         )
         for (module, error), where in failures.items()

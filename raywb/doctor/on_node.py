@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["examine", "tell_time"]
+__all__ = ["examine", "look_at_disk", "tell_time", "try_imports"]
 
 #: Packages whose versions are compared.
 PACKAGES = ("ray", "raywb", "wandb", "torch", "cosmos-xenna")
@@ -65,7 +65,7 @@ def examine(request: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     parts: dict[str, Callable[[], Any]] = {
         "versions": _versions,
         "processes": lambda: _processes(session_dir, is_head, request["variables"]),
-        "imports": lambda: _imports(request["modules"]),
+        "imports": lambda: try_imports(request["modules"]),
         "disks": lambda: _disks(session_dir, is_head, request["directory"]),
     }
     if is_head:
@@ -158,7 +158,7 @@ def _autoscales() -> bool:
     return False
 
 
-def _imports(modules: list[str]) -> dict[str, Any]:
+def try_imports(modules: list[str]) -> dict[str, Any]:
     """Each module's version and, if it cannot be imported by a worker here, why."""
     command = [sys.executable, "-c", _IMPORT, json.dumps(sys.path), *modules]
     try:

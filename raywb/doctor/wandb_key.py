@@ -10,7 +10,9 @@ __all__ = ["check_key", "check_server"]
 KEY, SERVER = "W&B key", "W&B server"
 
 
-def check_key(here: WandbLook, head: WandbLook | None, mode: str | None) -> list[Finding]:
+def check_key(
+    here: WandbLook, head: WandbLook | None, mode: str | None, *, handed_over: bool = False
+) -> list[Finding]:
     """Whether the process that needs the key finds one: the service, which runs on the head.
 
     Args:
@@ -18,6 +20,7 @@ def check_key(here: WandbLook, head: WandbLook | None, mode: str | None) -> list
         head: as a process on the head sees it; None without a cluster.
         mode: of the run that there is, or that the environment asks for; None leaves it to the
             key.
+        handed_over: the service has one, whoever gave it.
     """
     looked, place = (here, "here") if head is None else (head, "on the head node")
     if mode in ("offline", "disabled"):
@@ -39,13 +42,14 @@ def check_key(here: WandbLook, head: WandbLook | None, mode: str | None) -> list
                 f"copy it again from {looked.base_url}/authorize (or your server's), and {put}",
             )
         ]
-    if head is not None and here.key is not None:
+    if handed_over or (head is not None and here.key is not None):
+        origin = f"found here in {here.key.origin}" if here.key else "handed over by a driver"
         return [
             warning(
                 KEY,
-                f"found here in {here.key.origin}, not on the head node, where the service runs",
-                "raywb.start() from here hands it over, but a service that is made by an attach(), "
-                f"or started again after its cluster was, has none: {put}",
+                f"{origin}, not on the head node, where the service runs",
+                "raywb.start() hands over the key of its own process, but a service that is made by "
+                f"an attach(), or started again after its cluster was, has none: {put}",
             )
         ]
     found = f"none for {looked.base_url} {place}"
