@@ -39,7 +39,8 @@ from raywb.doctor.look import (
     WandbLook,
     WandbRequest,
 )
-from raywb.doctor.ray_environment import VARIABLES, check_environment
+from raywb.doctor.ray_address import name_address
+from raywb.doctor.ray_environment import VARIABLES, check_environment, check_state_api
 from raywb.doctor.wandb_access import key_problem, look_at_wandb
 from raywb.reports import RunInfo, SinkStatus, SourceStatus, Status
 from raywb.settings import child_environment, process_environment
@@ -109,6 +110,16 @@ def test_a_variable_that_is_missing_is_named_with_its_place() -> None:
         "well",
         name,
     )
+
+
+def test_a_head_that_tells_nobody_of_its_actors() -> None:
+    """Without a dashboard there is no state API, and xenna's monitor fails."""
+    assert check_state_api(cluster(node())) == []
+    connected = Connected(
+        address="x:1", ray_version="2", available_cpus=1, state_api_error="no dashboard"
+    )
+    found = check_state_api(ClusterLook(connected=connected))
+    told(found, "trouble", "no dashboard", "--include-dashboard=true")
 
 
 def test_the_gpu_variable_matters_where_there_are_gpus() -> None:
@@ -401,6 +412,7 @@ def test_the_troubles_of_a_service() -> None:
     sink = SinkStatus(state="retrying", applied_rows=0, restarts=3, last_error="403")
     told(check(sink=sink, backlog_rows=9), "trouble", "9 on the way", "retrying: 403")
     offline = msgspec.structs.replace(status().run, mode="offline")
+    told(check(after_finish_rows=4), "warning", "4 rows came after finish()")
     told(check(run=offline), "warning", "the run is offline", "`raywb sync /d`")
 
 
@@ -408,6 +420,8 @@ def test_why_charts_are_empty() -> None:
     """Another project, no rows at W&B, a run that is not there, a stage without a speed."""
     environment = {"WANDB_PROJECT": "q", "WANDB_ENTITY": "robots"}
     told(charts.check_charts(status(), None, environment), "warning", "WANDB_PROJECT is q here")
+    first = msgspec.structs.replace(status().run, provisional=True)
+    told(charts.check_charts(status(run=first), None, {}), "warning", "before any start()")
     at_server = RunAtServer(known=True, rows=9)
     told(charts.check_charts(status(), at_server, {}), "well", "<stage>/step", "raywb charts")
     told(charts.check_charts(status(), RunAtServer(known=False), {}), "trouble", "knows no run")
@@ -501,10 +515,28 @@ def test_an_address_where_nobody_is() -> None:
     assert f"✗ Ray cluster: nothing answers at 127.0.0.1:{port} (RAY_ADDRESS)" in output
     assert "`unset RAY_ADDRESS`" in output
     assert "W&B key" in output, "the other checks go on"
-    arguments = ("--address", "http://127.0.0.1:8265", "doctor")
+    arguments = ("--address", "http://127.0.0.1:8265", "doctor", "--json")
     code, output = run_doctor(*arguments, WANDB_MODE="offline")
     assert code == 7
-    assert "is where jobs are submitted" in output
+    found = json.loads(output)
+    assert found["version"] == __version__
+    assert "is where jobs are submitted" in found["findings"][0]["found"]
+    assert set(found["findings"][0]) == {"check", "state", "found", "remedy"}
+
+
+@pytest.mark.parametrize(
+    ("option", "variable", "found"),
+    [
+        ("auto", None, "auto"),
+        ("h:1", "g:2", "h:1 (--address)"),
+        ("auto", "g:2", "g:2 (RAY_ADDRESS)"),
+        ("local", "local", "auto"),
+    ],
+)
+def test_which_address_counts(option: str, variable: str | None, found: str) -> None:
+    """The command's, then the environment's; and never one at which Ray would start a cluster."""
+    environment = {"RAY_ADDRESS": variable} if variable else {}
+    assert str(name_address(option, environment)) == found
 
 
 def test_something_else_that_listens_there() -> None:
@@ -519,10 +551,10 @@ def test_something_else_that_listens_there() -> None:
             wandb=WandbRequest(),
         )
         began = time.monotonic()
-        found = look_at_cluster(request, child_environment(process_environment()), limit_s=5.0)
+        found = look_at_cluster(request, child_environment(process_environment()), limit_s=3.0)
     assert time.monotonic() - began < 15
     assert found.connected is None
-    assert found.ended == "no answer within 5 s" or found.refused is not None
+    assert found.ended == "no answer within 3 s" or found.refused is not None
 
 
 def test_a_check_that_fails_says_so_and_stops_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -565,14 +597,3 @@ def test_on_a_terminal_it_is_a_table(tmp_path: Path) -> None:
     lines = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).splitlines()
     assert lines[0].startswith("✗ Ray cluster nothing answers at")
     assert max(map(len, lines)) <= 80
-
-
-def test_json_is_one_object() -> None:
-    """What a script reads has the same findings, and the same exit code."""
-    address = f"127.0.0.1:{closed_port()}"
-    code, output = run_doctor("--address", address, "doctor", "--json", WANDB_MODE="offline")
-    assert code == 7
-    found = json.loads(output)
-    assert found["version"] == __version__
-    assert found["findings"][0]["state"] == "trouble"
-    assert set(found["findings"][0]) == {"check", "state", "found", "remedy"}

@@ -42,6 +42,14 @@ def check_charts(
                     "`raywb finish` lets the next start() open one elsewhere",
                 )
             )
+    if run.provisional and not status.finished:
+        findings.append(
+            warning(
+                CHECK,
+                f"an attach() came before any start(), so the run has the defaults: {page}",
+                'call `raywb.start(project="…")` in the driver before anything attaches',
+            )
+        )
     if at_server is not None:
         findings += _at_server(status, at_server, page)
     if not findings and run.mode == "online" and status.received_rows:

@@ -3,6 +3,9 @@
 This is a process of its own: to an address where nobody answers, ``ray.init`` waits for minutes,
 cannot be interrupted, and may end its process. It reads a :class:`ClusterRequest`, one JSON line,
 from stdin, and writes to stdout what it learns, one JSON line each.
+
+Each node gets two tasks that need no CPU, one after the other: they set the idle time back, once,
+that Ray's autoscaler goes by.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ __all__ = ["main"]
 #: Longest that all clocks may take to be read, in seconds.
 CLOCKS_S = 15.0
 
+#: Longest that Ray's state API may take, in seconds.
+STATE_API_S = 10
+
 
 def main() -> None:
     """Answer one request."""
@@ -50,6 +56,7 @@ def main() -> None:
             address=ray.get_runtime_context().gcs_address,
             ray_version=ray.__version__,
             available_cpus=float(ray.available_resources().get("CPU", 0.0)),
+            state_api_error=_state_api_error(request.address),
         ),
     )
     service = _look_at_service()
@@ -82,6 +89,24 @@ def _kind(name: str, text: str) -> str:
     if "Could not find any running Ray" in text:
         return "none"
     return "several" if "multiple active Ray" in text else "other"
+
+
+def _state_api_error(address: str) -> str | None:
+    """Why Ray's state API gives no answer, or None; from outside it cannot always be reached."""
+    if address.startswith("ray://"):
+        return None
+    import ray
+    from ray.util.state import list_actors
+
+    gcs_address = ray.get_runtime_context().gcs_address
+    try:
+        list_actors(
+            address=gcs_address, limit=1, timeout=STATE_API_S, raise_on_missing_output=False
+        )
+    except Exception as error:  # noqa: BLE001 - whatever it raises, it does not answer
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return lines[0][:200]
+    return None
 
 
 def _look_at_service() -> ServiceLook:

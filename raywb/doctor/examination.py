@@ -126,9 +126,10 @@ def _cluster(
         wandb=wandb,
         nodes_limit_s=limit_s / 2,
     )
+    own = {key: value for key, value in environment.items() if key != "RAY_ADDRESS"}
     look = findings.attempt(
         ray_address.CHECK,
-        lambda: look_at_cluster(request, child_environment(environment), limit_s=limit_s),
+        lambda: look_at_cluster(request, child_environment(own), limit_s=limit_s),
     )
     if look is None:
         return ClusterLook()
@@ -141,6 +142,7 @@ def _cluster(
 def _check_nodes(findings: _Findings, look: ClusterLook) -> None:
     findings.add("nodes", lambda: nodes.check_answers(look))
     findings.add(ray_environment.CHECK, lambda: ray_environment.check_environment(look))
+    findings.add("state API", lambda: ray_environment.check_state_api(look))
     findings.add("CPUs", lambda: nodes.check_cpus(look))
     findings.add("versions", lambda: nodes.check_versions(look, _versions_here()))
     findings.add("imports", lambda: nodes.check_imports(look))

@@ -155,11 +155,12 @@ class ClusterRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Connected(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """There is a cluster."""
+    """There is a cluster; ``state_api_error`` is why it tells nobody of its actors."""
 
     address: str
     ray_version: str
     available_cpus: float
+    state_api_error: str | None = None
 
 
 class NotConnected(msgspec.Struct, frozen=True, kw_only=True, tag=True):

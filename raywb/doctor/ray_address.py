@@ -40,9 +40,10 @@ class Address:
 
 def name_address(option: str | None, environment: Mapping[str, str]) -> Address:
     """Which address counts: the command's, else the environment's, else this machine's."""
-    if option and option != "auto":
+    if option not in (None, "", "auto", "local"):
         return Address(option, "--address")
-    if named := environment.get("RAY_ADDRESS", ""):
+    named = environment.get("RAY_ADDRESS", "")
+    if named not in ("", "auto", "local"):  # ray.init would start a cluster for the last of them
         return Address(named, "RAY_ADDRESS")
     return Address("auto", "")
 

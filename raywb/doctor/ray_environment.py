@@ -11,7 +11,7 @@ from typing import NamedTuple
 from raywb.doctor.findings import Finding, named, trouble, warning, well
 from raywb.doctor.look import ClusterLook, NodeLook
 
-__all__ = ["VARIABLES", "Variable", "check_environment"]
+__all__ = ["VARIABLES", "Variable", "check_environment", "check_state_api"]
 
 CHECK = "environment"
 
@@ -75,6 +75,20 @@ def check_environment(look: ClusterLook) -> list[Finding]:
         names = ", ".join(f"{one.name}={one.value}" for one in VARIABLES)
         findings.append(well(CHECK, f"Ray's own processes have {names}"))
     return findings
+
+
+def check_state_api(look: ClusterLook) -> list[Finding]:
+    """Whether Ray's head tells of its actors, which cosmos-xenna asks for all the time."""
+    if look.connected is None or look.connected.state_api_error is None:
+        return []
+    return [
+        trouble(
+            "state API",
+            f"Ray's state API gives no answer: {look.connected.state_api_error}",
+            "cosmos-xenna's monitor needs it, so a pipeline fails at its start: start the head with "
+            "`ray start --head --include-dashboard=true`, with `pip install 'ray[default]'` there",
+        )
+    ]
 
 
 def _check(variable: Variable, nodes: list[NodeLook], *, is_first: bool) -> Finding | None:

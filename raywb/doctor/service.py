@@ -43,6 +43,7 @@ def check_service(look: ServiceLook) -> list[Finding]:
         _version(status),
         *_problems(status),
         _delivery(status),
+        *_after_finish(status),
         *_sources(status),
         _losses(status),
     ]
@@ -97,6 +98,18 @@ def _delivery(status: Status) -> Finding:
             "`raywb status` names all that is not with W&B, and why",
         )
     return well(DELIVERY, f"{found}, {sink.confirmed_rows} shown by its server")
+
+
+def _after_finish(status: Status) -> list[Finding]:
+    if not status.after_finish_rows:
+        return []
+    return [
+        warning(
+            DELIVERY,
+            f"{counted(status.after_finish_rows, 'row')} came after finish(), and belong to no run",
+            "the next raywb.start() opens a run that takes them",
+        )
+    ]
 
 
 def _sources(status: Status) -> list[Finding]:

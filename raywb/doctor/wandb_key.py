@@ -48,8 +48,8 @@ def check_key(
             warning(
                 KEY,
                 f"{origin}, not on the head node, where the service runs",
-                "raywb.start() hands over the key of its own process, but a service that is made by "
-                f"an attach(), or started again after its cluster was, has none: {put}",
+                "raywb.start() hands over the key of its own process, but a service that is made "
+                f"by an attach(), or started again after its cluster was, has none: {put}",
             )
         ]
     found = f"none for {looked.base_url} {place}"
