@@ -101,7 +101,7 @@ def examine(
     else:
         findings.add("imports", lambda: nodes.check_imports(_imports_here(directory)))
         findings.add("disk", lambda: disks.check_disks({"here": _disks_here(settings)}))
-    _check_wandb(findings, look, wandb, settings)
+    _check_wandb(findings, look, wandb, settings, environment)
     _check_service(findings, look, environment)
     cluster = look.connected.address if look.connected else None
     return Diagnosis(version=__version__, cluster=cluster, findings=findings.found)
@@ -152,7 +152,11 @@ def _check_nodes(findings: _Findings, look: ClusterLook) -> None:
 
 
 def _check_wandb(
-    findings: _Findings, look: ClusterLook, wandb: WandbRequest, settings: Settings
+    findings: _Findings,
+    look: ClusterLook,
+    wandb: WandbRequest,
+    settings: Settings,
+    environment: Mapping[str, str],
 ) -> None:
     run = look.status.run if look.status else None
     head = look.head.wandb if look.head else None
@@ -162,7 +166,7 @@ def _check_wandb(
     asked = wandb
     if head is not None or (run is not None and run.mode != "online"):
         asked = msgspec.structs.replace(wandb, ask_server=False)
-    here = findings.attempt(wandb_key.KEY, lambda: look_at_wandb(asked))
+    here = findings.attempt(wandb_key.KEY, lambda: look_at_wandb(asked, environment))
     if here is None:
         return
     mode = run.mode if run is not None else settings.mode

@@ -85,8 +85,8 @@ def check_state_api(look: ClusterLook) -> list[Finding]:
         trouble(
             "state API",
             f"Ray's state API gives no answer: {look.connected.state_api_error}",
-            "cosmos-xenna's monitor needs it, so a pipeline fails at its start: start the head with "
-            "`ray start --head --include-dashboard=true`, with `pip install 'ray[default]'` there",
+            "cosmos-xenna's monitor needs it, so a pipeline fails at its start: start the head "
+            "with `ray start --head --include-dashboard=true`, after `pip install 'ray[default]'`",
         )
     ]
 

@@ -12,6 +12,7 @@ import json
 import re
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -19,7 +20,7 @@ import msgspec
 from raywb.doctor.look import KeyLook, RunAtServer, ServerLook, WandbLook, WandbRequest
 from raywb.errors import FleetTimeout
 from raywb.fleet.deadline import Deadline, within
-from raywb.settings import DEFAULT_BASE_URL, Settings, locate_api_key, resolve
+from raywb.settings import DEFAULT_BASE_URL, Settings, locate_api_key, process_environment
 
 __all__ = ["key_problem", "look_at_wandb", "look_from_here"]
 
@@ -49,14 +50,20 @@ def look_from_here(request: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-def look_at_wandb(request: WandbRequest) -> WandbLook:
+def look_at_wandb(request: WandbRequest, environment: Mapping[str, str] | None = None) -> WandbLook:
     """Find the key as the service would find it in this process, and ask the server.
 
+    Args:
+        request: what is asked.
+        environment: the process environment by default.
+
     Raises:
-        SettingsError: what this process's environment sets cannot be used.
+        SettingsError: the server's address is none.
     """
-    settings = resolve(Settings(base_url=request.base_url, api_key_file=request.api_key_file))
-    found = locate_api_key(settings)
+    environment = process_environment() if environment is None else environment
+    named = request.base_url or environment.get("WANDB_BASE_URL") or None
+    settings = Settings(base_url=named, api_key_file=request.api_key_file)
+    found = locate_api_key(settings, environment)
     key = KeyLook(origin=found.origin, problem=key_problem(found.text)) if found else None
     base_url = settings.base_url or DEFAULT_BASE_URL
     if not request.ask_server:
