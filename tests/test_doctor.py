@@ -24,6 +24,7 @@ from raywb import __version__
 from raywb.cli import main
 from raywb.doctor import charts, disks, examination, nodes, on_node, service, wandb_key
 from raywb.doctor.cluster_look import look_at_cluster
+from raywb.doctor.cluster_process import refusal
 from raywb.doctor.examination import examine
 from raywb.doctor.findings import Diagnosis, Finding
 from raywb.doctor.look import (
@@ -39,7 +40,7 @@ from raywb.doctor.look import (
     WandbLook,
     WandbRequest,
 )
-from raywb.doctor.ray_address import name_address
+from raywb.doctor.ray_address import check_address, name_address
 from raywb.doctor.ray_environment import VARIABLES, check_environment, check_state_api
 from raywb.doctor.wandb_access import key_problem, look_at_wandb
 from raywb.reports import RunInfo, SinkStatus, SourceStatus, Status
@@ -522,6 +523,28 @@ def test_an_address_where_nobody_is() -> None:
     assert found["version"] == __version__
     assert "is where jobs are submitted" in found["findings"][0]["found"]
     assert set(found["findings"][0]) == {"check", "state", "found", "remedy"}
+
+
+def test_the_reason_lies_behind_what_ray_says() -> None:
+    """Ray says that it failed to connect; that a token was refused led to it (seen with 2.60)."""
+    try:
+        try:
+            raise RuntimeError("RPC error: InvalidAuthToken: missing or incorrect")
+        except RuntimeError as cause:
+            raise ConnectionError("Failed to connect to Ray cluster at h:1") from cause
+    except ConnectionError as error:
+        refused = refusal(error)
+    assert (refused.kind, refused.text) == (
+        "authentication",
+        "Failed to connect to Ray cluster at h:1",
+    )
+    assert refusal(ConnectionError("Could not find any running Ray instance.")).kind == "none"
+    assert refusal(RuntimeError("Version mismatch: The cluster was started")).kind == "version"
+    assert refusal(ConnectionError("Failed to connect")).kind == "other"
+    (found,) = check_address(
+        name_address("h:1", {}), ClusterLook(refused=refused), {}, Path("/nowhere")
+    )
+    told([found], "trouble", "does not let this process in", "RAY_AUTH_MODE is not set here")
 
 
 @pytest.mark.parametrize(

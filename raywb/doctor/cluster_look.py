@@ -23,8 +23,9 @@ __all__ = ["can_reach", "look_at_cluster"]
 #: Longest wait for a connection to an address, in seconds.
 REACH_S = 3.0
 
-#: Longest that Ray may take to connect, in seconds.
-CONNECT_S = 30.0
+#: Longest that Ray may take to connect, in seconds. It tries for 20 before it says that its token
+#: was refused.
+CONNECT_S = 45.0
 
 #: Longest that all of it may take, in seconds.
 LIMIT_S = 120.0

@@ -29,10 +29,13 @@ from raywb.doctor.look import (
 )
 from raywb.errors import RaywbError
 
-__all__ = ["main"]
+__all__ = ["main", "refusal"]
 
 #: Longest that all clocks may take to be read, in seconds.
 CLOCKS_S = 15.0
+
+#: Errors that led to one another, of which Ray tells the last.
+MOST_CAUSES = 10
 
 #: Longest that Ray's state API may take, in seconds.
 STATE_API_S = 10
@@ -75,14 +78,25 @@ def _connect(address: str) -> NotConnected | None:
     try:
         ray.init(address=address, logging_level="error", log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError, OSError, RayError) as error:
-        text = " ".join(str(error).split())[:300]
-        return NotConnected(kind=_kind(type(error).__name__, text), text=text)
+        return refusal(error)
     return None
 
 
-def _kind(name: str, text: str) -> str:
-    """Which of the known troubles it is that Ray describes."""
-    if "uthentication" in name + text or "auth_token" in text or "InvalidAuthToken" in text:
+def refusal(error: BaseException) -> NotConnected:
+    """Which of the known troubles it is that Ray describes, in an error or in what led to it."""
+    text = " ".join(str(error).split())[:300]
+    told, cause = "", error
+    for _ in range(MOST_CAUSES):
+        told += f" {type(cause).__name__}: {cause}"
+        following = cause.__cause__ or cause.__context__
+        if following is None:
+            break
+        cause = following
+    return NotConnected(kind=_kind(told), text=text)
+
+
+def _kind(text: str) -> str:
+    if "AuthenticationError" in text or "InvalidAuthToken" in text:
         return "authentication"
     if "ersion mismatch" in text:
         return "version"
