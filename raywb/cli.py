@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from raywb import __version__
+from raywb.charts.command import charts
+from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
 
@@ -51,7 +53,8 @@ def main(address: str | None) -> None:
     """One W&B run for a whole Ray cluster.
 
     Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 no Ray cluster, 4 no service on it or
-    no answer, 5 rows are not with W&B, 6 a directory is no service's or is in use.
+    no answer, 5 rows are not with W&B, 6 a directory is no service's or is in use, 7 `raywb doctor`
+    found trouble.
     """
     click.get_current_context().obj = address or "auto"
 
@@ -217,6 +220,8 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
         Console().print(rendered)
 
 
+main.add_command(charts)
+main.add_command(doctor)
 main.add_command(fleet)
 
 

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 from urllib.parse import urlsplit
 
 import msgspec
@@ -239,18 +239,37 @@ def as_mapping(cfg: Any) -> Mapping[str, Any]:
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
+class FoundKey(NamedTuple):
+    """W&B's key, and where it was found; what shows it does not show the key."""
+
+    text: str
+    origin: str
+
+    def __repr__(self) -> str:
+        return f"FoundKey({self.origin})"
+
+
 def find_api_key(settings: Settings, environment: Mapping[str, str] | None = None) -> str | None:
     """W&B's key from where W&B's own client looks, or from the file named in the settings.
 
     The order is ``WANDB_API_KEY``, ``settings.api_key_file``, netrc (``NETRC``, ``~/.netrc``,
     ``~/_netrc``) for the server's host name. The value goes to nothing but W&B's client.
     """
+    found = locate_api_key(settings, environment)
+    return found.text if found else None
+
+
+def locate_api_key(
+    settings: Settings, environment: Mapping[str, str] | None = None
+) -> FoundKey | None:
+    """The same, with the place where it was found, as a person would say it."""
     environment = os.environ if environment is None else environment
     if key := environment.get("WANDB_API_KEY"):
-        return key
+        return FoundKey(key, "WANDB_API_KEY")
     if settings.api_key_file:
         path = Path(settings.api_key_file).expanduser()
-        return path.read_text().strip() or None if path.is_file() else None
+        text = path.read_text().strip() if path.is_file() else ""
+        return FoundKey(text, str(path)) if text else None
     host = urlsplit(settings.base_url or DEFAULT_BASE_URL).hostname or ""
     candidates = [environment.get("NETRC"), "~/.netrc", "~/_netrc"]
     for path in (Path(name).expanduser() for name in candidates if name):
@@ -261,7 +280,7 @@ def find_api_key(settings: Settings, environment: Mapping[str, str] | None = Non
         except (netrc.NetrcParseError, OSError):
             continue  # W&B's client passes over it in the same way and looks on
         if entry and entry[2]:
-            return entry[2]
+            return FoundKey(entry[2], f"{path}, for {host}")
     return None
 
 
@@ -347,11 +366,27 @@ def sink_environment(environment: Mapping[str, str], data_dir: str = "") -> dict
     refer, unless the environment names another place.
     """
     kept = {key: value for key, value in environment.items() if key not in _NOT_FOR_THE_SINK}
-    package_root = str(Path(__file__).resolve().parent.parent)
-    paths = [package_root, *filter(None, [environment.get("PYTHONPATH")])]
     if data_dir:
         kept.setdefault("WANDB_DATA_DIR", data_dir)
-    return {**kept, "PYTHONPATH": os.pathsep.join(paths)}
+    return child_environment(kept)
+
+
+def child_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """The environment of a process of raywb's own: ours, with raywb importable."""
+    package_root = str(Path(__file__).resolve().parent.parent)
+    paths = [package_root, *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}
+
+
+def charts_environment(
+    environment: Mapping[str, str], home: str, *, api_key: str, base_url: str
+) -> dict[str, str]:
+    """The environment of the process that saves charts: W&B's package takes its key from there.
+
+    W&B's client keeps below ``home`` whatever it writes.
+    """
+    own = {"WANDB_API_KEY": api_key, "WANDB_BASE_URL": base_url}
+    return fleet_reader_environment(environment, home) | own
 
 
 #: The fleet collector's reader is given its key otherwise, and asks W&B for nothing but runs.

@@ -186,14 +186,20 @@ class RayCluster:
     """
 
     def __init__(
-        self, root: Path, num_cpus: int, journals: str | None = None, *, dashboard: bool = False
+        self,
+        root: Path,
+        num_cpus: int,
+        journals: str | None = None,
+        *,
+        dashboard: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         self.root = root
         self.home = root / "home"
         self.home.mkdir()
         self._drivers: list[Driver] = []
         self._nodes: list[psutil.Popen] = []
-        self._environment = clean_environment(self.home)
+        self._environment = clean_environment(self.home) | dict(environment or {})
         client_port, dashboard_port = _free_port(), _free_port()
         self.dashboard_address = f"http://127.0.0.1:{dashboard_port}"
         self.client_address = f"ray://127.0.0.1:{client_port}"
@@ -213,14 +219,20 @@ class RayCluster:
     @classmethod
     @contextlib.contextmanager
     def start(
-        cls, num_cpus: int = 4, journals: str | None = None, *, dashboard: bool = False
+        cls,
+        num_cpus: int = 4,
+        journals: str | None = None,
+        *,
+        dashboard: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> Iterator[RayCluster]:
         """Start a cluster, and end it with the block; for ``journals`` see :meth:`add_node`.
 
-        ``dashboard`` lets jobs be submitted to it.
+        ``dashboard`` lets jobs be submitted to it; ``environment`` has further variables of all its
+        processes, and of its drivers.
         """
-        cluster = cls._try(num_cpus, journals, dashboard) or cls._try(
-            num_cpus, journals, dashboard, last=True
+        cluster = cls._try(num_cpus, journals, dashboard, environment) or cls._try(
+            num_cpus, journals, dashboard, environment, last=True
         )
         assert cluster is not None
         try:
@@ -230,18 +242,29 @@ class RayCluster:
 
     @classmethod
     def _try(
-        cls, num_cpus: int, journals: str | None, dashboard: bool, *, last: bool = False
+        cls,
+        num_cpus: int,
+        journals: str | None,
+        dashboard: bool,
+        environment: Mapping[str, str] | None,
+        *,
+        last: bool = False,
     ) -> RayCluster | None:
         """A cluster, or None: on a machine that is very busy Ray at times does not come up."""
         # Ray's socket paths have 107 characters at most, so pytest's directories are too deep.
         root = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
         try:
-            return cls(root, num_cpus, journals, dashboard=dashboard)
+            return cls(root, num_cpus, journals, dashboard=dashboard, environment=environment)
         except RayDidNotStart as error:
             if last:
                 raise
             print(f"{error}\nanother try")
             return None
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """The environment of its drivers."""
+        return dict(self._environment)
 
     def add_node(
         self,

@@ -52,8 +52,9 @@ def test_the_public_door_is_complete_and_sorted() -> None:
 
 
 def test_only_the_sink_and_the_hook_touch_wandb() -> None:
-    """Nobody but the sink's process writes with wandb, and the fleet collector's reads."""
+    """Nobody but the processes of sink, fleet collector and charts has to do with wandb."""
     assert importers("wandb") == {
+        "raywb/charts/views_process.py",
         "raywb/fleet/wandb_runs.py",
         "raywb/service/transaction_log.py",
         "raywb/service/wandb_sink.py",

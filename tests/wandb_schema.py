@@ -108,6 +108,7 @@ class Schema:
             ),
             "runs": page_of_runs,
             "artifact": lambda name: self._artifact(self._named(entity, project, name)),
+            "allViews": lambda **asked: _page(self._views(entity, project, **asked)),
             "artifactType": lambda name: None,
             "artifactCollectionMembership": lambda name: None,
         }
@@ -258,11 +259,38 @@ class Schema:
             "updateArtifact": lambda input: {"artifact": {"id": input["artifactID"]}},
             "useArtifact": lambda input: {"artifact": {"id": input["artifactID"]}},
             "stopRun": lambda input: {"success": True},
+            "upsertView": self._upsert_view,
         }
 
     def _upsert_run(self, input: Mapping[str, Any]) -> Node:
         run, inserted = self._store.upsert_run(input)
         return {"bucket": self._run(run), "inserted": inserted}
+
+    def _views(
+        self,
+        entity: str,
+        project: str,
+        viewType: str = "runs",
+        viewName: str | None = None,
+        userName: str | None = None,
+    ) -> list[Node]:
+        return [
+            {
+                "id": one.id,
+                "name": one.name,
+                "displayName": one.display_name,
+                "spec": one.spec,
+            }
+            for one in self._store.views
+            if (one.entity, one.project, one.type) == (entity, project, viewType)
+            and viewName in (None, one.name)
+        ]
+
+    def _upsert_view(self, input: Mapping[str, Any]) -> Node:
+        if self._project(input["projectName"], input["entityName"]) is None:
+            raise QueryError(f"project {input['projectName']} not found")
+        view, inserted = self._store.upsert_view(input)
+        return {"view": {"id": view.id, "name": view.name}, "inserted": inserted}
 
     def _create_run_files(self, input: Mapping[str, Any]) -> Node:
         run = self._store.find_run(input["projectName"], input["entityName"], input["runName"])

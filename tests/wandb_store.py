@@ -170,6 +170,22 @@ class ServerRun:
 
 
 @dataclass
+class ServerView:
+    """One saved view of a project, as `upsertView` has it."""
+
+    id: str
+    entity: str
+    project: str
+    name: str
+    type: str
+    display_name: str
+    #: The JSON text of what is shown.
+    spec: str
+    #: How often it was saved.
+    saved: int = 1
+
+
+@dataclass
 class ServerArtifact:
     """One version of an artifact."""
 
@@ -207,6 +223,8 @@ class Store:
         self.artifacts: list[ServerArtifact] = []
         #: Entity and name of projects that are there without a run.
         self.projects: set[tuple[str, str]] = set()
+        #: Saved views of projects, in the order in which they came.
+        self.views: list[ServerView] = []
         #: What this server does not know: filter keys and orders that it refuses, filter keys
         #: that it passes over, and whether a field of JSON can be asked for some of its keys.
         self.refused: set[str] = set()
@@ -223,6 +241,25 @@ class Store:
             runs = [run for run in self.runs.values() if (run.entity, run.project) == wanted]
             self._of_project[wanted] = (len(self.runs), runs)
         return runs
+
+    def upsert_view(self, given: Mapping[str, Any]) -> tuple[ServerView, bool]:
+        """Make a view, or change the one whose id is given; and whether it was made."""
+        for one in self.views:
+            if one.id == given.get("id"):
+                one.name, one.display_name = given["name"], given["displayName"]
+                one.spec, one.saved = given["spec"], one.saved + 1
+                return one, False
+        view = ServerView(
+            id=f"View:{len(self.views) + 1}",
+            entity=given["entityName"],
+            project=given["projectName"],
+            name=given["name"],
+            type=given["type"],
+            display_name=given["displayName"],
+            spec=given["spec"],
+        )
+        self.views.append(view)
+        return view, True
 
     def find_run(self, project: str, entity: str | None, name: str) -> ServerRun | None:
         """The run of this name, the default entity standing in for none."""

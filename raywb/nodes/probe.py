@@ -25,7 +25,15 @@ from ray.util.scheduling_strategies import (
 from raywb.nodes.node import collect_node_facts
 from raywb.nodes.records import SeenNode
 
-__all__ = ["GROUP_NAME", "ProbeResult", "Tell", "alive_nodes", "look_at_nodes", "probe_nodes"]
+__all__ = [
+    "GROUP_NAME",
+    "Probe",
+    "ProbeResult",
+    "Tell",
+    "alive_nodes",
+    "look_at_nodes",
+    "probe_nodes",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -50,6 +58,9 @@ class ProbeResult(NamedTuple):
 #: Is told each node's result as soon as it is there.
 Tell = Callable[[str, ProbeResult], None]
 
+#: What runs on a node; returns the node's id and what it found there.
+Probe = Callable[[], tuple[str, dict[str, Any]]]
+
 
 def look_at_nodes() -> list[SeenNode]:
     """Every living node, as Ray's control store knows it; no node notices."""
@@ -68,7 +79,14 @@ def look_at_nodes() -> list[SeenNode]:
     ]
 
 
-def probe_nodes(node_ids: Collection[str], timeout_s: float, tell: Tell) -> None:
+def probe_nodes(
+    node_ids: Collection[str],
+    timeout_s: float,
+    tell: Tell,
+    *,
+    probe: Probe | None = None,
+    group_name: str = GROUP_NAME,
+) -> None:
     """Collect the facts of these nodes with a task on each, and tell each node's result once.
 
     One placement group has a bundle on each node, which claims a byte of its memory, so that the
@@ -80,19 +98,24 @@ def probe_nodes(node_ids: Collection[str], timeout_s: float, tell: Tell) -> None
         node_ids: nodes that were alive a moment ago.
         timeout_s: longest that it may take; cold nodes need some seconds to start a worker.
         tell: is told each node's result as soon as it is there, in the calling thread.
+        probe: what runs on each node; by default it collects the node's facts.
+        group_name: the placement group's name. One of that name is removed first, so whoever may
+            probe while the service does takes another.
     """
     deadline = time.monotonic() + timeout_s
-    group, wanted = _reserve(sorted(node_ids), min(RESERVE_S, timeout_s / 3))
+    group, wanted = _reserve(sorted(node_ids), min(RESERVE_S, timeout_s / 3), group_name)
     for node_id in sorted(set(node_ids) - set(wanted)):
         tell(node_id, ProbeResult(None, "the node left before it was probed"))
     try:
-        _collect(_send(wanted, group), deadline, timeout_s, tell)
+        _collect(_send(wanted, group, probe or _probe_here), deadline, timeout_s, tell)
     finally:
         if group is not None:
             remove_placement_group(group)
 
 
-def _reserve(wanted: list[str], timeout_s: float) -> tuple[PlacementGroup | None, list[str]]:
+def _reserve(
+    wanted: list[str], timeout_s: float, group_name: str
+) -> tuple[PlacementGroup | None, list[str]]:
     """A placement group with a bundle on each node, and the nodes that are still there.
 
     A group is made whole or not at all, so it is made again when a node of it has left. None
@@ -100,12 +123,12 @@ def _reserve(wanted: list[str], timeout_s: float) -> tuple[PlacementGroup | None
     """
     deadline = time.monotonic() + timeout_s
     while wanted:
-        _remove_leftover()
+        _remove_leftover(group_name)
         try:
             group = placement_group(
                 [{"memory": 1} for _ in wanted],
                 strategy="PACK",
-                name=GROUP_NAME,
+                name=group_name,
                 bundle_label_selector=[{"ray.io/node-id": node_id} for node_id in wanted],
             )
         except ray.exceptions.RaySystemError as error:
@@ -139,17 +162,17 @@ def _until_ready(
     return False, set()
 
 
-def _remove_leftover() -> None:
+def _remove_leftover(group_name: str) -> None:
     """Remove the group of a service that was killed while it probed."""
     try:
-        leftover = get_placement_group(GROUP_NAME)
+        leftover = get_placement_group(group_name)
     except ValueError:
         return  # there is none
     remove_placement_group(leftover)
 
 
-def _send(wanted: Sequence[str], group: PlacementGroup | None) -> dict[Any, str]:
-    task = ray.remote(_probe_here)
+def _send(wanted: Sequence[str], group: PlacementGroup | None, probe: Probe) -> dict[Any, str]:
+    task = ray.remote(probe)
     pending = {}
     for number, node_id in enumerate(wanted):
         strategy = (
