@@ -31,7 +31,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -186,7 +186,13 @@ class RayCluster:
     """
 
     def __init__(
-        self, root: Path, num_cpus: int, journals: str | None = None, *, dashboard: bool = False
+        self,
+        root: Path,
+        num_cpus: int,
+        journals: str | None = None,
+        *,
+        dashboard: bool = False,
+        prepare_head: Callable[[Path], tuple[Sequence[str], Mapping[str, str]]] | None = None,
     ) -> None:
         self.root = root
         self.home = root / "home"
@@ -202,6 +208,10 @@ class RayCluster:
             *(f"--include-dashboard={dashboard}".lower(), f"--dashboard-port={dashboard_port}"),
             f"--ray-client-server-port={client_port}",
         ]
+        if prepare_head is not None:
+            arguments, environment = prepare_head(root)
+            head += arguments
+            self._environment |= environment
         try:
             said = self._start_node(*head, journals=journals)
         except BaseException:
@@ -213,14 +223,19 @@ class RayCluster:
     @classmethod
     @contextlib.contextmanager
     def start(
-        cls, num_cpus: int = 4, journals: str | None = None, *, dashboard: bool = False
+        cls, num_cpus: int = 4, journals: str | None = None, **options: Any
     ) -> Iterator[RayCluster]:
         """Start a cluster, and end it with the block; for ``journals`` see :meth:`add_node`.
 
-        ``dashboard`` lets jobs be submitted to it.
+        Args:
+            num_cpus: how many the head says that it has.
+            journals: the name of the head's disk.
+            **options: ``dashboard=True`` lets jobs be submitted to it; ``prepare_head`` is called
+                with the cluster's directory, and returns further arguments of ``ray start`` and
+                variables of all processes.
         """
-        cluster = cls._try(num_cpus, journals, dashboard) or cls._try(
-            num_cpus, journals, dashboard, last=True
+        cluster = cls._try(num_cpus, journals, options) or cls._try(
+            num_cpus, journals, options, last=True
         )
         assert cluster is not None
         try:
@@ -230,13 +245,13 @@ class RayCluster:
 
     @classmethod
     def _try(
-        cls, num_cpus: int, journals: str | None, dashboard: bool, *, last: bool = False
+        cls, num_cpus: int, journals: str | None, options: dict[str, Any], *, last: bool = False
     ) -> RayCluster | None:
         """A cluster, or None: on a machine that is very busy Ray at times does not come up."""
         # Ray's socket paths have 107 characters at most, so pytest's directories are too deep.
         root = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
         try:
-            return cls(root, num_cpus, journals, dashboard=dashboard)
+            return cls(root, num_cpus, journals, **options)
         except RayDidNotStart as error:
             if last:
                 raise

@@ -245,7 +245,7 @@ def test_workers_of_each_type_are_what_they_say(aws: dict[str, str], launch: Lau
         for name, value in aws.items():
             patch.setenv(name, value)
         provider = AWSNodeProvider(resolved["provider"], "workers")
-        for name in ("data_prep", "training"):
+        for name in ("data-prep", "training"):
             config = resolved["available_node_types"][name]["node_config"]
             provider.create_node(config, {"ray-user-node-type": name}, 1)
     ec2 = client("ec2", aws)
@@ -257,7 +257,7 @@ def test_workers_of_each_type_are_what_they_say(aws: dict[str, str], launch: Lau
             tags = {tag["Key"]: tag["Value"] for tag in one["Tags"]}
             lifecycle = one.get("InstanceLifecycle", "on demand")
             found[tags["ray-user-node-type"]] = (one["InstanceType"], lifecycle)
-    assert found == {"data_prep": ("m5.4xlarge", "spot"), "training": ("g5.12xlarge", "on demand")}
+    assert found == {"data-prep": ("m5.4xlarge", "spot"), "training": ("g5.12xlarge", "on demand")}
     cpus = {
         one["InstanceType"]: one["VCpuInfo"]["DefaultVCpus"]
         for one in ec2.describe_instance_types(InstanceTypes=["m5.4xlarge", "g5.12xlarge"])[
