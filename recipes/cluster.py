@@ -3,6 +3,8 @@
 A cluster is there when Ray is initialised in this process, when ``RAY_ADDRESS`` names one, or when
 this process is the driver of a Ray job. Otherwise a local one is started that listens on 127.0.0.1
 only, and another cluster that happens to run on the machine is left alone.
+
+A cluster with an autoscaler is asked for the CPUs that are missing, for the time of the recipe.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import psutil
@@ -19,6 +21,7 @@ import ray.util.state
 from ray.exceptions import RayError
 from ray.util.state.exception import RayStateApiException
 
+from recipes.autoscaling import autoscaler_is_there, bring_cpus, release_nodes
 from recipes.errors import ClusterError
 from recipes.local_ray import (
     XENNA_ACTOR_LIMIT,
@@ -49,7 +52,7 @@ _SHUTDOWN_S = 1.0
 
 @dataclass(frozen=True)
 class RaySettings:
-    """How a local cluster is started."""
+    """How a local cluster is started, or how many CPUs an autoscaler is to bring."""
 
     num_cpus: Count | None
     log_to_driver: bool
@@ -65,14 +68,20 @@ class RayCluster:
 
 
 @contextlib.contextmanager
-def ray_cluster(settings: RaySettings) -> Iterator[RayCluster]:
+def ray_cluster(
+    settings: RaySettings, announce: Callable[[str], None] = _log.info
+) -> Iterator[RayCluster]:
     """Connect to the cluster that is there, or start a local one and end it on leaving.
+
+    Args:
+        settings: How many CPUs it is to have.
+        announce: Is told when nodes of an autoscaled cluster are waited for.
 
     Raises:
         ClusterError: The cluster lacks what cosmos-xenna needs; the message says what.
     """
     if ray.is_initialized():
-        with _named_in_environment():
+        with _named_in_environment(), _grown(settings, announce):
             yield _checked(settings, started_here=False)
         return
     started_here = not cluster_is_there()
@@ -85,7 +94,7 @@ def ray_cluster(settings: RaySettings) -> Iterator[RayCluster]:
         what = "start a local Ray cluster" if started_here else "connect to the Ray cluster"
         raise ClusterError(f"cannot {what}: {error}") from error
     try:
-        with _named_in_environment():
+        with _named_in_environment(), _grown(settings, announce):
             yield _checked(settings, started_here)
     finally:
         _shut_down(started_here)
@@ -168,15 +177,43 @@ def _start_local(settings: RaySettings) -> None:
     )
 
 
+@contextlib.contextmanager
+def _grown(settings: RaySettings, announce: Callable[[str], None]) -> Iterator[None]:
+    """Have an autoscaler bring the CPUs that are missing, and let it take them away afterwards."""
+    if not autoscaler_is_there():
+        yield
+        return
+    bring_cpus(settings.num_cpus or 1, announce)
+    # A node that comes has a monitor, too.
+    while (cluster := _described(started_here=False)).num_cpus < _needed(cluster):
+        bring_cpus(_needed(cluster), announce)
+    try:
+        yield
+    finally:
+        try:
+            release_nodes()
+        except CLUSTER_GONE as error:
+            _log.warning("cannot tell the autoscaler that the nodes may go: %s", error)
+
+
+def _described(started_here: bool) -> RayCluster:
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    return RayCluster(started_here, int(ray.cluster_resources().get("CPU", 0)), len(nodes))
+
+
+def _needed(cluster: RayCluster) -> int:
+    return cluster.nodes + _PIPELINE_CPUS
+
+
 def _checked(settings: RaySettings, started_here: bool) -> RayCluster:
     """Describe the cluster, after making sure that the pipeline can run on it."""
-    nodes = [node for node in ray.nodes() if node["Alive"]]
-    cluster = RayCluster(started_here, int(ray.cluster_resources().get("CPU", 0)), len(nodes))
-    if not started_here and settings.num_cpus is not None:
+    cluster, autoscaled = _described(started_here), autoscaler_is_there()
+    if not started_here and not autoscaled and settings.num_cpus is not None:
         raise ClusterError(
-            "ray.num_cpus has no effect here, because there is a Ray cluster already; leave it out"
+            "ray.num_cpus has no effect here, because there is a Ray cluster already, and no "
+            "autoscaler that could bring more; leave it out"
         )
-    needed = len(nodes) + _PIPELINE_CPUS
+    needed = _needed(cluster)
     if cluster.num_cpus < needed:
         raise ClusterError(
             f"the Ray cluster has {cluster.num_cpus} CPUs, and the pipeline needs {needed}: one "

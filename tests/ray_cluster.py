@@ -31,7 +31,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -193,6 +193,7 @@ class RayCluster:
         *,
         dashboard: bool = False,
         environment: Mapping[str, str] | None = None,
+        prepare_head: Callable[[Path], tuple[Sequence[str], Mapping[str, str]]] | None = None,
     ) -> None:
         self.root = root
         self.home = root / "home"
@@ -208,6 +209,10 @@ class RayCluster:
             *(f"--include-dashboard={dashboard}".lower(), f"--dashboard-port={dashboard_port}"),
             f"--ray-client-server-port={client_port}",
         ]
+        if prepare_head is not None:
+            arguments, variables = prepare_head(root)
+            head += arguments
+            self._environment |= variables
         try:
             said = self._start_node(*head, journals=journals)
         except BaseException:
@@ -219,20 +224,20 @@ class RayCluster:
     @classmethod
     @contextlib.contextmanager
     def start(
-        cls,
-        num_cpus: int = 4,
-        journals: str | None = None,
-        *,
-        dashboard: bool = False,
-        environment: Mapping[str, str] | None = None,
+        cls, num_cpus: int = 4, journals: str | None = None, **options: Any
     ) -> Iterator[RayCluster]:
         """Start a cluster, and end it with the block; for ``journals`` see :meth:`add_node`.
 
-        ``dashboard`` lets jobs be submitted to it; ``environment`` has further variables of all its
-        processes, and of its drivers.
+        Args:
+            num_cpus: how many the head says that it has.
+            journals: the name of the head's disk.
+            **options: ``dashboard=True`` lets jobs be submitted to it; ``environment`` has further
+                variables of all its processes and of its drivers; ``prepare_head`` is called
+                with the cluster's directory, and returns further arguments of ``ray start`` and
+                variables of all processes.
         """
-        cluster = cls._try(num_cpus, journals, dashboard, environment) or cls._try(
-            num_cpus, journals, dashboard, environment, last=True
+        cluster = cls._try(num_cpus, journals, options) or cls._try(
+            num_cpus, journals, options, last=True
         )
         assert cluster is not None
         try:
@@ -242,19 +247,13 @@ class RayCluster:
 
     @classmethod
     def _try(
-        cls,
-        num_cpus: int,
-        journals: str | None,
-        dashboard: bool,
-        environment: Mapping[str, str] | None,
-        *,
-        last: bool = False,
+        cls, num_cpus: int, journals: str | None, options: dict[str, Any], *, last: bool = False
     ) -> RayCluster | None:
         """A cluster, or None: on a machine that is very busy Ray at times does not come up."""
         # Ray's socket paths have 107 characters at most, so pytest's directories are too deep.
         root = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
         try:
-            return cls(root, num_cpus, journals, dashboard=dashboard, environment=environment)
+            return cls(root, num_cpus, journals, **options)
         except RayDidNotStart as error:
             if last:
                 raise
