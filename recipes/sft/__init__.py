@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: ``data_prep`` packs conversations into Parquet (see ``__main__``)."""
