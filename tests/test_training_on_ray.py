@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no torch")
-
 from ray_cluster import RayCluster, until
 from training_case import write_data, write_packs
 from wandb_file import WandbRun, read_runs
 
 from recipes.training.checkpoints import CheckpointFolder
+
+pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no torch")
 
 STEPS = 60
 

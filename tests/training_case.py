@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import random
 import sys
@@ -113,10 +112,9 @@ def packs(count: int, seed: int) -> list[tuple[list[int], list[int], list[int]]]
     found = []
     texts = documents(2 * count, seed)
     for first, second in zip(texts[::2], texts[1::2], strict=True):
-        halves = (
-            [0] * (len(one) // 2) + [1] * (len(one) - len(one) // 2) for one in (first, second)
-        )
-        mask = list(itertools.chain(*halves))
+        mask = [
+            int(place >= len(text) // 2) for text in (first, second) for place in range(len(text))
+        ]
         found.append((first + second, mask, [0, len(first)]))
     return found
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ __all__ = ["Checkpoint", "CheckpointFolder", "Losses", "Standing", "write_flushe
 
 _VERSION = 1
 _NAME = "step-{:08d}"
-_PATTERN = "step-????????*"
+_PATTERN = re.compile(r"step-(\d{8,})")
 _NOTE = "checkpoint.json"
 
 #: What Ray Train remembers of an earlier start; it refuses to begin if that is damaged.
@@ -130,7 +131,7 @@ class CheckpointFolder:
 
     def newest(self) -> Checkpoint | None:
         """Return the whole checkpoint of the highest step."""
-        for path in sorted(self.root.glob(_PATTERN), reverse=True):
+        for path in reversed(self._paths()):
             if (checkpoint := read_checkpoint(path)) is not None:
                 return checkpoint
         return None
@@ -178,7 +179,7 @@ class CheckpointFolder:
 
     def keep_last(self, count: int) -> None:
         """Remove all but the newest ones."""
-        for path in sorted(self.root.glob(_PATTERN))[:-count]:
+        for path in self._paths()[:-count]:
             shutil.rmtree(path, ignore_errors=True)
 
     def prepare(self) -> None:
@@ -203,10 +204,19 @@ class CheckpointFolder:
             TrainingError: One cannot be removed.
         """
         try:
-            for path in self.root.glob(_PATTERN):
+            for path in self._paths():
                 shutil.rmtree(path)
         except OSError as error:
-            raise TrainingError(f"cannot remove the checkpoint {path}: {error}") from error
+            raise TrainingError(f"cannot remove a checkpoint: {error}") from error
+
+    def _paths(self) -> list[Path]:
+        """Return what has a checkpoint's name, the highest step last."""
+        found = {
+            int(match[1]): path
+            for path in self.root.glob("step-*")
+            if (match := _PATTERN.fullmatch(path.name))
+        }
+        return [found[step] for step in sorted(found)]
 
     def tell_progress(self, step: int) -> None:
         """Say how far the training is; nobody depends on it."""

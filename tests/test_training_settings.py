@@ -1,0 +1,118 @@
+"""What does not fit together is refused before any work, and a missing torch is told in time."""
+
+from __future__ import annotations
+
+import dataclasses
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+from ray.train.v2.api.exceptions import WorkerGroupError
+from training_case import settings
+
+from recipes.errors import SettingsError, TrackingError, TrainingError
+from recipes.run_record import RunFile, RunRecord
+from recipes.settings import load_settings, settings_as_dict
+from recipes.stages.layout import write_json
+from recipes.training.launch import _in_words
+from recipes.training.settings import PretrainTrainSettings, is_training_wanted
+
+
+@pytest.fixture
+def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python finds no torch; all else as it is."""
+    import importlib.util
+
+    find = importlib.util.find_spec
+
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        return None if name == "torch" else find(name, package)
+
+    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+
+
+@pytest.mark.usefixtures("without_torch")
+def test_without_torch_training_is_left_out_and_told() -> None:
+    """Left to the recipe, one sentence says what to install; asked for by name, it is an error."""
+    said: list[str] = []
+    assert not is_training_wanted(settings(enabled=None), said.append)
+    assert len(said) == 1
+    assert "torch cannot be imported here" in said[0]
+    assert "pip install 'raywb[train]'" in said[0]
+    with pytest.raises(SettingsError, match=r"train.enabled=true needs torch.*raywb\[train\]"):
+        is_training_wanted(settings(enabled=True), said.append)
+    assert not is_training_wanted(settings(enabled=False), said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"heads": 3}}, r"hidden_size=32 must be a multiple of twice .*heads=3"),
+        ({"model": {"heads": 32}}, r"hidden_size=32 must be a multiple of twice"),
+        ({"batch_size": 9}, r"batch_size=9 must be a multiple of the number of workers.* 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_the_start(changes: dict, message: str) -> None:
+    """Both keys are named with their values."""
+    with pytest.raises(SettingsError, match=message):
+        is_training_wanted(settings(**changes), print)
+
+
+def test_values_out_of_range_are_refused_by_name(tmp_path: Path) -> None:
+    """Rates are above 0, shares at most a half; the message says what is allowed."""
+
+    def refused(**changes: object) -> str:
+        section = settings_as_dict(settings()) | changes
+        write_json(tmp_path / "default.yaml", section)
+        with pytest.raises(SettingsError) as error:
+            load_settings(PretrainTrainSettings, tmp_path, "default")
+        return str(error.value)
+
+    assert "validation_share=0.6" in (said := refused(validation_share=0.6))
+    assert "from 0 to 0.5" in said
+    rates = settings_as_dict(settings().optimizer)
+    assert "optimizer.learning_rate=0" in (
+        said := refused(optimizer={**rates, "learning_rate": 0.0})
+    )
+    assert "above 0" in said
+    assert "checkpoints.artifacts" in refused(
+        checkpoints={"every_steps": 1, "keep_last": 1, "artifacts": "some"}
+    )
+
+
+def test_a_failed_worker_is_told_in_its_own_words() -> None:
+    """The cause, not what the ranks said whose connection to the failed one broke."""
+    of_rank_1 = ValueError("token 70000 is not in the vocabulary")
+    failures = {0: RuntimeError("[gloo/transport] Connection closed by peer"), 1: of_rank_1}
+    told = _in_words(WorkerGroupError("two workers", failures))
+    assert isinstance(told, TrainingError)
+    assert str(told) == (
+        "training worker 1 failed: ValueError: token 70000 is not in the vocabulary"
+    )
+    own = TrainingError("the gradient is nan at step 7")
+    assert _in_words(WorkerGroupError("", {0: own, 1: own})) is own
+    assert "no reason given" in str(_in_words(WorkerGroupError("", {0: OSError()})))
+
+
+RECORD = RunRecord("p", "r1", "p-orchestrator", "offline", "/nowhere", group="g")
+
+
+def test_a_run_file_that_others_settings_contradict_is_told(tmp_path: Path) -> None:
+    """Another project, mode or group than the training's run has: refused, with both values."""
+    file = RunFile(tmp_path / "run.json", resume=True)
+    assert file.settings_for({"project": "p"}, print) == {"project": "p"}
+    write_json(file.path, dataclasses.asdict(RECORD))
+    for chosen, told in (
+        ({"project": "q"}, "project is 'p', not 'q'"),
+        ({"mode": "online"}, "mode is 'offline', not 'online'"),
+        ({"group": ""}, "group is 'g', not ''"),
+    ):
+        with pytest.raises(TrackingError, match=told):
+            file.settings_for(chosen, print)
+    anew = dataclasses.replace(file, resume=False)
+    assert anew.settings_for({"project": "q"}, print) == {"project": "q"}
+    assert file.settings_for({"mode": "disabled"}, print) == {"mode": "disabled"}
+    file.path.write_text("{")
+    with pytest.raises(TrackingError, match=r"run\.json cannot be read"):
+        file.settings_for({}, print)
