@@ -119,11 +119,11 @@ def measure(directory: Path, *, quick: bool) -> list[Line]:
         Line(
             "training with raywb attached",
             f"{statistics.mean(rates[True]):.2f} steps/s, without: "
-            f"{statistics.mean(rates[False]):.2f}; ratio {ratio:.3f} ({min(ratios):.3f} to {max(ratios):.3f} over {pairs} pairs), of "
-            f"the steps' medians {of_medians:.3f}",
+            f"{statistics.mean(rates[False]):.2f}; ratio {ratio:.3f} (pairs: {min(ratios):.3f} to "
+            f"{max(ratios):.3f}), of the steps' medians {of_medians:.3f}",
             f"wanted: at least {WANTED:g}",
-            f"2 workers on {os.cpu_count()} cores, {steps} steps of "
-            f"{statistics.mean(medians[False]) * 1000:.0f} ms a round; service and W&B's client on "
+            f"2 workers on {os.cpu_count()} cores, {pairs} pairs of rounds, {steps} steps of "
+            f"{statistics.mean(medians[False]) * 1000:.0f} ms each; service and W&B's client on "
             "the same cores",
             ratio >= WANTED,
         )
