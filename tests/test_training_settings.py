@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import textwrap
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
@@ -10,12 +12,13 @@ import pytest
 from ray.train.v2.api.exceptions import WorkerGroupError
 from training_case import settings
 
+import recipes.training
 from recipes.errors import SettingsError, TrackingError, TrainingError
 from recipes.run_record import RunFile, RunRecord
 from recipes.settings import load_settings, settings_as_dict
 from recipes.stages.layout import write_json
 from recipes.training.launch import _in_words
-from recipes.training.settings import PretrainTrainSettings, is_training_wanted
+from recipes.training.settings import PretrainTrainSettings, TrainSettings, is_training_wanted
 
 
 @pytest.fixture
@@ -50,6 +53,10 @@ def test_without_torch_training_is_left_out_and_told() -> None:
     [
         ({"model": {"heads": 3}}, r"hidden_size=32 must be a multiple of twice .*heads=3"),
         ({"model": {"heads": 32}}, r"hidden_size=32 must be a multiple of twice"),
+        (
+            {"checkpoints": {"artifacts": "best"}, "validation": {"every_steps": None}},
+            r"artifacts=best needs validation, which .*every_steps=null turns off",
+        ),
         ({"batch_size": 9}, r"batch_size=9 must be a multiple of the number of workers.* 2"),
     ],
 )
@@ -57,6 +64,22 @@ def test_what_does_not_fit_is_refused_at_the_start(changes: dict, message: str) 
     """Both keys are named with their values."""
     with pytest.raises(SettingsError, match=message):
         is_training_wanted(settings(**changes), print)
+
+
+def test_the_settings_of_the_readme_can_be_used(tmp_path: Path) -> None:
+    """Each default names every key and no other; each tiny one changes some of them."""
+    text = (Path(recipes.training.__file__).parent / "README.md").read_text()
+    sections = re.findall(r"```yaml\ntrain:\n(.*?)```", text, flags=re.DOTALL)
+    kinds = (PretrainTrainSettings, PretrainTrainSettings, TrainSettings, TrainSettings)
+    steps = []
+    for kind, name, section in zip(kinds, ("default", "tiny") * 2, sections, strict=True):
+        (tmp_path / f"{name}.yaml").write_text(textwrap.dedent(section))
+        wanted = load_settings(kind, tmp_path, name)
+        assert is_training_wanted(wanted, print)
+        assert wanted.idle_keys() == {}
+        steps.append(wanted.steps)
+    assert steps[0] > steps[1]
+    assert steps[2] > steps[3]
 
 
 def test_values_out_of_range_are_refused_by_name(tmp_path: Path) -> None:

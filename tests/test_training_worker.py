@@ -179,6 +179,16 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path, train: Train) -> No
         train(other, windows(other), settings(steps=1, init_from=str(tmp_path)))
 
 
+def test_the_best_weights_have_a_checkpoint_of_their_own(tmp_path: Path, train: Train) -> None:
+    """With artifacts=best, one is written whenever a validation is better than all before it."""
+    layout = write_data(tmp_path)
+    kept = {"every_steps": 100, "keep_last": 9, "artifacts": "best"}
+    wanted = settings(steps=14, validation={"every_steps": 4}, checkpoints=kept)
+    folder = train(layout, windows(layout), wanted)
+    found = [folder.of_step(step).standing.losses for step in (4, 8, 12, 14)]
+    assert all(one.validation == one.best_validation for one in found)
+
+
 def test_a_gradient_that_is_no_number_ends_the_training(tmp_path: Path, train: Train) -> None:
     """It is said at which step, and what helps; the checkpoint before it is kept."""
     layout = write_data(tmp_path)

@@ -265,8 +265,8 @@ def _fit(task: TrainingTask, workers: _Workers, layout: OutputLayout) -> None:
 def _interruptible(fit: Callable[[], object]) -> None:
     """Call Ray Train so that Ctrl-C is a KeyboardInterrupt, as everywhere.
 
-    Why: its own handler ends the training and then leaves the process with success, and it stays
-    in place when the training is over (seen with 2.60).
+    Why: its own handler ends the training and then leaves the process, and it stays in place when
+    the training is over (seen with 2.60).
     """
     if threading.current_thread() is not threading.main_thread():
         fit()
@@ -275,7 +275,7 @@ def _interruptible(fit: Callable[[], object]) -> None:
     try:
         fit()
     except SystemExit as error:
-        if error.code:  # SIGTERM, as Ray answers it
+        if error.code == signal.SIGTERM:  # as Ray answers it
             raise
         raise KeyboardInterrupt from None
     finally:

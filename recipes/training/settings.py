@@ -127,8 +127,19 @@ class TrainSettings:
                 f"train.model.hidden_size={model.hidden_size} must be a multiple of twice "
                 f"train.model.heads={model.heads}: each head turns pairs of values by position"
             )
+        if self.checkpoints.artifacts == "best" and self.validation.every_steps is None:
+            raise SettingsError(
+                "train.checkpoints.artifacts=best needs validation, which "
+                "train.validation.every_steps=null turns off"
+            )
         if self.workers is not None:
             self.check_workers(self.workers)
+
+    def idle_keys(self) -> dict[str, str]:
+        """Return the keys that change nothing beside another, each with the other one."""
+        if self.validation.every_steps is None:
+            return {"train.validation.batches": "train.validation.every_steps"}
+        return {}
 
     def check_workers(self, workers: int) -> None:
         """Refuse a number of workers that cannot share a batch evenly."""

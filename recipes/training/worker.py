@@ -113,13 +113,17 @@ class _Worker:
         for step in range(self._standing.step + 1, settings.steps + 1):
             is_last = step == settings.steps
             self._train(step)
-            better = False
-            every = settings.validation.every_steps
-            if every is not None and self._validation.size and (step % every == 0 or is_last):
-                better = self._validate(step)
-            if step % settings.checkpoints.every_steps == 0 or is_last:
+            better = self._validate(step) if self._validates(step) else False
+            to_be_kept = better and settings.checkpoints.artifacts == "best"
+            if to_be_kept or step % settings.checkpoints.every_steps == 0 or is_last:
                 self._save(better=better, is_last=is_last)
             self._tell_progress(step)
+
+    def _validates(self, step: int) -> bool:
+        every = self._settings.validation.every_steps
+        if every is None or not self._validation.size:
+            return False
+        return step % every == 0 or step == self._settings.steps
 
     def _describe(self) -> None:
         self._log.config(
