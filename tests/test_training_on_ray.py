@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from ray_cluster import RayCluster, until
 from training_case import write_data, write_packs
@@ -143,3 +144,37 @@ def check_sft(run: WandbRun, pretrained: WandbRun) -> None:
     assert rows[-1]["loss"] < rows[0]["loss"]
     assert [row["step"] for row in rows_of(run, "validation/sft")] == [10, 12]
     assert not [one for one in run.artifacts if one.type == "model"]
+
+
+JOINS = """
+from pathlib import Path
+from ray_cluster import report, told
+from recipes.run_record import RunFile
+from recipes.tracking import WandbSettings, tracked
+settings = WandbSettings(enabled=True, project="t", entity=None, group=None, mode=None)
+file = RunFile(Path({path!r}), resume=True)
+with tracked(settings, "s", finish={finish}, announce=print, run_file=file) as run:
+    for number in range(20):
+        run.log({{"x": number}})
+    report([run.info.id, run.info.dir])
+    told()
+"""
+
+
+@pytest.mark.ray
+def test_killed_driver(tmp_path: Path) -> None:
+    """The driver is killed and its cluster lives: the same command joins the run, and ends it."""
+    path = str(tmp_path / "run.json")
+    with RayCluster.start() as cluster:
+        first = cluster.driver(JOINS.format(path=path, finish=False))
+        run_id, directory = first.next_report()
+        psutil.Process(first.pid).kill()
+        first.wait()
+        second = cluster.driver(JOINS.format(path=path, finish=True))
+        assert second.next_report() == [run_id, directory]
+        second.tell()
+        second.succeed()
+        (run,) = read_runs(directory).values()
+    assert sorted(run.values("s/x")) == sorted([*range(20), *range(20)])
+    assert (run.run_id, run.exit_code) == (run_id, 0)
+    assert run.steps == list(range(len(run.history)))

@@ -189,6 +189,21 @@ def test_the_best_weights_have_a_checkpoint_of_their_own(tmp_path: Path, train: 
     assert all(one.validation == one.best_validation for one in found)
 
 
+def test_the_learning_rate_rises_and_falls() -> None:
+    """Up in a line to the highest, down to the lowest at the last step, and no further."""
+    from recipes.training.worker import learning_rate
+
+    slope = {"learning_rate": 1.0, "min_learning_rate": 0.1, "warmup_steps": 4}
+    wanted = settings(steps=20, optimizer=slope)
+    rates = [learning_rate(step, wanted) for step in range(1, 21)]
+    assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert rates[3:] == sorted(rates[3:], reverse=True)
+    assert rates[11] == pytest.approx(0.55)
+    assert rates[-1] == pytest.approx(0.1)
+    at_once = settings(steps=20, optimizer={**slope, "warmup_steps": 0})
+    assert learning_rate(1, at_once) == pytest.approx(1.0, rel=0.01)
+
+
 def test_a_gradient_that_is_no_number_ends_the_training(tmp_path: Path, train: Train) -> None:
     """It is said at which step, and what helps; the checkpoint before it is kept."""
     layout = write_data(tmp_path)

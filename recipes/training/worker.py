@@ -269,7 +269,8 @@ class _Worker:
         write_flushed(folder / "tokenizer.json", lambda file: file.write(tokenizer))
 
     def _tell_progress(self, step: int) -> None:
-        if self._rank == 0 and time.monotonic() - self._told_at >= _TELL_EVERY_S:
+        due = time.monotonic() - self._told_at >= _TELL_EVERY_S
+        if self._rank == 0 and (due or step == self._settings.steps):
             self._told_at = time.monotonic()
             self._task.folder.tell_progress(step)
 
