@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from training_case import CONTEXT, write_data, write_packs
+from training_case import CONTEXT, settings, write_data, write_packs
 
+from recipes.errors import TrainingError
 from recipes.pretrain.indexed_dataset import IndexedDataset
-from recipes.pretrain.train import WindowSource
-from recipes.sft.train import PackSource
-from recipes.stages.layout import OutputLayout
+from recipes.pretrain.train import WindowSource, find_windows
+from recipes.sft.train import find_packs
+from recipes.stages.layout import OutputLayout, write_json
 from recipes.training.batches import (
     IGNORED,
     Order,
@@ -62,10 +64,7 @@ def test_the_batch_of_a_step_is_the_same_for_any_number_of_workers(world_size: i
 
 
 def source(layout: OutputLayout, share: float) -> WindowSource:
-    shards = tuple(
-        (layout.root / shard["prefix"], shard["tokens"]) for shard in read_blend(layout)["shards"]
-    )
-    return WindowSource(shards, CONTEXT, share)
+    return find_windows(settings(validation_share=share), layout)[0]
 
 
 def test_windows_are_the_stream_cut_up(tmp_path: Path) -> None:
@@ -120,12 +119,7 @@ def test_another_seed_gives_another_order_of_the_same_windows(tmp_path: Path) ->
 def test_packs_are_read_as_they_were_written(tmp_path: Path) -> None:
     """Each pack of a split comes once in an epoch, with its ids, its mask and its beginnings."""
     layout = write_packs(tmp_path)
-    splits = read_blend(layout)["splits"]
-    training, validation = (
-        tuple((layout.root / shard["path"], shard["packs"]) for shard in splits[name]["shards"])
-        for name in ("train", "valid")
-    )
-    opened, valid = PackSource(training, validation).open(seed=4)
+    opened, valid = find_packs(layout)[0].open(seed=4)
     assert (opened.size, valid.size) == (21, 4)
     first, second = (
         [tuple(opened._pack(place).input_ids) for place in range(begin, begin + 21)]
@@ -138,6 +132,25 @@ def test_packs_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert len(pack.input_ids) == len(pack.loss_mask)
     assert list(pack.starts[:1]) == [0]
     assert set(pack.loss_mask) == {0, 1}
+
+
+def test_data_that_cannot_be_trained_on_are_told(tmp_path: Path) -> None:
+    """Too few tokens for a window, other weights than tokens, no pack, no blend: each is said."""
+    layout = write_data(tmp_path / "pretrain")
+    with pytest.raises(TrainingError, match=r"not one window of .*context_tokens=100000"):
+        find_windows(settings(context_tokens=100_000), layout)
+    blend = json.loads(layout.blend.read_bytes())
+    blend["blend"][0] = "7"
+    write_json(layout.blend, blend)
+    with pytest.raises(TrainingError, match="something else than their tokens"):
+        find_windows(settings(), layout)
+    packs = write_packs(tmp_path / "sft")
+    write_json(packs.blend, {"splits": {}, "pack_size": 8})
+    with pytest.raises(TrainingError, match="no pack of the split train"):
+        find_packs(packs)
+    packs.blend.unlink()
+    with pytest.raises(TrainingError, match=r"blend\.json cannot be read"):
+        find_packs(packs)
 
 
 def test_a_pack_becomes_targets_positions_and_segments() -> None:

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from left_behind import LeftBehind
 from wandb_client import API_KEY
-from wandb_file import read_runs
 from wandb_server import WandbServer
 
 import recipes.run_record
@@ -36,34 +35,33 @@ def record(left: LeftBehind, mode: str) -> RunFile:
     return file
 
 
-# Killed and offline is what test_training_on_ray.py does to a whole cluster.
-@pytest.mark.parametrize(
-    ("mode", "finished"), [("online", False), ("online", True), ("offline", True)]
-)
-def test_the_next_start_goes_on_in_the_same_run(
-    left: LeftBehind, mode: str, finished: bool
-) -> None:
-    """Killed or finished: one W&B run has all rows of both starts, once each and in order."""
+@pytest.mark.parametrize("finished", [False, True])
+def test_the_next_start_goes_on_in_the_same_run(left: LeftBehind, finished: bool) -> None:
+    """Killed or finished: the run at W&B has all rows of both starts, once each and in order.
+
+    Offline, the same is in ``test_training_on_ray.py``.
+    """
     with WandbServer() as server:
-        settings: dict[str, Any] = {"mode": mode}
-        if mode == "online":
-            key = left.directory.parent / "key"
-            key.write_text(API_KEY)
-            settings |= {"base_url": server.url, "api_key_file": str(key)}
+        key = left.directory.parent / "key"
+        key.write_text(API_KEY)
+        settings: dict[str, Any] = {
+            "mode": "online",
+            "base_url": server.url,
+            "api_key_file": str(key),
+        }
         rows = 40 if finished else -1
         left.begin(project="demo", run_id="train001", name="a name", rows=rows, **settings)
         if finished:
             assert left.finish(60)["complete"]
         logged = left.kill()
         said: list[str] = []
-        chosen = record(left, mode).settings_for({"project": "demo"}, said.append)
+        chosen = record(left, "online").settings_for({"project": "demo"}, said.append)
         assert said == ["Going on in W&B run a name"]
         left.begin(first=100_000, rows=30, **(settings | chosen))
         report = left.finish(60)
         assert (report["complete"], report["state"]) == (True, "finished")
         left.kill()
-        runs = server.runs if mode == "online" else read_runs(left.directory)
-        (run,) = runs.values()
+        (run,) = server.runs.values()
     values = run.values("s/x")
     assert values[-30:] == list(range(100_000, 100_030))
     assert values[:-30] == list(range(len(values) - 30))

@@ -10,16 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from training_case import CONTEXT, common, settings, write_data, write_packs, write_tokenizer
+from training_case import common, settings, write_data, write_packs, write_tokenizer
 
 from recipes.errors import TrainingError
-from recipes.pretrain.train import WindowSource
-from recipes.sft.train import PackSource
+from recipes.pretrain.train import WindowSource, find_windows
+from recipes.sft.train import PackSource, find_packs
 from recipes.stages.layout import OutputLayout
 from recipes.tracking import TrackedRun
 from recipes.training.batches import Batch, Samples, SampleSource
 from recipes.training.checkpoints import CheckpointFolder
-from recipes.training.launch import _make_task, read_blend
+from recipes.training.launch import _make_task
 from recipes.training.settings import TrainSettings
 
 torch = pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no torch")
@@ -61,19 +61,11 @@ def train(monkeypatch: pytest.MonkeyPatch) -> Train:
 
 
 def windows(layout: OutputLayout) -> WindowSource:
-    shards = tuple(
-        (layout.root / shard["prefix"], shard["tokens"]) for shard in read_blend(layout)["shards"]
-    )
-    return WindowSource(shards, CONTEXT, 0.1)
+    return find_windows(settings(), layout)[0]
 
 
 def packs(layout: OutputLayout) -> PackSource:
-    splits = read_blend(layout)["splits"]
-    training, validation = (
-        tuple((layout.root / shard["path"], shard["packs"]) for shard in splits[name]["shards"])
-        for name in ("train", "valid")
-    )
-    return PackSource(training, validation)
+    return find_packs(layout)[0]
 
 
 def weights(folder: CheckpointFolder) -> dict[str, Any]:

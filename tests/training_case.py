@@ -145,12 +145,11 @@ def write_packs(root: Path, vocabulary: int = VOCABULARY) -> OutputLayout:
     return layout
 
 
-def train_as_a_recipe(root: Path, *, sft: bool = False, **changes: Any) -> dict[str, Any]:
+def train_as_a_recipe(root: Path, **changes: Any) -> dict[str, Any]:
     """In a driver: train on the data that lie here, in the W&B run of the directory."""
     import ray
 
-    import recipes.pretrain.train
-    import recipes.sft.train
+    from recipes.pretrain.train import train
     from recipes.run_record import RunFile
     from recipes.terminal import Terminal
     from recipes.tracking import WandbSettings, tracked
@@ -167,10 +166,7 @@ def train_as_a_recipe(root: Path, *, sft: bool = False, **changes: Any) -> dict[
         announce=terminal.step,
         run_file=RunFile(layout.run_record, wanted.resume),
     ) as run:
-        if sft:
-            result = recipes.sft.train.train(common(wanted), layout, run, terminal)
-        else:
-            result = recipes.pretrain.train.train(wanted, layout, run, terminal)
+        result = train(wanted, layout, run, terminal)
     assert run.info is not None
     plain = json.loads(json.dumps(dataclasses.asdict(result), default=str))
     return {

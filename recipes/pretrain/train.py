@@ -17,6 +17,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -30,7 +31,7 @@ from recipes.training.batches import Batch, Order, batch_of_windows
 from recipes.training.launch import TrainResult, read_blend, train_on_cluster
 from recipes.training.settings import PretrainTrainSettings
 
-__all__ = ["WindowSource", "train"]
+__all__ = ["WindowSource", "find_windows", "train"]
 
 #: Shards that are mapped into memory at a time; each takes an open file.
 _OPEN_SHARDS = 256
@@ -127,6 +128,20 @@ def train(
         TrainingError: it cannot begin or go on, or a worker failed; a later start goes on from the
             newest checkpoint.
     """
+    source, data = find_windows(settings, layout)
+    return train_on_cluster(
+        "pretrain", settings, source, data, layout=layout, run=run, terminal=terminal
+    )
+
+
+def find_windows(
+    settings: PretrainTrainSettings, layout: OutputLayout
+) -> tuple[WindowSource, dict[str, Any]]:
+    """Return where the windows of an output directory are, and what tells them from others.
+
+    Raises:
+        TrainingError: there is none to train on, or the blend's weights are no numbers of tokens.
+    """
     blend = read_blend(layout)
     shards = tuple((layout.root / shard["prefix"], shard["tokens"]) for shard in blend["shards"])
     if [float(weight) for weight in blend["blend"][::2]] != [tokens for _, tokens in shards]:
@@ -146,6 +161,4 @@ def train(
         "context_tokens": settings.context_tokens,
         "validation_share": settings.validation_share,
     }
-    return train_on_cluster(
-        "pretrain", settings, source, data, layout=layout, run=run, terminal=terminal
-    )
+    return source, data

@@ -30,7 +30,7 @@ from recipes.training.batches import Batch, Pack, Shuffle, batch_of_packs
 from recipes.training.launch import TrainResult, read_blend, train_on_cluster
 from recipes.training.settings import TrainSettings
 
-__all__ = ["PackSource", "train"]
+__all__ = ["PackSource", "find_packs", "train"]
 
 #: Shards whose packs are shuffled together, and in memory at a time.
 _GROUP = 8
@@ -121,23 +121,27 @@ def train(
         TrainingError: it cannot begin or go on, or a worker failed; a later start goes on from the
             newest checkpoint.
     """
+    source, data = find_packs(layout)
+    return train_on_cluster(
+        "sft", settings, source, data, layout=layout, run=run, terminal=terminal
+    )
+
+
+def find_packs(layout: OutputLayout) -> tuple[PackSource, dict[str, Any]]:
+    """Return where the packs of an output directory are, and what tells them from others.
+
+    Raises:
+        TrainingError: there is none to train on.
+    """
     blend = read_blend(layout)
-    splits = blend["splits"]
     training, validation = (
         tuple(
             (layout.root / shard["path"], shard["packs"])
-            for shard in splits.get(name, {"shards": []})["shards"]
+            for shard in blend["splits"].get(name, {"shards": []})["shards"]
         )
         for name in ("train", "valid")
     )
     if not training:
         raise TrainingError(f"{layout.blend} names no pack of the split train")
-    return train_on_cluster(
-        "sft",
-        settings,
-        PackSource(training, validation),
-        {"blend_xxh64": blend["xxh64"], "pack_size": blend["pack_size"]},
-        layout=layout,
-        run=run,
-        terminal=terminal,
-    )
+    data = {"blend_xxh64": blend["xxh64"], "pack_size": blend["pack_size"]}
+    return PackSource(training, validation), data
