@@ -9,15 +9,13 @@ from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
-from ray.train.v2.api.exceptions import WorkerGroupError
 from training_case import settings
 
 import recipes.training
-from recipes.errors import SettingsError, TrackingError, TrainingError
+from recipes.errors import SettingsError, TrackingError
 from recipes.run_record import RunFile, RunRecord
 from recipes.settings import load_settings, settings_as_dict
 from recipes.stages.layout import write_json
-from recipes.training.launch import _in_words
 from recipes.training.settings import PretrainTrainSettings, TrainSettings, is_training_wanted
 
 
@@ -102,20 +100,6 @@ def test_values_out_of_range_are_refused_by_name(tmp_path: Path) -> None:
     assert "checkpoints.artifacts" in refused(
         checkpoints={"every_steps": 1, "keep_last": 1, "artifacts": "some"}
     )
-
-
-def test_a_failed_worker_is_told_in_its_own_words() -> None:
-    """The cause, not what the ranks said whose connection to the failed one broke."""
-    of_rank_1 = ValueError("token 70000 is not in the vocabulary")
-    failures = {0: RuntimeError("[gloo/transport] Connection closed by peer"), 1: of_rank_1}
-    told = _in_words(WorkerGroupError("two workers", failures))
-    assert isinstance(told, TrainingError)
-    assert str(told) == (
-        "training worker 1 failed: ValueError: token 70000 is not in the vocabulary"
-    )
-    own = TrainingError("the gradient is nan at step 7")
-    assert _in_words(WorkerGroupError("", {0: own, 1: own})) is own
-    assert "no reason given" in str(_in_words(WorkerGroupError("", {0: OSError()})))
 
 
 RECORD = RunRecord("p", "r1", "p-orchestrator", "offline", "/nowhere", group="g")

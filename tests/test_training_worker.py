@@ -19,7 +19,7 @@ from recipes.stages.layout import OutputLayout
 from recipes.tracking import TrackedRun
 from recipes.training.batches import Batch, Samples, SampleSource
 from recipes.training.checkpoints import CheckpointFolder
-from recipes.training.launch import _make_task
+from recipes.training.launch import _in_words, _make_task
 from recipes.training.settings import TrainSettings
 
 torch = pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no torch")
@@ -204,3 +204,19 @@ def test_a_gradient_that_is_no_number_ends_the_training(tmp_path: Path, train: T
     with pytest.raises(TrainingError, match=r"gradient is \w+ at step \d+: lower"):
         train(layout, windows(layout), wanted)
     assert CheckpointFolder(layout.checkpoints).newest() is not None
+
+
+def test_a_failed_worker_is_told_in_its_own_words() -> None:
+    """The cause, not what the ranks said whose connection to the failed one broke."""
+    from ray.train.v2.api.exceptions import WorkerGroupError
+
+    of_rank_1 = ValueError("token 70000 is not in the vocabulary")
+    failures = {0: RuntimeError("[gloo/transport] Connection closed by peer"), 1: of_rank_1}
+    told = _in_words(WorkerGroupError("two workers", failures))
+    assert isinstance(told, TrainingError)
+    assert str(told) == (
+        "training worker 1 failed: ValueError: token 70000 is not in the vocabulary"
+    )
+    own = TrainingError("the gradient is nan at step 7")
+    assert _in_words(WorkerGroupError("", {0: own, 1: own})) is own
+    assert "no reason given" in str(_in_words(WorkerGroupError("", {0: OSError()})))
