@@ -19,22 +19,24 @@ from recipes.stages.layout import write_json
 from recipes.training.settings import PretrainTrainSettings, TrainSettings, is_training_wanted
 
 
-@pytest.fixture
-def without_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python finds no torch; all else as it is."""
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The packages that Python finds, whatever is installed here; a test may take some away."""
     import importlib.util
 
-    find = importlib.util.find_spec
+    there = {"torch", "pandas", "pyarrow", "pydantic", "fsspec", "requests"}
+    spec = importlib.util.find_spec("json")
 
     def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
-        return None if name == "torch" else find(name, package)
+        return spec if name in there else None
 
-    monkeypatch.setattr(importlib.util, "find_spec", find_spec)
+    monkeypatch.setattr("recipes.training.settings.importlib.util.find_spec", find_spec)
+    return there
 
 
-@pytest.mark.usefixtures("without_torch")
-def test_without_torch_training_is_left_out_and_told() -> None:
+def test_without_torch_training_is_left_out_and_told(installed: set[str]) -> None:
     """Left to the recipe, one sentence says what to install; asked for by name, it is an error."""
+    installed.remove("torch")
     said: list[str] = []
     assert not is_training_wanted(settings(enabled=None), said.append)
     assert len(said) == 1
