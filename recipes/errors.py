@@ -8,6 +8,7 @@
     ├── OutputError        the output directory holds something else, or is in use
     ├── ClusterError       the Ray cluster lacks what the pipeline needs
     ├── PipelineError      a stage of the pipeline failed
+    ├── TrainingError      training cannot begin or go on, or a training worker failed
     ├── TrackingError      raywb could not start or finish the run
     └── CountsError        rows in ≠ rows kept + filtered + errors: a bug, never to be hidden
 
@@ -27,6 +28,7 @@ __all__ = [
     "TemplateError",
     "TokenizerError",
     "TrackingError",
+    "TrainingError",
 ]
 
 
@@ -65,6 +67,10 @@ class ClusterError(RecipeError):
 
 class PipelineError(RecipeError):
     """Raised when a stage of the pipeline failed; the message names the cause."""
+
+
+class TrainingError(RecipeError):
+    """Raised when training cannot begin or go on, or a worker failed; the message says why."""
 
 
 class TrackingError(RecipeError):

@@ -1,4 +1,4 @@
-"""The recipe's side of raywb: the one place where recipes call it.
+"""The recipe's side of raywb, in its driver (training workers: ``training/worker_log.py``).
 
 with tracked(...) as run:          start or join the cluster's run, attach as one stage
     with run.pipeline_stats(...):  cosmos-xenna's metrics go into the run and into a JSONL file
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.errors import TrackingError
+from recipes.run_record import RunFile
 from recipes.settings import Count, Text
 
 if TYPE_CHECKING:
@@ -125,7 +126,12 @@ class TrackedRun:
 
 @contextlib.contextmanager
 def tracked(
-    settings: WandbSettings, stage: str, *, finish: bool, announce: Callable[[str], None]
+    settings: WandbSettings,
+    stage: str,
+    *,
+    finish: bool,
+    announce: Callable[[str], None],
+    run_file: RunFile | None = None,
 ) -> Iterator[TrackedRun]:
     """Start or join the cluster's W&B run, and attach to it as ``stage``.
 
@@ -135,6 +141,8 @@ def tracked(
         announce: Is told which run it is, and that it is being finished.
         finish: End the run on leaving, as failed if an exception passes through. Left to whoever
             started the cluster otherwise.
+        run_file: Names the run to go on with, and the one that is started from now on; None
+            always starts or joins whatever run there is.
 
     Raises:
         TrackingError: raywb could not start or finish the run.
@@ -150,7 +158,11 @@ def tracked(
         if name != "enabled" and value is not None
     }
     try:
+        if run_file is not None:
+            chosen = run_file.settings_for(chosen, announce)
         info = raywb.start(**chosen)
+        if run_file is not None:
+            run_file.write(info)
         run = TrackedRun(raywb.attach(stage), info, announce)
         announce(f"W&B run {info.name} ({info.mode}) in {info.dir}")
     except raywb.RaywbError as error:

@@ -186,6 +186,10 @@ class IndexedDataset(Sequence[npt.NDArray[np.integer]]):
         """Number of documents."""
         return len(self.document_index) - 1
 
+    def span(self, begin: int, end: int) -> npt.NDArray[np.integer]:
+        """Return the tokens ``begin`` to ``end`` of all documents, end to end."""
+        return self._ids[begin:end]
+
     def __len__(self) -> int:
         return len(self.lengths)
 

@@ -7,6 +7,8 @@
       chat_template.jinja              the template of its conversations, where it has any
       manifest.json                    the settings that made this directory
       blend.json                       what a training run reads: finished shards and their weights
+      checkpoints/step-00000100/       what a training goes on from (``recipes/training``)
+      run.json                         the W&B run of that training, gone on with by the next start
       logs/                            what Ray and cosmos-xenna had to say
 
 Nothing else builds a path in it. A file is written under a temporary name, flushed to the disk and
@@ -58,6 +60,16 @@ class OutputLayout:
     def blend(self) -> Path:
         """The finished shards and their weights."""
         return self.root / "blend.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """What a training goes on from."""
+        return self.root / "checkpoints"
+
+    @property
+    def run_record(self) -> Path:
+        """Which W&B run the training of this directory belongs to."""
+        return self.root / "run.json"
 
     @property
     def logs(self) -> Path:

@@ -1,6 +1,6 @@
 """``python -m tests.bench [PART …] [--quick]``: measure raywb against its peers, print a table.
 
-Parts: log, ingest, sink, latency, sources, import, memory, probes; all of them by default. Every
+Parts: log, ingest, sink, latency, sources, import, memory, probes, training; all by default. Every
 part starts what it needs (service processes, W&B's real client, a real Ray cluster) and ends it.
 Timings on a busy machine are a busy machine's: the table says what the load was.
 """
@@ -36,7 +36,17 @@ def _prepare(home: Path) -> None:
 def main() -> int:
     """Measure; 1 when a target was missed."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
-    names = ("log", "ingest", "sink", "latency", "sources", "import", "memory", "probes")
+    names = (
+        "log",
+        "ingest",
+        "sink",
+        "latency",
+        "sources",
+        "import",
+        "memory",
+        "probes",
+        "training",
+    )
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(names))
     parser.add_argument("--quick", action="store_true", help="fewer rows and shorter times")
     arguments = parser.parse_args()
@@ -45,7 +55,16 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="raywb-bench-") as temporary:
         directory = Path(temporary)
         _prepare(directory)
-        from tests.bench import hot_path, latency, memory, probes, sources, start_up, throughput
+        from tests.bench import (
+            hot_path,
+            latency,
+            memory,
+            probes,
+            sources,
+            start_up,
+            throughput,
+            training,
+        )
         from tests.bench.table import Line, machine, show
 
         quick: bool = arguments.quick
@@ -58,6 +77,7 @@ def main() -> int:
             "import": lambda: start_up.measure(quick=quick),
             "memory": lambda: memory.measure(quick=quick),
             "probes": lambda: probes.measure(quick=quick),
+            "training": lambda: training.measure(directory / "training", quick=quick),
         }
         before = machine()
         lines: list[Line] = []

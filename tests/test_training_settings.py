@@ -1,0 +1,127 @@
+"""What does not fit together is refused before any work, and a missing torch is told in time."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import textwrap
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+import pytest
+from training_case import settings
+
+import recipes.training
+from recipes.errors import SettingsError, TrackingError
+from recipes.run_record import RunFile, RunRecord
+from recipes.settings import load_settings, settings_as_dict
+from recipes.stages.layout import write_json
+from recipes.training.settings import PretrainTrainSettings, TrainSettings, is_training_wanted
+
+
+@pytest.fixture(autouse=True)
+def installed(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """The packages that Python finds, whatever is installed here; a test may take some away."""
+    import importlib.util
+
+    there = {"torch", "pandas", "pyarrow", "pydantic", "fsspec", "requests"}
+    spec = importlib.util.find_spec("json")
+
+    def find_spec(name: str, package: str | None = None) -> ModuleSpec | None:
+        return spec if name in there else None
+
+    monkeypatch.setattr("recipes.training.settings.importlib.util.find_spec", find_spec)
+    return there
+
+
+def test_without_torch_training_is_left_out_and_told(installed: set[str]) -> None:
+    """Left to the recipe, one sentence says what to install; asked for by name, it is an error."""
+    installed.remove("torch")
+    said: list[str] = []
+    assert not is_training_wanted(settings(enabled=None), said.append)
+    assert len(said) == 1
+    assert "torch cannot be imported here" in said[0]
+    assert "pip install 'raywb[train]'" in said[0]
+    with pytest.raises(SettingsError, match=r"train.enabled=true needs torch.*raywb\[train\]"):
+        is_training_wanted(settings(enabled=True), said.append)
+    assert not is_training_wanted(settings(enabled=False), said.append)
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model": {"heads": 3}}, r"hidden_size=32 must be a multiple of twice .*heads=3"),
+        ({"model": {"heads": 32}}, r"hidden_size=32 must be a multiple of twice"),
+        (
+            {"checkpoints": {"artifacts": "best"}, "validation": {"every_steps": None}},
+            r"artifacts=best needs validation, which .*every_steps=null turns off",
+        ),
+        ({"batch_size": 9}, r"batch_size=9 must be a multiple of the number of workers.* 2"),
+    ],
+)
+def test_what_does_not_fit_is_refused_at_the_start(changes: dict, message: str) -> None:
+    """Both keys are named with their values."""
+    with pytest.raises(SettingsError, match=message):
+        is_training_wanted(settings(**changes), print)
+
+
+def test_the_settings_of_the_readme_can_be_used(tmp_path: Path) -> None:
+    """Each default names every key and no other; each tiny one changes some of them."""
+    text = (Path(recipes.training.__file__).parent / "README.md").read_text()
+    sections = re.findall(r"```yaml\ntrain:\n(.*?)```", text, flags=re.DOTALL)
+    kinds = (PretrainTrainSettings, PretrainTrainSettings, TrainSettings, TrainSettings)
+    steps = []
+    for kind, name, section in zip(kinds, ("default", "tiny") * 2, sections, strict=True):
+        (tmp_path / f"{name}.yaml").write_text(textwrap.dedent(section))
+        wanted = load_settings(kind, tmp_path, name)
+        assert is_training_wanted(wanted, print)
+        assert wanted.idle_keys() == {}
+        steps.append(wanted.steps)
+    assert steps[0] > steps[1]
+    assert steps[2] > steps[3]
+
+
+def test_values_out_of_range_are_refused_by_name(tmp_path: Path) -> None:
+    """Rates are above 0, shares at most a half; the message says what is allowed."""
+
+    def refused(**changes: object) -> str:
+        section = settings_as_dict(settings()) | changes
+        write_json(tmp_path / "default.yaml", section)
+        with pytest.raises(SettingsError) as error:
+            load_settings(PretrainTrainSettings, tmp_path, "default")
+        return str(error.value)
+
+    assert "validation_share=0.6" in (said := refused(validation_share=0.6))
+    assert "from 0 to 0.5" in said
+    rates = settings_as_dict(settings().optimizer)
+    assert "optimizer.learning_rate=0" in (
+        said := refused(optimizer={**rates, "learning_rate": 0.0})
+    )
+    assert "above 0" in said
+    assert "checkpoints.artifacts" in refused(
+        checkpoints={"every_steps": 1, "keep_last": 1, "artifacts": "some"}
+    )
+
+
+RECORD = RunRecord("p", "r1", "p-orchestrator", "offline", "/nowhere", group="g")
+
+
+def test_a_run_file_that_others_settings_contradict_is_told(tmp_path: Path) -> None:
+    """Another project, mode or group than the training's run has: refused, with both values."""
+    file = RunFile(tmp_path / "run.json", resume=True)
+    assert file.settings_for({"project": "p"}, print) == {"project": "p"}
+    write_json(file.path, dataclasses.asdict(RECORD))
+    for chosen, told in (
+        ({"project": "q"}, "project is 'p', not 'q'"),
+        ({"mode": "online"}, "mode is 'offline', not 'online'"),
+        ({"group": ""}, "group is 'g', not ''"),
+    ):
+        with pytest.raises(TrackingError, match=told):
+            file.settings_for(chosen, print)
+    anew = dataclasses.replace(file, resume=False)
+    assert anew.settings_for({"project": "q"}, print) == {"project": "q"}
+    assert file.settings_for({"mode": "disabled"}, print) == {"mode": "disabled"}
+    file.path.write_text("{")
+    with pytest.raises(TrackingError, match=r"run\.json cannot be read"):
+        file.settings_for({}, print)
