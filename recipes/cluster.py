@@ -32,7 +32,7 @@ from recipes.local_ray import (
 from recipes.nodes import CLUSTER_GONE, run_on_nodes
 from recipes.settings import Count
 
-__all__ = ["RayCluster", "RaySettings", "ray_cluster"]
+__all__ = ["RayCluster", "RaySettings", "leave_pipeline", "ray_cluster"]
 
 _log = logging.getLogger(__name__)
 
@@ -190,10 +190,21 @@ def _grown(settings: RaySettings, announce: Callable[[str], None]) -> Iterator[N
     try:
         yield
     finally:
-        try:
-            release_nodes()
-        except CLUSTER_GONE as error:
-            _log.warning("cannot tell the autoscaler that the nodes may go: %s", error)
+        _let_nodes_go()
+
+
+def _let_nodes_go() -> None:
+    try:
+        release_nodes()
+    except CLUSTER_GONE as error:
+        _log.warning("cannot tell the autoscaler that the nodes may go: %s", error)
+
+
+def leave_pipeline() -> None:
+    """End what xenna left running, and let nodes go that came for the pipeline alone."""
+    _end_xenna_actors()
+    if autoscaler_is_there():
+        _let_nodes_go()
 
 
 def _described(started_here: bool) -> RayCluster:

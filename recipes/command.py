@@ -4,10 +4,12 @@
                     went wrong and the command that goes on from there
     started_job     the Ray cluster and the W&B run, open for as many parts as a recipe has:
 
+        trains = is_training_wanted(settings.train, terminal.step)
         plan = plan_data(settings, layout, terminal)
-        with started_job(settings, STAGE, terminal) as job:
+        with started_job(settings, STAGE, terminal, run_file) as job:
             data = prepare_data(settings, plan, job.run, terminal)
-            ...                                             # training: same cluster, same run
+            job.end_of_data_prep()
+            trained = train(settings.train, layout, job.run, terminal) if trains else None
 
 Nothing of Ray is imported here: a recipe's settings are, after the environment was made ready.
 """
@@ -21,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 from recipes.errors import RecipeError
 from recipes.local_ray import prepare_environment
@@ -31,6 +33,7 @@ from recipes.terminal import Terminal, quiet_terminal
 
 if TYPE_CHECKING:
     from recipes.cluster import RayCluster, RaySettings
+    from recipes.run_record import RunFile
     from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings
 
 __all__ = ["Job", "Outcome", "Recipe", "main", "started_job"]
@@ -73,6 +76,12 @@ class Job:
     cluster: RayCluster
     run: TrackedRun
 
+    def end_of_data_prep(self) -> None:
+        """Give back what the pipeline had: training may need it, or nothing may be paid for it."""
+        from recipes.cluster import leave_pipeline
+
+        leave_pipeline()
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -101,13 +110,17 @@ class Recipe(Generic[SettingsT]):
 
 
 @contextlib.contextmanager
-def started_job(settings: RecipeSettings, stage: str, terminal: Terminal) -> Iterator[Job]:
+def started_job(
+    settings: RecipeSettings, stage: str, terminal: Terminal, run_file: RunFile | None = None
+) -> Iterator[Job]:
     """Start or join Ray and the cluster's W&B run; on leaving, end what was started here.
 
     Args:
         settings: Of the recipe; they go into the run's config.
         stage: The prefix of all keys that are logged through the job's run.
         terminal: Is told which run it is.
+        run_file: Names the run that an earlier start's training belongs to, and then this one's;
+            None where nothing is trained.
 
     Raises:
         ClusterError: The cluster lacks what the pipeline needs.
@@ -118,10 +131,24 @@ def started_job(settings: RecipeSettings, stage: str, terminal: Terminal) -> Ite
 
     with (
         ray_cluster(settings.ray) as cluster,
-        tracked(settings.wandb, stage, finish=cluster.started_here, announce=terminal.step) as run,
+        tracked(
+            settings.wandb,
+            stage,
+            finish=cluster.started_here,
+            announce=terminal.step,
+            run_file=run_file,
+        ) as run,
     ):
-        run.config({stage: settings_as_dict(settings)})
+        run.config({stage: _shown(settings_as_dict(settings))})
         yield Job(cluster, run)
+
+
+def _shown(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings as anybody may see them: without what signs the address of an input."""
+    from recipes.stages.store_errors import shown
+
+    inputs = settings["input"]
+    return {**settings, "input": {**inputs, "paths": [shown(path) for path in inputs["paths"]]}}
 
 
 def main(recipe: Recipe[SettingsT], arguments: Sequence[str]) -> int:
@@ -198,4 +225,4 @@ def _summary(
 
 
 def _log(layout: OutputLayout) -> Path:
-    return layout.logs / "data_prep.log"
+    return layout.logs / "recipe.log"

@@ -262,7 +262,7 @@ def test_the_summary_tells_a_person_what_was_done(
     assert str(output / "blend.json") in outcome.out
     assert outcome.err.splitlines()[0].startswith("Listing ")
     assert not any(word in outcome.out + outcome.err for word in ("INFO", "Traceback", "\x1b"))
-    assert "Pipeline stats" in (output / "logs" / "data_prep.log").read_text()
+    assert "Pipeline stats" in (output / "logs" / "recipe.log").read_text()
 
 
 def test_nothing_of_a_recipe_stays_on_a_cluster_that_goes_on(

@@ -49,6 +49,7 @@ from recipes.stages.tokenizer import (
 )
 from recipes.terminal import Terminal
 from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings
+from recipes.training.settings import PretrainTrainSettings
 
 __all__ = ["STAGE", "BinIdxTokenizationStage", "PretrainSettings", "plan_data", "prepare_data"]
 
@@ -77,13 +78,14 @@ class PretrainSettings:
     input: InputSettings
     tokenizer: TokenizerSettings
     workers: WorkerSettings
+    train: PretrainTrainSettings
     ray: RaySettings
     observability: ObservabilitySettings
     wandb: WandbSettings
 
     def idle_keys(self) -> dict[str, str]:
         """Return the keys that change nothing beside another, each with the other one."""
-        idle: dict[str, str] = {}
+        idle = self.train.idle_keys()
         if not self.tokenizer.trained:
             trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
             idle |= dict.fromkeys(trained_only, "tokenizer.source")

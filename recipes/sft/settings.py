@@ -14,6 +14,7 @@ from recipes.sft.splits import SplitSettings
 from recipes.stages.sources import InputSettings
 from recipes.stages.tokenizer import TokenizerSettings
 from recipes.tracking import ObservabilitySettings, WandbSettings
+from recipes.training.settings import TrainSettings
 
 __all__ = [
     "ChatTokenizerSettings",
@@ -91,13 +92,14 @@ class SftSettings:
     packing: PackingSettings
     split: SplitSettings
     workers: WorkerSettings
+    train: TrainSettings
     ray: RaySettings
     observability: ObservabilitySettings
     wandb: WandbSettings
 
     def idle_keys(self) -> dict[str, str]:
         """Return the keys that change nothing beside another, each with the other one."""
-        idle: dict[str, str] = {}
+        idle = self.train.idle_keys()
         if not self.tokenizer.trained:
             trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
             idle |= dict.fromkeys(trained_only, "tokenizer.source")
