@@ -150,6 +150,8 @@ def _post(
     if key:
         login = base64.b64encode(f"api:{key}".encode()).decode()
         request.add_header("Authorization", f"Basic {login}")
-    with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+    # This one holds between two bytes only; whoever asks has a limit for the whole, which is to
+    # strike first.
+    with urllib.request.urlopen(request, timeout=2 * timeout_s) as answer:
         found: dict[str, Any] = json.load(answer)
     return found
