@@ -130,7 +130,7 @@ def started_job(
     from recipes.tracking import tracked
 
     with (
-        ray_cluster(settings.ray) as cluster,
+        ray_cluster(settings.ray, terminal.step) as cluster,
         tracked(
             settings.wandb,
             stage,

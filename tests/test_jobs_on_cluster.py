@@ -177,6 +177,7 @@ def story(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
                 *("python", "-m", "recipes.pretrain", "tiny", f"output_dir={output}"),
                 *(f"input.paths={corpus}", "input.limit_bytes=null", "input.shard_bytes=2000"),
                 *("tokenizer.vocab_size=300", "observability.pipeline_logging_interval_s=1"),
+                "train.enabled=false",
             ]
         )
         first = submit("--", "bash", "-c", f"python open_run.py && {recipe}")

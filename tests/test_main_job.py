@@ -48,6 +48,7 @@ class Job:
                 "tiny",
                 f"output_dir={self.output}",
                 "observability.pipeline_logging_interval_s=1",
+                "train.enabled=false",
                 *arguments,
             ],
             cwd=home,

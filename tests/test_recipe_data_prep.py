@@ -32,6 +32,7 @@ CONFIG = """
 input: {{paths: ["{corpus}"], shard_bytes: 2_500, max_document_bytes: 2_000}}
 tokenizer: {{vocab_size: 400, sample_bytes: 20_000}}
 workers: {{tokenize: 1}}
+train: {{enabled: false}}
 observability: {{pipeline_logging_interval_s: 1, pipeline_stats_jsonl_path: null}}
 wandb: {{enabled: false}}
 """

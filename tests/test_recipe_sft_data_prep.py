@@ -43,6 +43,7 @@ tokenizer: {{vocab_size: 400, sample_bytes: 20_000}}
 packing: {{pack_size: 96}}
 split: {{train: 0.6, valid: 0.3, test: 0.1}}
 workers: {{pack: 2}}
+train: {{enabled: false}}
 observability: {{pipeline_logging_interval_s: 1, pipeline_stats_jsonl_path: null}}
 """
 

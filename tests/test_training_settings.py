@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-import textwrap
+import inspect
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
 from training_case import settings
 
-import recipes.training
 from recipes.errors import SettingsError, TrackingError
+from recipes.pretrain.data_prep import PretrainSettings
 from recipes.run_record import RunFile, RunRecord
 from recipes.settings import load_settings, settings_as_dict
+from recipes.sft.data_prep import SftSettings
 from recipes.stages.layout import write_json
-from recipes.training.settings import PretrainTrainSettings, TrainSettings, is_training_wanted
+from recipes.training.settings import PretrainTrainSettings, is_training_wanted
 
 
 @pytest.fixture(autouse=True)
@@ -66,20 +66,20 @@ def test_what_does_not_fit_is_refused_at_the_start(changes: dict, message: str) 
         is_training_wanted(settings(**changes), print)
 
 
-def test_the_settings_of_the_readme_can_be_used(tmp_path: Path) -> None:
-    """Each default names every key and no other; each tiny one changes some of them."""
-    text = (Path(recipes.training.__file__).parent / "README.md").read_text()
-    sections = re.findall(r"```yaml\ntrain:\n(.*?)```", text, flags=re.DOTALL)
-    kinds = (PretrainTrainSettings, PretrainTrainSettings, TrainSettings, TrainSettings)
-    steps = []
-    for kind, name, section in zip(kinds, ("default", "tiny") * 2, sections, strict=True):
-        (tmp_path / f"{name}.yaml").write_text(textwrap.dedent(section))
-        wanted = load_settings(kind, tmp_path, name)
+@pytest.mark.parametrize("kind", [PretrainSettings, SftSettings])
+def test_the_recipes_own_settings_can_be_used(
+    kind: type[PretrainSettings] | type[SftSettings],
+) -> None:
+    """What the YAML files of both recipes ask for fits together, and tiny asks for less."""
+    folder = Path(str(inspect.getfile(kind))).parent
+    default, tiny = (load_settings(kind, folder, name).train for name in ("default", "tiny"))
+    for wanted in (default, tiny):
         assert is_training_wanted(wanted, print)
         assert wanted.idle_keys() == {}
-        steps.append(wanted.steps)
-    assert steps[0] > steps[1]
-    assert steps[2] > steps[3]
+    assert default.steps > tiny.steps
+    words = ["train.validation.every_steps=null", "train.validation.batches=3"]
+    with pytest.raises(SettingsError, match=r"train.validation.batches has no effect"):
+        load_settings(kind, folder, "default", words)
 
 
 def test_values_out_of_range_are_refused_by_name(tmp_path: Path) -> None:
