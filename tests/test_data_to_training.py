@@ -8,15 +8,23 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
 from ray_cluster import clean_environment
-from wandb_file import NODE_KEYS, read_runs
+from wandb_file import NODE_KEYS, WandbRun, read_runs
 
 pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no torch")
 
 STEPS = 12
+
+#: Of both recipes: as much as takes a minute.
+SMALL = (
+    *("input.shard_bytes=100000", "observability.pipeline_logging_interval_s=1"),
+    *(f"train.steps={STEPS}", "train.batch_size=8", "train.optimizer.warmup_steps=2"),
+    *(f"train.validation.every_steps={STEPS // 2}", f"train.checkpoints.every_steps={STEPS // 2}"),
+)
 
 
 @pytest.fixture
@@ -26,10 +34,10 @@ def home() -> Iterator[Path]:
         yield Path(path)
 
 
-def run_recipe(home: Path, *words: str) -> str:
-    """Run ``python -m recipes.pretrain tiny`` as a user does, and return what it printed."""
+def run_recipe(home: Path, name: str, *words: str) -> str:
+    """Run ``python -m recipes.<name> tiny`` as a user does, and return what it printed."""
     with subprocess.Popen(
-        [sys.executable, "-m", "recipes.pretrain", "tiny", "output_dir=out", *words],
+        [sys.executable, "-m", f"recipes.{name}", "tiny", f"output_dir={name}", *words, *SMALL],
         cwd=home,
         env={**clean_environment(home), "RAY_TMPDIR": str(home)},
         stdin=subprocess.DEVNULL,
@@ -47,45 +55,51 @@ def run_recipe(home: Path, *words: str) -> str:
     return printed
 
 
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_one_command_prepares_and_trains_in_one_run(home: Path) -> None:
-    """The run has the pipeline, the nodes and the training, each on its own axis, to the last.
+def rows_of(run: WandbRun, stage: str) -> list[dict[str, Any]]:
+    """The rows of a stage, with keys relative to it."""
+    return [
+        {key.removeprefix(f"{stage}/"): value for key, value in row.items()}
+        for row in run.history
+        if f"{stage}/step" in row
+    ]
 
-    The same command again has nothing to do; with more steps it goes on, in the same run.
-    """
-    small = (
-        *("input.limit_bytes=200000", "input.shard_bytes=50000", "tokenizer.vocab_size=600"),
-        *("train.validation.every_steps=6", "train.checkpoints.every_steps=6"),
-        *("train.context_tokens=64", "train.batch_size=8", "train.optimizer.warmup_steps=2"),
-        "observability.pipeline_logging_interval_s=1",
-    )
-    printed = run_recipe(home, *small, f"train.steps={STEPS}")
-    assert f"{STEPS} steps: loss" in printed
-    record = json.loads((home / "out" / "run.json").read_text())
-    (run,) = read_runs(home).values()
-    assert (run.run_id, run.project, run.exit_code) == (record["id"], "raywb-pretrain", 0)
 
+def run_of(home: Path, name: str) -> WandbRun:
+    """The one run of a recipe, after a look at what any of them has."""
+    record = json.loads((home / name / "run.json").read_text())
+    (run,) = read_runs(home / "raywb" / f"raywb-{name}").values()
+    assert (run.run_id, run.project, run.exit_code) == (record["id"], f"raywb-{name}", 0)
     pipeline = [row for row in run.history if "xenna/progress" in row]
     assert pipeline[-1]["xenna/progress"] == 100
     assert [row for row in run.history if any(key.startswith(NODE_KEYS) for key in row)]
-    training = [row for row in run.history if "training/pretrain/step" in row]
-    assert [row["training/pretrain/step"] for row in training] == list(range(1, STEPS + 1))
-    assert all(row["training/pretrain/ranks"] == 2 for row in training)
-    assert training[-1]["training/pretrain/loss"] < training[0]["training/pretrain/loss"]
-    validation = [row for row in run.history if "validation/pretrain/step" in row]
-    assert [row["validation/pretrain/step"] for row in validation] == [6, STEPS]
-    for prefix in ("training/pretrain", "validation/pretrain"):
+    training = rows_of(run, f"training/{name}")
+    assert [row["step"] for row in training] == list(range(1, STEPS + 1))
+    assert all(row["ranks"] == 2 for row in training)
+    assert training[-1]["loss"] < training[0]["loss"]
+    assert [row["step"] for row in rows_of(run, f"validation/{name}")] == [STEPS // 2, STEPS]
+    for prefix in (f"training/{name}", f"validation/{name}"):
         assert run.metrics[f"{prefix}/*"].step_metric == f"{prefix}/step"
-    assert run.config["pretrain/data_prep"]["train"]["steps"] == STEPS
+    assert run.config[f"{name}/data_prep"]["train"]["steps"] == STEPS
+    return run
 
-    printed = run_recipe(home, *small, f"train.steps={STEPS + 3}")
-    assert " 0 made now, " in printed
-    assert f"{STEPS + 3} steps, from step {STEPS} on: loss" in printed
-    (run,) = read_runs(home).values()
-    assert run.run_id == record["id"]
-    steps = [
-        row["training/pretrain/step"] for row in run.history if "training/pretrain/step" in row
-    ]
-    assert steps == list(range(1, STEPS + 4))
-    assert run.steps == list(range(len(run.history)))
+
+@pytest.mark.ray
+@pytest.mark.timeout(600)
+def test_one_command_prepares_and_trains_in_one_run(home: Path) -> None:
+    """Each recipe's run has its pipeline, the nodes and its training, each on its own axis.
+
+    The fine-tuning begins with the weights of the pretraining, so it knows more than nothing.
+    """
+    printed = run_recipe(home, "pretrain", "input.limit_bytes=300000", "train.context_tokens=64")
+    assert f"{STEPS} steps: loss" in printed
+    pretrained = rows_of(run_of(home, "pretrain"), "training/pretrain")
+
+    printed = run_recipe(
+        home,
+        "sft",
+        *("input.limit_bytes=400000", "packing.pack_size=256"),
+        *("tokenizer.source=pretrain", "train.init_from=pretrain"),
+    )
+    assert f"{STEPS} steps: loss" in printed
+    tuned = rows_of(run_of(home, "sft"), "training/sft")
+    assert tuned[0]["loss"] < pretrained[0]["loss"]
