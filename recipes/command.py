@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
 
 from recipes.errors import RecipeError
 from recipes.local_ray import prepare_environment
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from recipes.cluster import RayCluster, RaySettings
     from recipes.run_record import RunFile
     from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings
+    from recipes.training.settings import TrainSettings
 
 __all__ = ["Job", "Outcome", "Recipe", "main", "started_job"]
 
@@ -48,6 +49,11 @@ class RecipeSettings(Protocol):
     @property
     def output_dir(self) -> str:
         """Where everything goes that the recipe makes."""
+        ...
+
+    @property
+    def train(self) -> TrainSettings:
+        """How a model is trained on it."""
         ...
 
     @property
@@ -127,6 +133,7 @@ def started_job(
         TrackingError: raywb could not start or finish the run.
     """
     from recipes.cluster import ray_cluster
+    from recipes.stages.store_errors import shown_settings
     from recipes.tracking import tracked
 
     with (
@@ -134,21 +141,14 @@ def started_job(
         tracked(
             settings.wandb,
             stage,
+            default_project=f"raywb-{stage.partition('/')[0]}",
             finish=cluster.started_here,
             announce=terminal.step,
             run_file=run_file,
         ) as run,
     ):
-        run.config({stage: _shown(settings_as_dict(settings))})
+        run.config({stage: shown_settings(settings_as_dict(settings))})
         yield Job(cluster, run)
-
-
-def _shown(settings: dict[str, Any]) -> dict[str, Any]:
-    """Return settings as anybody may see them: without what signs the address of an input."""
-    from recipes.stages.store_errors import shown
-
-    inputs = settings["input"]
-    return {**settings, "input": {**inputs, "paths": [shown(path) for path in inputs["paths"]]}}
 
 
 def main(recipe: Recipe[SettingsT], arguments: Sequence[str]) -> int:
@@ -180,19 +180,23 @@ def _run(
     terminal: Terminal,
     arguments: Sequence[str],
 ) -> int:
-    began = time.monotonic()
-    again = shlex.join(["python", "-m", recipe.module, *arguments])
+    began, began_at_s = time.monotonic(), time.time()
+
+    def again() -> str:
+        words = _words_to_go_on(settings, layout, arguments, began_at_s)
+        return f"To go on from here:\n  {shlex.join(['python', '-m', recipe.module, *words])}"
+
     try:
         outcome = recipe.work(settings, layout, terminal)
     except KeyboardInterrupt:
-        terminal.error(f"Interrupted. To go on from here:\n  {again}")
+        terminal.error(f"Interrupted. {again()}")
         return _INTERRUPTED
     except SystemExit:  # Ray's way of answering SIGTERM
-        terminal.error(f"Terminated. To go on from here:\n  {again}")
+        terminal.error(f"Terminated. {again()}")
         return _TERMINATED
     except RecipeError as error:
         text = "\n".join([f"Failed: {error}", *getattr(error, "__notes__", ())])
-        terminal.error(f"{text}\nLog: {_log(layout)}\nTo go on from here:\n  {again}")
+        terminal.error(f"{text}\nLog: {_log(layout)}\n{again()}")
         return error.exit_code
     more = []
     if arguments and arguments[0] == "tiny":
@@ -200,6 +204,24 @@ def _run(
     summary = _summary(settings, layout, outcome, more)
     terminal.result(f"Done in {time.monotonic() - began:.1f} s.\n\n{summary}")
     return 0
+
+
+def _words_to_go_on(
+    settings: RecipeSettings, layout: OutputLayout, words: Sequence[str], began_at_s: float
+) -> list[str]:
+    """Return the words of a command that goes on, also where this one said to begin anew."""
+    if settings.train.resume or not _is_newer(layout.checkpoints, began_at_s):
+        return list(words)
+    kept = [word for word in words if not word.startswith("train.resume=")]
+    return [*kept, "train.resume=true"]
+
+
+def _is_newer(folder: Path, moment_s: float) -> bool:
+    """Say whether something in a directory came, or went, after a moment."""
+    try:
+        return folder.stat().st_mtime >= moment_s
+    except FileNotFoundError:
+        return False
 
 
 def _summary(

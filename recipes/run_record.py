@@ -33,12 +33,16 @@ from recipes.stages.layout import write_json
 
 if TYPE_CHECKING:
     import raywb
+    from raywb.reports import Status
 
-__all__ = ["RunFile", "RunRecord"]
+__all__ = ["RunFile", "RunRecord", "running_service", "with_default_project"]
 
 #: How long a service is waited for whose cluster was killed a moment ago.
 _IN_USE_S = 30.0
 _LOOK_AGAIN_S = 1.0
+
+#: How long W&B may take for what an earlier start left behind.
+_RECOVER_S = 180.0
 
 #: What ``raywb recover`` exits with when not all rows are with W&B, and when it cannot work.
 _UNDELIVERED, _DIRECTORY = 5, 6
@@ -70,12 +74,16 @@ class RunFile:
     resume: bool
 
     def settings_for(
-        self, chosen: Mapping[str, Any], announce: Callable[[str], None]
+        self,
+        chosen: Mapping[str, Any],
+        running: Status | None,
+        announce: Callable[[str], None],
     ) -> dict[str, Any]:
         """Return the settings of ``raywb.start`` by which the recorded run is gone on with.
 
         Args:
             chosen: what the recipe's settings say by name; returned as it is without a record.
+            running: the connected cluster's service, if there is one.
             announce: is told which run it is.
 
         Raises:
@@ -87,12 +95,15 @@ class RunFile:
             return dict(chosen)
         self._check(record, chosen)
         announce(f"Going on in W&B run {record.name}")
-        running = _running_service()
         if running is not None and running.run.id == record.id and not running.finished:
             return {**chosen, "run_id": record.id}
-        of_run: dict[str, Any] = {"run_id": record.id, "name": record.name}
+        of_run: dict[str, Any] = {
+            "run_id": record.id,
+            "name": record.name,
+            "project": record.project,
+        }
         if running is None:
-            record = _recovered(record)
+            record = _recovered(record, announce)
             of_run["dir"] = record.dir
         elif record.mode == "offline" and running.run.dir != record.dir:
             raise TrackingError(
@@ -131,7 +142,8 @@ class RunFile:
                 )
 
 
-def _running_service() -> Any | None:
+def running_service() -> Status | None:
+    """Return how the connected cluster's raywb service is, or None where there is none."""
     import raywb
     from raywb.errors import ServiceUnavailable
 
@@ -141,7 +153,13 @@ def _running_service() -> Any | None:
         return None  # what is wrong with one that does not answer, start() will say
 
 
-def _recovered(record: RunRecord) -> RunRecord:
+def with_default_project(chosen: Mapping[str, Any], project: str) -> dict[str, Any]:
+    """Return settings of ``raywb.start`` that name a project, where nothing else does."""
+    named = "project" in chosen or os.environ.get("WANDB_PROJECT")
+    return dict(chosen) if named else {**chosen, "project": project}
+
+
+def _recovered(record: RunRecord, announce: Callable[[str], None]) -> RunRecord:
     """Bring home what the earlier cluster left on this machine; return the run as it now is.
 
     Raises:
@@ -149,6 +167,7 @@ def _recovered(record: RunRecord) -> RunRecord:
     """
     if not Path(record.dir).is_dir():
         return record  # on another machine, or removed
+    announce(f"Bringing home what earlier starts left in {record.dir} …")
     deadline = time.monotonic() + _IN_USE_S
     while True:
         done = _recover(record.dir)
@@ -175,7 +194,15 @@ def _recover(directory: str) -> subprocess.CompletedProcess[str]:
     root = str(Path(raywb.__file__).resolve().parents[1])
     paths = [root, *filter(None, [os.environ.get("PYTHONPATH")])]
     return subprocess.run(
-        [sys.executable, "-m", "raywb", "recover", "--json", directory],
+        [
+            sys.executable,
+            "-m",
+            "raywb",
+            "recover",
+            "--json",
+            f"--timeout-s={_RECOVER_S:g}",
+            directory,
+        ],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
         stdin=subprocess.DEVNULL,
         capture_output=True,

@@ -25,7 +25,15 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from recipes.errors import SettingsError
 
-__all__ = ["AtLeast", "Count", "NotEmpty", "Text", "load_settings", "settings_as_dict"]
+__all__ = [
+    "AtLeast",
+    "Count",
+    "NotEmpty",
+    "Text",
+    "load_settings",
+    "settings_as_dict",
+    "switched_off",
+]
 
 SettingsT = TypeVar("SettingsT")
 
@@ -103,6 +111,18 @@ def settings_as_dict(settings: Any) -> dict[str, Any]:
     """Return the settings as nested dicts and lists, for ``run.config`` and for manifests."""
     plain: dict[str, Any] = dataclasses.asdict(settings)
     return _lists_for_tuples(plain)  # type: ignore[no-any-return]
+
+
+def switched_off(name: str, section: Any) -> dict[str, str]:
+    """Return the keys of a section whose ``enabled`` is false: they change nothing beside it.
+
+    Args:
+        name: The section's.
+        section: Its dataclass.
+    """
+    switch = f"{name}.enabled"
+    keys = dict(_leaves(type(section), f"{name}."))
+    return {key: switch for key in keys if key != switch}
 
 
 def _find(folder: Path, config: str) -> Path:

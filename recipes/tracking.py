@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.errors import TrackingError
-from recipes.run_record import RunFile
+from recipes.run_record import RunFile, running_service, with_default_project
 from recipes.settings import Count, Text
 
 if TYPE_CHECKING:
@@ -131,6 +131,7 @@ def tracked(
     *,
     finish: bool,
     announce: Callable[[str], None],
+    default_project: str | None = None,
     run_file: RunFile | None = None,
 ) -> Iterator[TrackedRun]:
     """Start or join the cluster's W&B run, and attach to it as ``stage``.
@@ -139,6 +140,8 @@ def tracked(
         settings: Which run.
         stage: The prefix of all keys that are logged.
         announce: Is told which run it is, and that it is being finished.
+        default_project: Of a run that is begun here and of which nothing else says a project; a
+            run that is open on the cluster is joined, whatever its project.
         finish: End the run on leaving, as failed if an exception passes through. Left to whoever
             started the cluster otherwise.
         run_file: Names the run to go on with, and the one that is started from now on; None
@@ -158,8 +161,12 @@ def tracked(
         if name != "enabled" and value is not None
     }
     try:
+        running = running_service()
         if run_file is not None:
-            chosen = run_file.settings_for(chosen, announce)
+            chosen = run_file.settings_for(chosen, running, announce)
+        is_open = running is not None and not (running.finished or running.run.provisional)
+        if default_project is not None and not is_open:
+            chosen = with_default_project(chosen, default_project)
         info = raywb.start(**chosen)
         if run_file is not None:
             run_file.write(info)

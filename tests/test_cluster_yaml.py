@@ -175,7 +175,7 @@ def test_ray_up_starts_the_head(launch: Launch) -> None:
     for name, value in XENNA_ENVIRONMENT.items():
         assert f"--env={name}={value} " in container
     assert "--net=host rayproject/ray:2.60.0-py312 bash" in container
-    assert any("pip install" in command and "checkout[recipes]" in command for command in ran)
+    assert any("pip install" in command and "checkout[train]" in command for command in ran)
     starts = [re.sub(r"[\\'\"]", "", command) for command in ran if "ray start" in command]
     assert len(starts) == 1
     for part in ("RAY_OVERRIDE_RESOURCES={CPU:1};", "docker exec", "--dashboard-host=127.0.0.1"):

@@ -234,3 +234,10 @@ def test_the_job_runs_a_recipe_on_that_cluster(
     data_prep = description["available_node_types"]["data-prep"]
     assert settings.ray.num_cpus is not None
     assert settings.ray.num_cpus <= data_prep["max_workers"] * data_prep["resources"]["CPU"]
+    training = description["available_node_types"]["training"]
+    assert settings.train.use_gpu is True
+    assert settings.train.workers is not None
+    assert settings.train.workers <= training["max_workers"] * training["resources"]["GPU"]
+    # Nodes of data preparation have no torch, and the driver, on the head, needs it.
+    (on_head,) = description["head_setup_commands"]
+    assert "checkout[train]" in on_head

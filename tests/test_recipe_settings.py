@@ -176,14 +176,6 @@ def test_one_path_needs_no_brackets() -> None:
     assert load("default", "input.paths=[/a, /b]").input.paths == ("/a", "/b")
 
 
-def test_the_environment_may_name_the_project(monkeypatch: pytest.MonkeyPatch) -> None:
-    """WANDB_PROJECT decides where the settings do not."""
-    assert load().wandb.project == "raywb-pretrain"
-    monkeypatch.setenv("WANDB_PROJECT", "mine")
-    assert load().wandb.project == "mine"
-    assert load("default", "wandb.project=other").wandb.project == "other"
-
-
 def test_a_key_that_would_change_nothing_is_refused(refused, tmp_path: Path) -> None:
     """A setting that another one makes idle is refused, unless the other one came later."""
     idle = "tokenizer.vocab_size has no effect beside tokenizer.source=t.json; leave it out"

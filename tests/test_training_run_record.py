@@ -21,7 +21,6 @@ from recipes.stages.layout import write_json
 @pytest.fixture
 def left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LeftBehind]:
     """A service and a process that logs, and no Ray cluster on which another service could be."""
-    monkeypatch.setattr(recipes.run_record, "_running_service", lambda: None)
     with LeftBehind(tmp_path) as behind:
         for name, value in behind.environment.items():
             monkeypatch.setenv(name, value)
@@ -55,8 +54,9 @@ def test_the_next_start_goes_on_in_the_same_run(left: LeftBehind, finished: bool
             assert left.finish(60)["complete"]
         logged = left.kill()
         said: list[str] = []
-        chosen = record(left, "online").settings_for({"project": "demo"}, said.append)
-        assert said == ["Going on in W&B run a name"]
+        chosen = record(left, "online").settings_for({"project": "demo"}, None, said.append)
+        assert said[0] == "Going on in W&B run a name"
+        assert said[1].startswith("Bringing home what earlier starts left in ")
         left.begin(first=100_000, rows=30, **(settings | chosen))
         report = left.finish(60)
         assert (report["complete"], report["state"]) == (True, "finished")
@@ -80,7 +80,7 @@ def test_a_run_that_wandb_does_not_have_yet_is_waited_for(left: LeftBehind) -> N
         left.kill()
         key.unlink()
         with pytest.raises(TrackingError, match=r"cannot be gone on with now: .*no W&B key"):
-            record(left, "online").settings_for({}, print)
+            record(left, "online").settings_for({}, None, print)
 
 
 def test_a_directory_in_use_is_told(left: LeftBehind, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,4 +88,4 @@ def test_a_directory_in_use_is_told(left: LeftBehind, monkeypatch: pytest.Monkey
     monkeypatch.setattr(recipes.run_record, "_IN_USE_S", 0.0)
     left.begin(project="demo", rows=1)
     with pytest.raises(TrackingError, match="a raywb service works in"):
-        record(left, "offline").settings_for({}, print)
+        record(left, "offline").settings_for({}, None, print)

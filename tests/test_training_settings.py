@@ -110,7 +110,7 @@ RECORD = RunRecord("p", "r1", "p-orchestrator", "offline", "/nowhere", group="g"
 def test_a_run_file_that_others_settings_contradict_is_told(tmp_path: Path) -> None:
     """Another project, mode or group than the training's run has: refused, with both values."""
     file = RunFile(tmp_path / "run.json", resume=True)
-    assert file.settings_for({"project": "p"}, print) == {"project": "p"}
+    assert file.settings_for({"project": "p"}, None, print) == {"project": "p"}
     write_json(file.path, dataclasses.asdict(RECORD))
     for chosen, told in (
         ({"project": "q"}, "project is 'p', not 'q'"),
@@ -118,10 +118,10 @@ def test_a_run_file_that_others_settings_contradict_is_told(tmp_path: Path) -> N
         ({"group": ""}, "group is 'g', not ''"),
     ):
         with pytest.raises(TrackingError, match=told):
-            file.settings_for(chosen, print)
+            file.settings_for(chosen, None, print)
     anew = dataclasses.replace(file, resume=False)
-    assert anew.settings_for({"project": "q"}, print) == {"project": "q"}
-    assert file.settings_for({"mode": "disabled"}, print) == {"mode": "disabled"}
+    assert anew.settings_for({"project": "q"}, None, print) == {"project": "q"}
+    assert file.settings_for({"mode": "disabled"}, None, print) == {"mode": "disabled"}
     file.path.write_text("{")
     with pytest.raises(TrackingError, match=r"run\.json cannot be read"):
-        file.settings_for({}, print)
+        file.settings_for({}, None, print)

@@ -10,7 +10,8 @@ usage: python -m recipes.pretrain [default | tiny | FILE.yaml] [key=value ...]
   python -m recipes.pretrain tokenizer.source=/data/tokenizer.json wandb.mode=online
 
 The same command again goes on where the last start was ended.
-Exit codes: 0 done, 1 failed, 2 a setting cannot be used, 130 interrupted with Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 a setting cannot be used, 130 interrupted with Ctrl-C,
+143 terminated.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ from recipes.cluster import RaySettings
 from recipes.pipeline import PipelineIdentity
 from recipes.pretrain.blend import write_blend
 from recipes.pretrain.indexed_dataset import IndexedDatasetWriter, token_type
-from recipes.settings import Count, Text, settings_as_dict
+from recipes.settings import Count, Text, settings_as_dict, switched_off
 from recipes.stages.dataset import (
     DataPrepResult,
     DatasetPlan,
@@ -41,6 +41,7 @@ from recipes.stages.receipts import Receipt, write_receipt
 from recipes.stages.scratch import Scratch
 from recipes.stages.shards import Shard, cut_into_shards, fingerprint
 from recipes.stages.sources import InputSettings, list_inputs
+from recipes.stages.store_errors import shown, shown_settings
 from recipes.stages.tokenizer import (
     DocumentEncoder,
     PreparedTokenizer,
@@ -86,6 +87,10 @@ class PretrainSettings:
     def idle_keys(self) -> dict[str, str]:
         """Return the keys that change nothing beside another, each with the other one."""
         idle = self.train.idle_keys()
+        if self.train.enabled is False:
+            idle |= switched_off("train", self.train)
+        if not self.wandb.enabled:
+            idle |= switched_off("wandb", self.wandb)
         if not self.tokenizer.trained:
             trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
             idle |= dict.fromkeys(trained_only, "tokenizer.source")
@@ -170,7 +175,7 @@ def plan_data(settings: PretrainSettings, layout: OutputLayout, terminal: Termin
         RecipeError: One of its subclasses.
     """
     began = time.monotonic()
-    terminal.step(f"Listing {', '.join(settings.input.paths)} …")
+    terminal.step(f"Listing {', '.join(map(shown, settings.input.paths))} …")
     inputs = settings.input
     shards = cut_into_shards(list_inputs(inputs), inputs.shard_bytes, inputs.limit_bytes)
     scratch = Scratch.of(layout.root, inputs.max_document_bytes + 4)
@@ -217,7 +222,7 @@ def prepare_data(
             pipeline_kind="pretrain",
             run_hash=fingerprint(settings_as_dict(settings)),
             run_dir=str(layout.root),
-            dataset_names=inputs.paths,
+            dataset_names=tuple(map(shown, inputs.paths)),
         ),
         observability=settings.observability,
         run=run,
@@ -237,7 +242,7 @@ def _claim_output(
 ) -> PreparedTokenizer:
     """Make sure that the output directory is of these settings, and lay the tokenizer into it."""
     maker = TokenizerMaker(settings.tokenizer, settings.input, shards)
-    plain = settings_as_dict(settings)
+    plain = shown_settings(settings_as_dict(settings))
     wanted = Manifest({name: plain[name] for name in ("input", "tokenizer")}, maker.fingerprint())
     manifest = claim(layout, wanted, settings.overwrite)
     tokenizer = maker.prepare(layout, scratch, manifest.tokenizer_xxh64, terminal.step)

@@ -11,7 +11,8 @@ usage: python -m recipes.sft [default | tiny | FILE.yaml] [key=value ...]
                         tokenizer.eod_token='</s>' packing.pack_size=8192
 
 The same command again goes on where the last start was ended.
-Exit codes: 0 done, 1 failed, 2 a setting cannot be used, 130 interrupted with Ctrl-C.
+Exit codes: 0 done, 1 failed, 2 a setting cannot be used, 130 interrupted with Ctrl-C,
+143 terminated.
 """
 
 from __future__ import annotations

@@ -51,6 +51,7 @@ from recipes.stages.rows import LocalFile
 from recipes.stages.scratch import Scratch
 from recipes.stages.shards import Shard, cut_into_shards, fingerprint
 from recipes.stages.sources import InputFile, list_inputs
+from recipes.stages.store_errors import shown, shown_settings
 from recipes.stages.tokenizer import PreparedTokenizer, TokenizerMaker
 from recipes.terminal import Terminal
 from recipes.tracking import TrackedRun
@@ -227,7 +228,7 @@ def plan_data(settings: SftSettings, layout: OutputLayout, terminal: Terminal) -
     template = find_template(
         settings.template, settings.tokenizer.source, {"eos_token": settings.tokenizer.eod_token}
     )
-    terminal.step(f"Listing {', '.join(settings.input.paths)} …")
+    terminal.step(f"Listing {', '.join(map(shown, settings.input.paths))} …")
     inputs = settings.input.files()
     fields = (settings.input.messages_field, settings.input.tools_field)
     files = _without_texts(list_inputs(inputs, fields), terminal)
@@ -282,7 +283,7 @@ def prepare_data(
             pipeline_kind="sft",
             run_hash=fingerprint(settings_as_dict(settings)),
             run_dir=str(layout.root),
-            dataset_names=inputs.paths,
+            dataset_names=tuple(map(shown, inputs.paths)),
         ),
         observability=settings.observability,
         run=run,
@@ -348,7 +349,7 @@ def _claim_output(
     maker = _ChatTokenizerMaker(
         settings.tokenizer, settings.input.files(), shards, settings.input, special
     )
-    plain = settings_as_dict(settings)
+    plain = shown_settings(settings_as_dict(settings))
     kept = {name: plain[name] for name in ("input", "tokenizer", "template", "packing", "split")}
     kept["template"]["fingerprint"] = fingerprint(template)
     manifest = claim(layout, Manifest(kept, maker.fingerprint()), settings.overwrite)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from recipes.cluster import RaySettings
-from recipes.settings import Count, NotEmpty, Text
+from recipes.settings import Count, NotEmpty, Text, switched_off
 from recipes.sft.chat_template import TemplateSettings
 from recipes.sft.conversations import ConversationReader
 from recipes.sft.packing import Algorithm
@@ -100,6 +100,10 @@ class SftSettings:
     def idle_keys(self) -> dict[str, str]:
         """Return the keys that change nothing beside another, each with the other one."""
         idle = self.train.idle_keys()
+        if self.train.enabled is False:
+            idle |= switched_off("train", self.train)
+        if not self.wandb.enabled:
+            idle |= switched_off("wandb", self.wandb)
         if not self.tokenizer.trained:
             trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
             idle |= dict.fromkeys(trained_only, "tokenizer.source")

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from recipes.errors import InputError
 from recipes.stages.sources import Source, StoredFile
-from recipes.stages.store_errors import missing_package, told_clearly
+from recipes.stages.store_errors import missing_package, shown, told_clearly
 
 if TYPE_CHECKING:
     from _typeshed import WriteableBuffer
@@ -79,7 +79,7 @@ def remote_source(scheme: str, location: str) -> Source:
         logging.getLogger(library).addHandler(logging.NullHandler())
     if scheme not in available_protocols():
         raise InputError(
-            f"input.paths: no store for {scheme}:// ({location}); allowed: paths, globs, "
+            f"input.paths: no store for {scheme}:// ({shown(location)}); allowed: paths, globs, "
             "stdlib://, s3://, gs://, https://, hf://, and others that fsspec knows"
         )
     return RemoteSource(listing_is_whole=scheme in _WHOLE_LISTINGS)
@@ -285,7 +285,9 @@ class StoredBytes(io.RawIOBase):
                 self._file.seek(self._position)
                 self._content = self._file.read(wanted)
         if len(self._content) < wanted:
-            raise InputError(f"cannot read {self._url}: it ended before its end; start again")
+            raise InputError(
+                f"cannot read {shown(self._url)}: it ended before its end; start again"
+            )
 
 
 def buffered(stored: StoredBytes) -> BinaryIO:

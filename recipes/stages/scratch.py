@@ -22,6 +22,7 @@ from recipes.stages.parquet_slices import bring_parquet
 from recipes.stages.rows import LocalFile
 from recipes.stages.shards import InputSlice, Shard, fingerprint
 from recipes.stages.sources import source_of
+from recipes.stages.store_errors import shown
 
 __all__ = ["Scratch"]
 
@@ -83,13 +84,15 @@ class Scratch:
         source = source_of(file.url)
         try:
             if source.stat(file.url) != (file.size_bytes, file.version):
-                raise InputError(f"{file.url} changed since it was listed; start again")
+                raise InputError(f"{shown(file.url)} changed since it was listed; start again")
             with source.open(file.url) as stored:
                 if file.format == "parquet":
                     return bring_parquet(piece, stored, path, front_bytes)
                 corrupt = self._bring(piece, stored, path, front_bytes)
         except OSError as error:
-            raise InputError(f"cannot fetch {file.url}: {error.strerror or error}") from error
+            raise InputError(
+                f"cannot fetch {shown(file.url)}: {error.strerror or error}"
+            ) from error
         return LocalFile(path, file.format, corrupt, file.compression)
 
     def _bring(

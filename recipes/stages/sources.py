@@ -33,6 +33,7 @@ from typing import Annotated, BinaryIO, Literal, Protocol
 from recipes.errors import InputError
 from recipes.settings import Count, NotEmpty, Text
 from recipes.stages import questions
+from recipes.stages.store_errors import shown
 
 __all__ = [
     "Compression",
@@ -272,7 +273,7 @@ def list_inputs(
     for location in settings.paths:
         found = sorted(_list_location(location, settings), key=lambda file: file.name)
         if not found:
-            raise InputError(f"input.paths: nothing to read at {location}")
+            raise InputError(f"input.paths: nothing to read at {shown(location)}")
         for file in found:
             wanted = (settings.text_field,) if columns is None else tuple(columns)
             wanted = wanted if file.format == "parquet" else ()
@@ -290,11 +291,11 @@ def _list_location(location: str, settings: InputSettings) -> Iterator[InputFile
             if file is None:
                 continue
             if not source.readable(file.url):
-                raise InputError(f"input.paths: no permission to read {file.url}")
+                raise InputError(f"input.paths: no permission to read {shown(file.url)}")
             yield file
     except OSError as error:
         raise InputError(
-            f"input.paths: cannot list {location}: {error.strerror} ({error.filename})"
+            f"input.paths: cannot list {shown(location)}: {error.strerror} ({error.filename})"
         ) from error
 
 
@@ -312,7 +313,7 @@ def _with_format(stored: StoredFile, by_name: bool, settings: InputSettings) -> 
         if not by_name:
             return None
         raise InputError(
-            f"input.paths: cannot tell how to read {stored.url}; known endings: "
+            f"input.paths: cannot tell how to read {shown(stored.url)}; known endings: "
             f"{', '.join(sorted(_FORMAT_OF_SUFFIX))}, all but .parquet also with "
             f"{' or '.join(_COMPRESSION_OF_SUFFIX)}; or set input.format=text, jsonl or parquet"
         )

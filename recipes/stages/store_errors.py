@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
-from urllib.parse import urlsplit, urlunsplit
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from recipes.errors import InputError
 
-__all__ = ["missing_package", "shown", "told_clearly"]
+__all__ = ["missing_package", "shown", "shown_settings", "told_clearly"]
 
 #: The extra of this package that brings what a store needs.
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "hf": "hf"}
@@ -38,16 +38,30 @@ _LIBRARIES = frozenset(
     }
 )
 _NO_CREDENTIALS = re.compile(r"NoCredentials|PartialCredentials|DefaultCredentials|NoAuthToken")
+_QUERY = re.compile(r"(https?://[^\s'\"?]+)\?[^\s'\"]*")
 _REFUSED_STATUS = (401, 403)
 
 
 def shown(location: str) -> str:
     """Return a location without what may be a secret: a password, or the words of a signature."""
-    if "?" not in location and "@" not in location.partition("://")[2].partition("/")[0]:
+    scheme, separator, rest = location.partition("://")
+    host, slash, path = rest.partition("/")
+    if not separator:
         return location
-    parts = urlsplit(location)
-    where = parts.netloc.rpartition("@")[2]
-    return urlunsplit((parts.scheme, where, parts.path, "…" if parts.query else "", ""))
+    if scheme in ("http", "https"):  # elsewhere a question mark is part of a pattern
+        path, mark, _ = path.partition("?")
+        path += "?…" if mark else ""
+    return f"{scheme}://{host.rpartition('@')[2]}{slash}{path}"
+
+
+def shown_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recipe's settings as anybody may see them: without what signs an input's address.
+
+    Args:
+        settings: As ``settings_as_dict`` returns them.
+    """
+    inputs = settings["input"]
+    return {**settings, "input": {**inputs, "paths": [shown(path) for path in inputs["paths"]]}}
 
 
 def missing_package(scheme: str, error: ImportError) -> InputError:
@@ -131,4 +145,5 @@ def _status(error: BaseException) -> int | None:
 
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
-    return lines[0].strip() if lines else type(error).__name__
+    # Libraries quote the whole address, signature and all.
+    return _QUERY.sub(r"\1?…", lines[0].strip()) if lines else type(error).__name__
