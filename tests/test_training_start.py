@@ -156,6 +156,27 @@ def test_training_anew_removes_nothing_before_all_is_checked(
     assert "Validation is left out: the prepared data have no sample for it" in told()
 
 
+@pytest.mark.usefixtures("two_cpus")
+def test_what_all_workers_found_is_the_trainings_end(
+    layout: OutputLayout, told: Told, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their own words are raised, though nothing failed as Ray Train sees it; not another start's.
+
+    In place of Ray Train, a function that leaves what the workers would.
+    """
+    pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no torch")
+    write_tokenizer(layout.tokenizer)
+    folder = CheckpointFolder(layout.checkpoints)
+    monkeypatch.setattr(
+        "recipes.training.launch._fit", lambda *_: folder.tell_failure("the gradient is nan")
+    )
+    with pytest.raises(TrainingError, match="^the gradient is nan$"):
+        start(settings(), layout, told)
+    monkeypatch.setattr("recipes.training.launch._fit", lambda *_: None)
+    with pytest.raises(TrainingError, match="no checkpoint of its last step"):
+        start(settings(), layout, told)
+
+
 def chosen(
     total: Mapping[str, float],
     free: Mapping[str, float] | None = None,

@@ -122,8 +122,8 @@ def _find_initial(settings: TrainSettings, layout: OutputLayout) -> Checkpoint |
             f"train.resume=false removes ({initial.path}): copy it to another place first"
         )
     has, wanted = initial.identity.get("model", {}), settings_as_dict(settings)["model"]
-    if has != wanted:
-        keys = [name for name in has if has[name] != wanted.get(name)]
+    keys = [name for name in has if has[name] != wanted.get(name)]
+    if keys:
         raise TrainingError(
             f"train.init_from={settings.init_from}: the model of {initial.path} has another shape "
             f"({_listed(has)}) than train.model ({_listed(wanted)}): set "
