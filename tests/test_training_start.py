@@ -170,7 +170,7 @@ def test_what_all_workers_found_is_the_trainings_end(
     monkeypatch.setattr(
         "recipes.training.launch._fit", lambda *_: folder.tell_failure("the gradient is nan")
     )
-    with pytest.raises(TrainingError, match="^the gradient is nan$"):
+    with pytest.raises(TrainingError, match=r"^the gradient is nan$"):
         start(settings(), layout, told)
     monkeypatch.setattr("recipes.training.launch._fit", lambda *_: None)
     with pytest.raises(TrainingError, match="no checkpoint of its last step"):
