@@ -98,8 +98,10 @@ def test_the_last_ones_are_kept(folder: CheckpointFolder) -> None:
     (folder.root / "checkpoint_manager_snapshot.json").write_text("{")
     folder.tell_progress(7)
     assert folder.progress() == 7
+    folder.tell_failure("no number")
+    assert folder.failure() == "no number"
     folder.prepare()
-    assert folder.progress() is None
+    assert folder.progress() is folder.failure() is None
     assert names(folder) == ["step-100000000", "step-99999999"]
     folder.clear()
     assert names(folder) == []
@@ -109,6 +111,7 @@ def test_another_training_is_told_by_what_differs(folder: CheckpointFolder) -> N
     """The message has each key with both values, and what to do."""
     checkpoint = write(folder, 1)
     checkpoint.check_identity(IDENTITY)
+    checkpoint.check_identity({"model": {"layers": 2}})  # before data are prepared
     with pytest.raises(TrainingError) as error:
         checkpoint.check_identity({"model": {"layers": 3}, "data": {"blend_xxh64": "aa"}})
     assert "model.layers was 2, now 3. Set train.resume=false" in str(error.value)

@@ -57,6 +57,11 @@ def test_without_torch_training_is_left_out_and_told(installed: set[str]) -> Non
             {"checkpoints": {"artifacts": "best"}, "validation": {"every_steps": None}},
             r"artifacts=best needs validation, which .*every_steps=null turns off",
         ),
+        (
+            {"optimizer": {"min_learning_rate": 0.02}},
+            r"min_learning_rate=0.02 is higher than train.optimizer.learning_rate=0.01",
+        ),
+        ({"steps": 4}, r"warmup_steps=4 must be fewer than train.steps=4"),
         ({"batch_size": 9}, r"batch_size=9 must be a multiple of the number of workers.* 2"),
     ],
 )
@@ -94,6 +99,9 @@ def test_values_out_of_range_are_refused_by_name(tmp_path: Path) -> None:
 
     assert "validation_share=0.6" in (said := refused(validation_share=0.6))
     assert "from 0 to 0.5" in said
+    assert "seed=9223372036854775808" in (said := refused(seed=2**63))
+    assert "from 0 to 2**63 - 1" in said
+    assert "seed=-1" in refused(seed=-1)
     rates = settings_as_dict(settings().optimizer)
     assert "optimizer.learning_rate=0" in (
         said := refused(optimizer={**rates, "learning_rate": 0.0})

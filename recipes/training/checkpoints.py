@@ -7,6 +7,7 @@
         tokenizer.json       what turns text into the model's tokens
         checkpoint.json      which step, what was trained, how it stands
       progress.json          how far the running training is, for the terminal
+      failure.json           why all workers ended it, where starting them again would not help
 
 Ray Train keeps files of its own in the same folder; nothing is gone on from by them, since they
 are not written whole, and know nothing of a checkpoint that was not reported any more.
@@ -27,7 +28,7 @@ from typing import Any, BinaryIO
 import msgspec
 
 from recipes.errors import TrainingError
-from recipes.stages.layout import replace_file, temporary_name
+from recipes.stages.layout import replace_file, temporary_name, write_json
 
 __all__ = ["Checkpoint", "CheckpointFolder", "Losses", "Standing", "write_flushed"]
 
@@ -38,6 +39,8 @@ _NOTE = "checkpoint.json"
 
 #: What Ray Train remembers of an earlier start; it refuses to begin if that is damaged.
 _RAY_SNAPSHOT = "checkpoint_manager_snapshot.json"
+
+_PROGRESS, _FAILURE = "progress.json", "failure.json"
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,14 @@ class Checkpoint:
     def check_identity(self, wanted: dict[str, Any]) -> None:
         """Make sure that this is a checkpoint of the training that is wanted.
 
+        Args:
+            wanted: the identity, or those sections of it that are known yet.
+
         Raises:
             TrainingError: with every setting that differs, and both values.
         """
-        before, after = _flat(self.identity), _flat(wanted)
+        own = {name: part for name, part in self.identity.items() if name in wanted}
+        before, after = _flat(own), _flat(wanted)
         changed = [
             f"{key} was {before.get(key)}, now {after.get(key)}"
             for key in sorted(before.keys() | after.keys())
@@ -192,7 +199,7 @@ class CheckpointFolder:
             self.root.mkdir(parents=True, exist_ok=True)
             for path in self.root.glob("*.tmp-*"):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-            for name in (_RAY_SNAPSHOT, "progress.json"):
+            for name in (_RAY_SNAPSHOT, _PROGRESS, _FAILURE):
                 (self.root / name).unlink(missing_ok=True)
         except OSError as error:
             raise TrainingError(f"{self.root} cannot be used: {error}") from error
@@ -220,7 +227,7 @@ class CheckpointFolder:
 
     def tell_progress(self, step: int) -> None:
         """Say how far the training is; nobody depends on it."""
-        path = self.root / "progress.json"
+        path = self.root / _PROGRESS
         temporary = temporary_name(path)
         temporary.write_text(json.dumps({"step": step}))
         os.replace(temporary, path)
@@ -228,8 +235,23 @@ class CheckpointFolder:
     def progress(self) -> int | None:
         """Return the step that the training said last; None while it has said none."""
         try:
-            return int(json.loads((self.root / "progress.json").read_bytes())["step"])
+            return int(json.loads((self.root / _PROGRESS).read_bytes())["step"])
         except (FileNotFoundError, ValueError):
+            return None
+
+    def tell_failure(self, reason: str) -> None:
+        """Say why the training was ended by all of its workers.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        write_json(self.root / _FAILURE, {"reason": reason})
+
+    def failure(self) -> str | None:
+        """Return why the workers ended the training; None where they did not."""
+        try:
+            return str(json.loads((self.root / _FAILURE).read_bytes())["reason"])
+        except FileNotFoundError:
             return None
 
 

@@ -22,17 +22,19 @@ from recipes.tracking import TrackedRun
 from recipes.training.batches import SampleSource
 from recipes.training.checkpoints import Checkpoint, CheckpointFolder, Losses, find_checkpoint
 from recipes.training.settings import TrainSettings
+from recipes.training.workers import (
+    CPU_WORKERS,
+    START_ATTEMPTS,
+    Cluster,
+    Workers,
+    choose_workers,
+    environment,
+)
 
 if TYPE_CHECKING:
     from recipes.training.worker import TrainingTask
 
-__all__ = ["TrainResult", "train_on_cluster"]
-
-#: Workers on a cluster without GPUs, unless settings say how many.
-_CPU_WORKERS = 2
-
-#: How often Ray Train waits a minute for nodes that have what the workers need.
-_START_ATTEMPTS = 10
+__all__ = ["TrainResult", "check_start", "read_blend", "train_on_cluster"]
 
 
 @dataclass(frozen=True)
@@ -74,17 +76,64 @@ class TrainResult:
         ]
 
 
-@dataclass(frozen=True)
-class _Workers:
-    """How many workers there are, and what each gets."""
+def check_start(settings: TrainSettings, layout: OutputLayout) -> None:
+    """Refuse what can be known to fail before data are prepared, which may take long.
 
-    count: int
-    on_gpu: bool
-    cpus: int
+    Args:
+        settings: the section ``train:``, of a start that trains.
+        layout: the output directory.
 
-    @property
-    def resources(self) -> dict[str, float]:
-        return {"CPU": self.cpus, **({"GPU": 1} if self.on_gpu else {})}
+    Raises:
+        TrainingError: its checkpoint is of another training, or ``train.init_from`` cannot be used.
+        SettingsError: the batch cannot be shared by the workers.
+    """
+    if settings.workers is None and settings.use_gpu is False:
+        settings.check_workers(CPU_WORKERS)
+    own = _own_checkpoint(settings, layout)
+    if own is not None:
+        own.check_identity(_identity_of(settings))
+    _find_initial(settings, layout)
+
+
+def _own_checkpoint(settings: TrainSettings, layout: OutputLayout) -> Checkpoint | None:
+    """Return what this start goes on from."""
+    return CheckpointFolder(layout.checkpoints).newest() if settings.resume else None
+
+
+def _identity_of(settings: TrainSettings) -> dict[str, Any]:
+    """Return what settings alone say of a training's identity."""
+    plain = settings_as_dict(settings)
+    train = {name: plain[name] for name in ("seed", "batch_size")}
+    return {"model": plain["model"], "train": train}
+
+
+def _find_initial(settings: TrainSettings, layout: OutputLayout) -> Checkpoint | None:
+    """Return whose weights this start begins with; None where it goes on from its own.
+
+    Raises:
+        TrainingError: there is no checkpoint, or it cannot be used.
+    """
+    if settings.init_from is None or _own_checkpoint(settings, layout) is not None:
+        return None
+    initial = find_checkpoint(settings.init_from)
+    if initial.path.resolve().is_relative_to(layout.checkpoints.resolve()):
+        raise TrainingError(
+            f"train.init_from={settings.init_from} lies among the checkpoints that "
+            f"train.resume=false removes ({initial.path}): copy it to another place first"
+        )
+    has, wanted = initial.identity.get("model", {}), settings_as_dict(settings)["model"]
+    keys = [name for name in has if has[name] != wanted.get(name)]
+    if keys:
+        raise TrainingError(
+            f"train.init_from={settings.init_from}: the model of {initial.path} has another shape "
+            f"({_listed(has)}) than train.model ({_listed(wanted)}): set "
+            + " ".join(f"train.model.{name}={has[name]}" for name in keys)
+        )
+    return initial
+
+
+def _listed(section: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in section.items())
 
 
 def train_on_cluster(
@@ -110,22 +159,23 @@ def train_on_cluster(
 
     Raises:
         TrainingError: it cannot begin or go on, or a worker failed more often than allowed.
-        SettingsError: the batch cannot be shared by the workers that there are.
+        SettingsError: the batch cannot be shared by the workers that there are, or the best
+            checkpoint is asked for and there is nothing to validate with.
+        ClusterError: the cluster has not enough for the workers, and cannot grow.
     """
     began = time.monotonic()
     folder = CheckpointFolder(layout.checkpoints)
     folder.prepare()
-    if not settings.resume:
-        folder.clear()
-    workers = _choose_workers(settings, terminal)
-    settings.check_workers(workers.count)
     task = _make_task(recipe, settings, source, data, layout, run)
-    before = folder.newest()
+    before = _own_checkpoint(settings, layout)
     if before is not None:
         before.check_identity(task.identity)
     resumed_from = before.standing.step if before is not None else None
     if before is not None and before.standing.step >= settings.steps:
         return _result(before, resumed_from, workers=0, began=began)
+    _check_validation(settings, source, terminal)
+    workers = choose_workers(settings, Cluster.connected(), terminal.step)
+    settings.check_workers(workers.count)
     begun = "" if resumed_from is None else f", from the checkpoint of step {resumed_from:,} on"
     kind = "GPUs" if workers.on_gpu else "CPUs"
     terminal.step(f"Training {settings.steps:,} steps, {workers.count} workers on {kind}{begun} …")
@@ -133,10 +183,14 @@ def train_on_cluster(
     def progress() -> list[tuple[str, int, int | None]]:
         return [(f"training/{recipe}", folder.progress() or resumed_from or 0, settings.steps)]
 
+    if not settings.resume:  # last, so that nothing is lost by a start that is refused
+        folder.clear()
     with terminal.progress(progress):
         _fit(task, workers, layout)
     newest = folder.newest()
     if newest is None or newest.standing.step < settings.steps:
+        if (failure := folder.failure()) is not None:
+            raise TrainingError(failure)
         raise TrainingError(
             f"training ended well, and {folder.root} has no checkpoint of its last step: "
             "output_dir must be a directory that every node sees under this path"
@@ -155,25 +209,40 @@ def _make_task(
     from recipes.training.model import ModelShape
     from recipes.training.worker import TrainingTask
 
-    plain = settings_as_dict(settings)
+    known = _identity_of(settings)
     tokenizer = layout.tokenizer.read_bytes()
     identity = {
         "recipe": recipe,
-        "model": plain["model"],
-        "train": {name: plain[name] for name in ("seed", "batch_size", "init_from")},
+        **known,
         "data": {**data, "tokenizer_xxh64": xxhash.xxh64_hexdigest(tokenizer)},
     }
     return TrainingTask(
         recipe=recipe,
         settings=settings,
         source=source,
-        shape=ModelShape(_vocabulary_size(layout.tokenizer), **plain["model"]),
+        shape=ModelShape(_vocabulary_size(layout.tokenizer), **known["model"]),
         identity=identity,
         folder=CheckpointFolder(layout.checkpoints),
         tokenizer=layout.tokenizer,
-        initial=None if settings.init_from is None else find_checkpoint(settings.init_from),
+        initial=_find_initial(settings, layout),
         tracked=run.info is not None,
     )
+
+
+def _check_validation(settings: TrainSettings, source: SampleSource, terminal: Terminal) -> None:
+    """Tell when there is nothing to validate with.
+
+    Raises:
+        SettingsError: the best checkpoint is asked for, and nothing would say which one that is.
+    """
+    if settings.validation.every_steps is None or source.open(settings.seed)[1].size:
+        return
+    if settings.checkpoints.artifacts == "best":
+        raise SettingsError(
+            "train.checkpoints.artifacts=best needs validation, and the prepared data have no "
+            "sample for it: keep a larger share of them for validation, or set artifacts=last"
+        )
+    terminal.step("Validation is left out: the prepared data have no sample for it")
 
 
 def _vocabulary_size(tokenizer: Path) -> int:
@@ -183,51 +252,7 @@ def _vocabulary_size(tokenizer: Path) -> int:
     return max(vocabulary.values()) + 1
 
 
-def _choose_workers(settings: TrainSettings, terminal: Terminal) -> _Workers:
-    """Say how many workers there are, on what; tell when the cluster has not enough for them yet.
-
-    Raises:
-        SettingsError: GPUs are asked for by name, their number is not, and there are none.
-    """
-    there = ray.cluster_resources()
-    gpus = int(there.get("GPU", 0))
-    on_gpu = gpus > 0 if settings.use_gpu is None else settings.use_gpu
-    count = settings.workers or (gpus if on_gpu else _CPU_WORKERS)
-    if not count:
-        raise SettingsError(
-            "train.use_gpu=true, and the cluster has no GPU now: set train.workers too, and "
-            "training waits for nodes that have them"
-        )
-    workers = _Workers(count, on_gpu, settings.cpus_per_worker)
-    for name, amount in workers.resources.items():
-        if amount * count > there.get(name, 0):
-            terminal.step(
-                f"The training workers need {amount * count:g} {name}s, and the cluster has "
-                f"{there.get(name, 0):g}: waiting up to {_START_ATTEMPTS} minutes for more nodes …"
-            )
-    return workers
-
-
-def _environment(workers: _Workers) -> dict[str, str]:
-    """Return the environment of the workers.
-
-    One thread per CPU that a worker has: with torch's own choice, each of several workers on a
-    node would take all of its cores. Where all of Ray listens on the loopback address alone, gloo
-    does so too, whatever the machine's name leads to.
-
-    Nothing is said of GPUs: Ray Train itself gives each worker all GPUs that workers of its node
-    have, in ``CUDA_VISIBLE_DEVICES``, and each finds its own among them. It does so whether or not
-    Ray sets that variable, which cosmos-xenna forbids it (seen in Ray 2.60's
-    ``train/v2/_internal/callbacks/accelerators.py``).
-    """
-    variables = {"OMP_NUM_THREADS": str(workers.cpus)}
-    addresses = {node["NodeManagerAddress"] for node in ray.nodes() if node["Alive"]}
-    if all(address.startswith("127.") for address in addresses):
-        variables["GLOO_SOCKET_IFNAME"] = "lo"
-    return variables
-
-
-def _fit(task: TrainingTask, workers: _Workers, layout: OutputLayout) -> None:
+def _fit(task: TrainingTask, workers: Workers, layout: OutputLayout) -> None:
     """Run the workers to the end; they are started again from the newest checkpoint."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -249,9 +274,9 @@ def _fit(task: TrainingTask, workers: _Workers, layout: OutputLayout) -> None:
             storage_path=str(layout.root),
             failure_config=FailureConfig(
                 max_failures=task.settings.max_failures,
-                controller_failure_limit=_START_ATTEMPTS,
+                controller_failure_limit=START_ATTEMPTS,
             ),
-            worker_runtime_env={"env_vars": _environment(workers)},
+            worker_runtime_env={"env_vars": environment(workers)},
         ),
     )
     try:

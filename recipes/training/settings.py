@@ -53,9 +53,25 @@ class Above:
         return f"above {self.limit:g}"
 
 
+@dataclass(frozen=True)
+class Bits:
+    """A whole number must fit this many bits; it is not below 0."""
+
+    count: int
+
+    def allows(self, value: Any) -> bool:
+        """Say whether the value may be used."""
+        return bool(0 <= value < 2**self.count)
+
+    def __str__(self) -> str:
+        return f"from 0 to 2**{self.count} - 1"
+
+
 Positive = Annotated[float, Above(0)]
 NotNegative = Annotated[float, Within(0, float("inf"))]
 WholeNumber = Annotated[int, AtLeast(0)]
+#: What torch, and the order of the samples, take.
+Seed = Annotated[int, Bits(63)]
 
 
 @dataclass(frozen=True)
@@ -102,7 +118,7 @@ class TrainSettings:
     enabled: bool | None
     resume: bool
     init_from: Text | None
-    seed: WholeNumber
+    seed: Seed
     workers: Count | None
     cpus_per_worker: Count
     use_gpu: bool | None
@@ -126,6 +142,18 @@ class TrainSettings:
             raise SettingsError(
                 f"train.model.hidden_size={model.hidden_size} must be a multiple of twice "
                 f"train.model.heads={model.heads}: each head turns pairs of values by position"
+            )
+        optimizer = self.optimizer
+        if optimizer.min_learning_rate > optimizer.learning_rate:
+            raise SettingsError(
+                f"train.optimizer.min_learning_rate={optimizer.min_learning_rate} is higher than "
+                f"train.optimizer.learning_rate={optimizer.learning_rate}: the rate falls from "
+                "this one to that one"
+            )
+        if optimizer.warmup_steps >= self.steps:
+            raise SettingsError(
+                f"train.optimizer.warmup_steps={optimizer.warmup_steps} must be fewer than "
+                f"train.steps={self.steps}: the rate would never stop rising"
             )
         if self.checkpoints.artifacts == "best" and self.validation.every_steps is None:
             raise SettingsError(

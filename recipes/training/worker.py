@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,26 @@ def work(config: dict[str, TrainingTask]) -> None:
     task = config["task"]
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
-    with worker_log(task.recipe, rank, world_size, tracked=task.tracked) as log:
-        _Worker(task, rank, world_size, log).run()
+    try:
+        with worker_log(task.recipe, rank, world_size, tracked=task.tracked) as log:
+            _Worker(task, rank, world_size, log).run()
+    except _FoundByAllRanks as error:
+        # An error that left this function would make Ray Train start all workers again.
+        if rank == 0:
+            task.folder.tell_failure(str(error))
+
+
+class _FoundByAllRanks(Exception):
+    """Raised in all ranks at the same place, so that none waits for another; would come again."""
+
+
+@contextlib.contextmanager
+def _same_in_all_ranks() -> Iterator[None]:
+    """Mark what is done with the same files and settings in all ranks, and fails in all or none."""
+    try:
+        yield
+    except TrainingError as error:
+        raise _FoundByAllRanks(str(error)) from error
 
 
 class _Worker:
@@ -99,11 +118,16 @@ class _Worker:
             self._model.load_state_dict(_load(checkpoint.model))
             self._standing = checkpoint.standing
         elif task.initial is not None:
-            load_initial_weights(self._model, task.initial, task.tokenizer)
+            with _same_in_all_ranks():
+                load_initial_weights(self._model, task.initial, task.tokenizer)
         self._parallel = ray.train.torch.prepare_model(self._model)
         self._optimizer = _make_optimizer(self._model, task.settings)
         if checkpoint is not None:
+            decays = [group["weight_decay"] for group in self._optimizer.param_groups]
             self._optimizer.load_state_dict(_load(checkpoint.optimizer, self._device))
+            # What was loaded says what settings said then.
+            for group, decay in zip(self._optimizer.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
 
     def run(self) -> None:
         """Take every step that is left."""
@@ -156,7 +180,7 @@ class _Worker:
             self._model.parameters(), math.inf if limit is None else limit
         ).item()
         if not math.isfinite(norm):  # the same in all ranks
-            raise TrainingError(
+            raise _FoundByAllRanks(
                 f"the gradient is {norm} at step {step}: lower train.optimizer.learning_rate, or "
                 "set train.optimizer.clip_grad_norm"
             )
@@ -235,7 +259,8 @@ class _Worker:
         if step < 0:
             return None
         checkpoint = self._task.folder.of_step(step)
-        checkpoint.check_identity(self._task.identity)
+        with _same_in_all_ranks():
+            checkpoint.check_identity(self._task.identity)
         return checkpoint
 
     def _save(self, *, better: bool, is_last: bool) -> None:
