@@ -1,7 +1,7 @@
 """Which W&B run a training belongs to, over all its starts: ``run.json`` in the output directory.
 
-One output directory is one training is one W&B run. A start that finds the file goes on in the
-run that it names, and what it logs comes behind the rows that are there:
+One output directory is one training is one W&B run. A start that trains and finds the file goes on
+in the run that it names, and what it logs comes behind the rows that are there:
 
 - the run is open on the connected cluster (its driver was killed, the cluster was not): joined;
 - the cluster of the earlier start is gone: ``raywb recover`` first brings home what its processes

@@ -39,9 +39,12 @@ def _work(settings: PretrainSettings, layout: OutputLayout, terminal: Terminal) 
     from recipes.pretrain.train import train
     from recipes.run_record import RunFile
     from recipes.summary import data_in_words
+    from recipes.training.launch import check_start
     from recipes.training.settings import is_training_wanted
 
     trains = is_training_wanted(settings.train, terminal.step)
+    if trains:
+        check_start(settings.train, layout)
     run_file = RunFile(layout.run_record, settings.train.resume) if trains else None
     plan = plan_data(settings, layout, terminal)
     terminal.step(f"{len(plan.shards)} shards; starting or joining Ray …")

@@ -40,9 +40,12 @@ def _work(settings: SftSettings, layout: OutputLayout, terminal: Terminal) -> Ou
     from recipes.sft.data_prep import STAGE, packs_in_words, plan_data, prepare_data
     from recipes.sft.train import train
     from recipes.summary import data_in_words
+    from recipes.training.launch import check_start
     from recipes.training.settings import is_training_wanted
 
     trains = is_training_wanted(settings.train, terminal.step)
+    if trains:
+        check_start(settings.train, layout)
     run_file = RunFile(layout.run_record, settings.train.resume) if trains else None
     plan = plan_data(settings, layout, terminal)
     terminal.step(f"{len(plan.dataset.shards)} shards; starting or joining Ray …")
