@@ -280,6 +280,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         lost: rows that could not be kept, by reason, over all sources.
         rejected: values that ``log()`` refused, over all sources.
         after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
+        silence_s: a source that was not heard for longer is silent, in seconds; of very many
+            sources each is asked to say less often that it lives.
         unconfirmed: sources that fell silent, and whose journal cannot be had.
         problems: what is wrong at present, each in one sentence.
         undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
@@ -304,6 +306,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sink: SinkStatus
     sources: list[SourceStatus]
     problems: list[str]
+    silence_s: float = 30.0
     unconfirmed: list[UnconfirmedSource] = []
     undelivered_updates: list[str] = []
     stage_runs: list[StageRunStatus] = []

@@ -17,6 +17,7 @@ from rich.console import Console
 from raywb.client import Client
 from raywb.reports import StageStatus, Status
 from raywb.service import rank_status
+from raywb.service.ingest import KeepAlives
 from raywb.service.pace import Pace
 from raywb.view.terminal import render_status
 
@@ -172,6 +173,21 @@ def test_the_pace_of_a_stage() -> None:
     assert pace.passed_at(18.5) == 111.0
     assert pace.passed_at(19) is None
     assert pace.passed_at(None) == 0.0
+
+
+def test_sources_keep_to_what_they_were_told() -> None:
+    """When many sources end at once, the others still come as rarely as they were asked to."""
+    asked = KeepAlives()
+    assert asked.longest(0.0) is None
+    asked.note(100.0, 0.0)
+    asked.note(95.0, 1.0)
+    for now_s in range(2, 50):
+        asked.note(10.0, now_s)
+    assert [asked.longest(now_s) for now_s in (50.0, 97.0, 101.0)] == [100.0, 100.0, 100.0]
+    asked.note(10.0, 102.0)
+    assert asked.longest(102.0) == 10.0
+    asked.note(20.0, 103.0)
+    assert asked.longest(103.0) == 20.0
 
 
 @pytest.mark.ray

@@ -66,6 +66,7 @@ def make_status(
         sink=sink,
         sources=_sources(delivery, ingest),
         problems=found,
+        silence_s=round(ingest.silence_s, 1),
         unconfirmed=delivery.unconfirmed(),
         undelivered_updates=runs.undelivered_updates(run),
         stage_runs=runs.stages.status(),
