@@ -225,7 +225,8 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         step: the furthest step that it logged; None before the first.
-        silent_s: seconds since its last row; since the service's start, where it has none since.
+        silent_s: seconds since its last row, or since it attached; of one that has logged nothing
+            in this run, since others have, and of one that never came, since their first row.
         hostname, pid: its process; empty and 0 where none has attached.
         reason: what is wrong with it, as part of a sentence.
     """
@@ -244,7 +245,8 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         run_id: the run that it logs to.
         world_size: how many ranks there are to be.
-        attached: how many have come.
+        attached: how many have come; those that go on while another rank came again as a new
+            process are among them.
         ended: how many of these are over: closed, or their process has ended.
         step: the furthest step of any; None before the first row.
         last_row_s: seconds since the last row of any; None before the first.

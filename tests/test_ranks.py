@@ -232,7 +232,7 @@ def test_ranks_that_attach_for_every_epoch_meet(tmp_path: Path, restart: bool) -
         send(behind, Channel(0, "t", behind, 2), Row(0, 0.0, epoch + 0.5, {"x": 3}))
         send(ahead, EndChannel(0, 0))
         send(behind, EndChannel(0, 0))
-        (attempt,) = [attempt for _, attempt in delivery.merge.attempts]
+        (attempt,) = [attempts[-1] for _, attempts in delivery.merge.attempts]
         assert attempt.ended == {0, 1}
     assert [row.metrics["t/ranks"] for row in out_rows(delivery)] == [2] * 6
     assert [row.metrics["t/x"] for row in out_rows(delivery)] == [2.0] * 6
@@ -411,7 +411,7 @@ def test_clients_of_a_rank_are_counted(tmp_path: Path) -> None:
         def ended() -> set[int]:
             assert service.service is not None
             (found,) = service.service._delivery.merge.attempts
-            return set(found[1].ended)
+            return set(found[1][-1].ended)
 
         def log(*clients: Client, step: int) -> None:
             for client in clients:

@@ -94,6 +94,8 @@ class Source:
     run: int = 0
     ended: bool = False
     end: End | None = None
+    #: When its last row came that met those of no other rank.
+    alone_s: float = -math.inf
     owner: Owner | None = None
 
 
@@ -235,6 +237,7 @@ class Merge:
         if start >= end:
             return None
         batch = Batch(self.run, next_position)
+        self._ranks.now_s = now_s
         entry = _Entry(source_id, source, position, now_s, batch)
         begin, rows = start, 0
         for found in scan(memoryview(data)[start - offset :]):
@@ -281,8 +284,8 @@ class Merge:
         return self._ranks.rows
 
     @property
-    def attempts(self) -> Iterable[tuple[Stage, Attempt]]:
-        """The latest attempt of each stage with ranks."""
+    def attempts(self) -> Iterable[tuple[Stage, Sequence[Attempt]]]:
+        """The attempts of each stage with ranks, the latest last."""
         return self._ranks.present()
 
     def is_waiting(self, run: int) -> bool:
@@ -496,6 +499,7 @@ class Merge:
             if groups:
                 self._use_groups(groups, batch)
             return False
+        source.alone_s = entry.now_s
         prefix = self._prefix(entry.source_id, source, row.channel, batch)
         metrics: dict[str, Scalar] = {prefix + key: value for key, value in values.items()}
         run = self.stages.run_of(channel)

@@ -18,7 +18,7 @@ import dataclasses
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from raywb.across_ranks import combined
@@ -142,6 +142,7 @@ class Attempt:
         pace: when they came to it, in this run.
         ended: ranks that were closed, and not opened again.
         opened: how often each was opened; see :meth:`open`.
+        came_s: when it was opened last, of those that were opened since the service's start.
         joined: it has a rank that came, or came again, in this run.
     """
 
@@ -156,6 +157,7 @@ class Attempt:
         self.pace = Pace()
         self.ended: set[int] = set()
         self.opened: dict[int, int] = {}
+        self.came_s: dict[int, float] = {}
         self._rounds_opened = 0
         self.joined = False
 
@@ -262,10 +264,12 @@ class RankMerge:
 
     Attributes:
         rows: rows that wait for other ranks.
+        now_s: the present, as the caller last said; None while it takes over what was before.
     """
 
     def __init__(self) -> None:
         self.rows = 0
+        self.now_s: float | None = None
         self._attempts: dict[Stage, list[Attempt]] = {}
         self._number: dict[tuple[Stage, str, int, int], int] = {}
         self._of_source: dict[str, list[tuple[Attempt, int]]] = {}
@@ -350,6 +354,8 @@ class RankMerge:
         number = self.number_of(stage, source_id, rank, world_size)
         attempt = self._attempts[stage][number]
         attempt.joined = True
+        if self.now_s is not None:
+            attempt.came_s[rank] = self.now_s
         attempt.open(rank, lambda other: attempt.sources.get(other) in self._gone)
         return number
 
@@ -363,11 +369,11 @@ class RankMerge:
             attempt.pace = Pace()
             attempt.joined = False
 
-    def present(self) -> Iterator[tuple[Stage, Attempt]]:
-        """The latest attempt of each stage that takes part in this run."""
+    def present(self) -> Iterator[tuple[Stage, Sequence[Attempt]]]:
+        """The attempts of each stage that takes part in this run, the latest last."""
         for stage, attempts in self._attempts.items():
-            if attempts[-1].joined or attempts[-1].pace.heard:
-                yield stage, attempts[-1]
+            if any(attempt.joined or attempt.pace.heard for attempt in attempts):
+                yield stage, attempts
 
     def is_waiting(self, run: int) -> bool:
         """Whether rows of a stage's own run wait for other ranks."""
