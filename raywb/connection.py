@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -95,6 +96,8 @@ class Connection:
         self._channels: list[Channel] = []
         #: Channels of stages' own runs whose clients were not closed.
         self._open_ends: set[int] = set()
+        #: Clients of each channel that were not closed.
+        self._open_clients: Counter[int] = Counter()
         #: Messages that are no rows, and wait for room on the disk; rows come after them.
         self._unsaid: list[bytes] = []
         self._counters: dict[str, int] = {}
@@ -293,8 +296,12 @@ class Connection:
                 self._exit_code = self._exit_code or ExitCode()
             for known in self._channels if label is None and not run else ():
                 if known == msgspec.structs.replace(channel, channel=known.channel):
+                    if rank is not None and not self._open_clients[known.channel]:
+                        self._say(known)  # its end was said: the other ranks wait for it again
+                    self._open_clients[known.channel] += 1
                     return known.channel
             self._channels.append(channel)
+            self._open_clients[number] += 1
             if self.journal is not None:  # a new journal begins with all channels
                 self._say(channel)
             return channel.channel
@@ -306,11 +313,15 @@ class Connection:
     def end_channel(self, channel: int, exit_code: int) -> None:
         """A client was closed: nothing more comes by its channel, or nothing for now.
 
-        Only a stage's own run, and the other ranks of a stage, want to know.
+        Only a stage's own run, and the other ranks of a stage, want to know; these when the last
+        client of the rank is closed.
         """
-        if channel in self._open_ends or self._channels[channel].rank is not None:
-            self._open_ends.discard(channel)
-            self._say(EndChannel(channel, exit_code))
+        with self._lock:
+            left = self._open_clients[channel] = max(self._open_clients[channel] - 1, 0)
+            is_last_of_rank = not left and self._channels[channel].rank is not None
+            if channel in self._open_ends or is_last_of_rank:
+                self._open_ends.discard(channel)
+                self._say(EndChannel(channel, exit_code))
 
     def use(self, endpoint: Endpoint | None, epoch: int) -> None:
         """Take over an address that was looked up anew."""

@@ -225,7 +225,8 @@ class RankStatus(msgspec.Struct, frozen=True, kw_only=True):
 
     Attributes:
         step: the furthest step that it logged; None before the first.
-        silent_s: seconds since its last row; since the service's start, where it has none since.
+        silent_s: seconds since its last row, or since it attached; of one that has logged nothing
+            in this run, since others have, and of one that never came, since their first row.
         hostname, pid: its process; empty and 0 where none has attached.
         reason: what is wrong with it, as part of a sentence.
     """
@@ -244,7 +245,8 @@ class StageStatus(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         run_id: the run that it logs to.
         world_size: how many ranks there are to be.
-        attached: how many have come.
+        attached: how many have come; those that go on while another rank came again as a new
+            process are among them.
         ended: how many of these are over: closed, or their process has ended.
         step: the furthest step of any; None before the first row.
         last_row_s: seconds since the last row of any; None before the first.
@@ -280,6 +282,8 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         lost: rows that could not be kept, by reason, over all sources.
         rejected: values that ``log()`` refused, over all sources.
         after_finish_rows: rows that came after ``finish()`` and belong to no run yet.
+        silence_s: a source that was not heard for longer is silent, in seconds; of very many
+            sources each is asked to say less often that it lives.
         unconfirmed: sources that fell silent, and whose journal cannot be had.
         problems: what is wrong at present, each in one sentence.
         undelivered_updates: tables, artifacts and alerts that W&B does not have, and why.
@@ -304,6 +308,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     sink: SinkStatus
     sources: list[SourceStatus]
     problems: list[str]
+    silence_s: float = 30.0
     unconfirmed: list[UnconfirmedSource] = []
     undelivered_updates: list[str] = []
     stage_runs: list[StageRunStatus] = []

@@ -410,6 +410,8 @@ def test_the_troubles_of_a_service() -> None:
     told(check(sources=[]), "warning", "nobody has attached")
     silent = msgspec.structs.replace(status().sources[0], heard_ago_s=95.0)
     told(check(sources=[silent]), "warning", "silent for up to 95 s: h pid 7 (t)", "py-spy")
+    (found,) = [one for one in check(sources=[silent], silence_s=300.0) if one.check == "who logs"]
+    assert found.state == "well", "of 10,000 sources each says every 100 s that it lives"
     sink = SinkStatus(state="retrying", applied_rows=0, restarts=3, last_error="403")
     told(check(sink=sink, backlog_rows=9), "trouble", "9 on the way", "retrying: 403")
     offline = msgspec.structs.replace(status().run, mode="offline")

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import signal
 import time
+from collections.abc import Collection, Iterable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import psutil
@@ -13,10 +16,13 @@ import pytest
 from local_service import LocalService, local_service
 from ray_cluster import RayCluster, until
 from rich.console import Console
+from test_ranks import Ranks
 
 from raywb.client import Client
 from raywb.reports import StageStatus, Status
+from raywb.rows import Channel, End, EndChannel, Row
 from raywb.service import rank_status
+from raywb.service.ingest import KeepAlives
 from raywb.service.pace import Pace
 from raywb.view.terminal import render_status
 
@@ -172,6 +178,162 @@ def test_the_pace_of_a_stage() -> None:
     assert pace.passed_at(18.5) == 111.0
     assert pace.passed_at(19) is None
     assert pace.passed_at(None) == 0.0
+
+
+class Service:
+    """A merge and its ranks at times of the test's own, with the real thresholds."""
+
+    def __init__(self) -> None:
+        self.ranks = Ranks()
+        self.killed: set[str] = set()
+        self.silent: set[str] = set()
+
+    def log(self, sources: Iterable[str], step: float, channel: int = 0) -> None:
+        for source_id in sources:
+            self.ranks.send(source_id, Row(channel, self.ranks.now_s, step, {"x": 1}))
+
+    def go_on(self, sources: Collection[str], steps: range, every_s: float) -> None:
+        """Each logs the steps, one after the other."""
+        for step in steps:
+            self.ranks.now_s += every_s
+            self.log(sources, step)
+
+    def status(self, stage: str = "t") -> StageStatus:
+        now_s, merge = self.ranks.now_s, self.ranks.merge
+        delivery = SimpleNamespace(
+            merge=merge, began_s=-1000.0, liveness=SimpleNamespace(killed=self.killed)
+        )
+        heard = {one: now_s - 1000.0 * (one in self.silent) for one in merge.sources}
+        ingest = SimpleNamespace(heard=heard, keep_alive_s=10.0, pace_s=0.25, silence_s=30.0)
+        runs = SimpleNamespace(stages=SimpleNamespace(status=lambda: []))
+        found: Any = rank_status.stage_statuses(delivery, ingest, runs, "r", now_s)  # type: ignore[arg-type]
+        return next(one for one in found if one.stage == stage)
+
+    def named(self) -> list[tuple[int, str]]:
+        return [(one.rank, one.reason) for one in self.status().slow]
+
+
+def test_a_rank_that_hangs_in_fast_steps_is_named() -> None:
+    """At ten steps a second, too, and for as long as it hangs."""
+    service = Service()
+    rank = service.ranks.join(0, 1, 2, world_size=3)
+    service.go_on(rank.values(), range(100), 0.1)
+    service.go_on([rank[0], rank[1]], range(100, 190), 0.1)
+    assert service.named() == []
+    service.go_on([rank[0], rank[1]], range(190, 220), 0.1)
+    assert service.named() == [(2, "logged nothing for 12 s")]
+    service.go_on([rank[0], rank[1]], range(220, 3000), 0.1)
+    assert service.named() == [(2, "logged nothing for 290 s")]
+    # One that logs on, but far behind.
+    service.log([rank[2]], 2800)
+    assert service.named() == [(2, "is 19 s behind the first")]
+
+
+def test_the_second_long_pause_is_no_alarm() -> None:
+    """As of a validation: the stage has made such a pause before, many steps ago."""
+    service = Service()
+    rank = service.ranks.join(0, 1)
+    service.go_on(rank.values(), range(10), 1.0)
+    service.ranks.now_s += 30.0
+    assert "hang together" in str(service.status().warning)
+    service.go_on(rank.values(), range(10, 500), 1.0)
+    service.ranks.now_s += 40.0
+    assert service.status().warning is None
+    service.ranks.now_s += 30.0
+    assert "where a step took 2" in str(service.status().warning)
+
+
+@pytest.mark.parametrize("ranks", [True, False], ids=["with ranks", "of one process"])
+def test_a_stage_waits_while_its_processes_log_another(ranks: bool) -> None:
+    """A validation that takes long is no alarm as long as anything is logged in it."""
+    service = Service()
+    rank = service.ranks.join(0, 1)
+    service.go_on(rank.values(), range(10), 1.0)
+    for number in (0, 1):
+        service.ranks.send(
+            rank[number], Channel(1, "val", *((number, 2) if ranks else (None, None)))
+        )
+    for step in range(10):
+        service.ranks.now_s += 10.0
+        service.log([rank[0]], step, channel=1)
+        assert service.status().warning is None
+    service.ranks.now_s += 31.0
+    assert "no rank has logged for 131 s" in str(service.status().warning)
+
+
+def test_a_rank_that_attached_and_logs_nothing_is_named_for_a_while() -> None:
+    """From its attach, not the service's start; and not for ever, since only one may log."""
+    service = Service()
+    rank = service.ranks.join(0, 1)
+    service.go_on([rank[0]], range(9), 1.0)
+    assert service.named() == []
+    service.go_on([rank[0]], range(9, 20), 1.0)
+    assert service.named() == [(1, "logged nothing for 19 s")]
+    service.go_on([rank[0]], range(20, 590), 1.0)
+    assert [one for one, _ in service.named()] == [1]
+    service.go_on([rank[0]], range(590, 620), 1.0)
+    assert service.named() == []
+    late = service.ranks.join(0, 1, world_size=3)
+    assert late.keys() == {0, 1}
+    service.ranks.now_s += 9.0
+    assert service.named() == []
+
+
+def test_a_rank_that_comes_again_alone_leaves_the_others_there() -> None:
+    """They go on in the attempt before, and are named there if they hang."""
+    service = Service()
+    rank = service.ranks.join(0, 1, 2, 3, world_size=4)
+    service.go_on(rank.values(), range(10), 1.0)
+    (again,) = service.ranks.join(3, world_size=4, name="-again").values()
+    service.silent.add(rank[3])
+    service.go_on([rank[0], rank[1], rank[2], again], range(10, 60), 1.0)
+    status = service.status()
+    assert (status.slow, status.attached, status.warning, status.step) == ([], 4, None, 59)
+    service.go_on([rank[0], rank[1], again], range(60, 80), 1.0)
+    assert service.named() == [(2, "logged nothing for 20 s")]
+    service.ranks.send(rank[1], End(0.0))
+    service.go_on([rank[0], again], range(80, 82), 1.0)
+    assert (1, "has not attached") in service.named()
+
+
+def test_nobody_is_missed_when_all_that_came_are_done() -> None:
+    """Rank 0 logs something alone and closes: the others were never to come."""
+    service = Service()
+    rank = service.ranks.join(0, world_size=4)
+    service.go_on(rank.values(), range(40), 1.0)
+    assert service.named() == [(one, "has not attached") for one in (1, 2, 3)]
+    service.ranks.send(rank[0], EndChannel(0, 0))
+    status = service.status()
+    assert (status.slow, status.ended, status.warning) == ([], 1, None)
+
+
+def test_a_million_ranks_are_counted_not_made() -> None:
+    """The status answers at once, names the first, and says how many there are."""
+    service = Service()
+    rank = service.ranks.join(7, world_size=1_000_000)
+    service.go_on(rank.values(), range(40), 1.0)
+    began = time.process_time()
+    status = service.status()
+    took_s = time.process_time() - began
+    assert status.slow_ranks == 999_999
+    assert [one.rank for one in status.slow] == [one for one in range(21) if one != 7]
+    assert "and 999996 more ranks" in str(status.warning)
+    assert took_s < 0.1
+
+
+def test_sources_keep_to_what_they_were_told() -> None:
+    """When many sources end at once, the others still come as rarely as they were asked to."""
+    asked = KeepAlives()
+    assert asked.longest(0.0) is None
+    asked.note(100.0, 0.0)
+    asked.note(95.0, 1.0)
+    for now_s in range(2, 50):
+        asked.note(10.0, now_s)
+    assert [asked.longest(now_s) for now_s in (50.0, 97.0, 101.0)] == [100.0, 100.0, 100.0]
+    asked.note(10.0, 102.0)
+    assert asked.longest(102.0) == 10.0
+    asked.note(20.0, 103.0)
+    assert asked.longest(103.0) == 20.0
 
 
 @pytest.mark.ray

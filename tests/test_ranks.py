@@ -11,7 +11,18 @@ import pytest
 from local_service import local_service
 from wandb_file import read_runs
 
-from raywb.rows import ACROSS_RANKS, Channel, Define, End, Message, Row, encode, frame
+from raywb.client import Client
+from raywb.rows import (
+    ACROSS_RANKS,
+    Channel,
+    Define,
+    End,
+    EndChannel,
+    Message,
+    Row,
+    encode,
+    frame,
+)
 from raywb.service import ranks
 from raywb.service.delivery import Delivery
 from raywb.service.merge import Merge
@@ -193,6 +204,62 @@ def test_a_rank_that_ends_is_not_waited_for() -> None:
     assert run.log(rank[0], 3, x=3) == [{"x": 3.0, "ranks": 1, "step": 3}]
 
 
+@pytest.mark.parametrize("restart", [False, True], ids=["going on", "restarted"])
+def test_ranks_that_attach_for_every_epoch_meet(tmp_path: Path, restart: bool) -> None:
+    """Closed and opened again, in whatever order: no step of theirs is split."""
+    delivery = Delivery(tmp_path)
+    delivery.open_run(1)
+
+    def send(rank: int, *messages: Message) -> None:
+        nonlocal delivery
+        source_id = f"{rank:032x}"
+        data = b"".join(frame(encode(message)) for message in messages)
+        delivery.ledger.append(source_id, delivery.ledger.end_of(source_id), data)
+        delivery.advance(None)
+        if restart:
+            delivery.close()
+            delivery = Delivery(tmp_path)
+            delivery.open_run(1)
+
+    for rank in (0, 1):
+        send(rank, Channel(0, "t", rank, 2))
+    for epoch in range(3):
+        ahead, behind = (0, 1) if epoch % 2 else (1, 0)
+        send(ahead, Channel(0, "t", ahead, 2), Row(0, 0.0, epoch, {"x": 1}))
+        send(ahead, EndChannel(0, 0), Channel(0, "t", ahead, 2), Row(0, 0.0, epoch + 0.5, {"x": 1}))
+        send(behind, Channel(0, "t", behind, 2), Row(0, 0.0, epoch, {"x": 3}))
+        send(behind, EndChannel(0, 0))
+        send(behind, Channel(0, "t", behind, 2), Row(0, 0.0, epoch + 0.5, {"x": 3}))
+        send(ahead, EndChannel(0, 0))
+        send(behind, EndChannel(0, 0))
+        (attempt,) = [attempts[-1] for _, attempts in delivery.merge.attempts]
+        assert attempt.ended == {0, 1}
+    assert [row.metrics["t/ranks"] for row in out_rows(delivery)] == [2] * 6
+    assert [row.metrics["t/x"] for row in out_rows(delivery)] == [2.0] * 6
+    delivery.close()
+
+
+def test_a_closed_rank_is_not_waited_for() -> None:
+    """What waits for it alone is finished with its close, and later steps come at once."""
+    run = Ranks()
+    rank = run.join(0, 1)
+    run.log(rank[0], 1, x=1)
+    assert run.send(rank[1], EndChannel(0, 0)) == [{"x": 1.0, "ranks": 1, "step": 1}]
+    assert run.log(rank[0], 2, x=3) == [{"x": 3.0, "ranks": 1, "step": 2}]
+
+
+def test_one_of_two_channels_of_a_rank_ends() -> None:
+    """As two clients of a stage's own run have: the rank goes on with the other one."""
+    run = Ranks()
+    rank = run.join(0, 1)
+    run.send(rank[0], Channel(1, "t", 0, 2))
+    run.send(rank[0], EndChannel(1, 0))
+    assert run.log(rank[1], 1, x=1) == []
+    assert run.log(rank[0], 1, x=3) == [{"x": 2.0, "ranks": 2, "step": 1}]
+    run.send(rank[0], EndChannel(0, 0))
+    assert run.log(rank[1], 2, x=1) == [{"x": 1.0, "ranks": 1, "step": 2}]
+
+
 def test_a_replayed_step_is_a_new_attempt() -> None:
     """After a restart from a checkpoint the ranks meet again, and nobody is late."""
     run = Ranks()
@@ -330,6 +397,47 @@ def out_rows(delivery: Delivery) -> list[OutRow]:
     while items := delivery.outbox.read(cursor, 100):
         found += [item for _, item in items if isinstance(item, OutRow)]
     return found
+
+
+def test_clients_of_a_rank_are_counted(tmp_path: Path) -> None:
+    """Its end is said when the last one is closed, and taken back when one is opened again."""
+    with local_service(tmp_path) as service:
+        service.up()
+        service.start()
+        one, other = (service.client("train", rank=rank, world_size=2) for rank in range(2))
+        connection = one._connection
+        again = Client(connection, connection.open_channel("train", 0, 2), "train", one.run)
+
+        def ended() -> set[int]:
+            assert service.service is not None
+            (found,) = service.service._delivery.merge.attempts
+            return set(found[1][-1].ended)
+
+        def log(*clients: Client, step: int) -> None:
+            for client in clients:
+                client.log({"loss": 1.0}, step=step)
+                assert client.flush(20.0)
+
+        log(other, again, step=0)
+        one.close()
+        log(other, again, step=1)
+        again.close()
+        other.close()
+        service.wait_for(lambda _: ended() == {0, 1})
+        for step in (2, 3):
+            clients = []
+            for number, closed in enumerate((one, other)):
+                connection = closed._connection
+                channel = connection.open_channel("train", number, 2)
+                clients.append(Client(connection, channel, "train", one.run))
+                log(clients[-1], step=step)
+            for client in clients:
+                client.close()
+        assert service.service is not None
+        report = service.service.finish(60.0, 0)
+    assert (report.received_rows, report.complete) == (8, True)
+    run = read_runs(service.directory)[report.run.id]
+    assert run.values("train/ranks") == [2] * 4
 
 
 def test_in_the_run_one_row_stands_for_all_ranks(tmp_path: Path) -> None:

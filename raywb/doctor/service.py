@@ -11,9 +11,6 @@ __all__ = ["check_service"]
 
 SERVICE, DELIVERY, SOURCES, LOST = "service", "delivery", "who logs", "losses"
 
-#: A process that was not heard for longer is silent, in seconds; a live one is heard every few.
-SILENT_S = 30.0
-
 #: Sources that are named one by one.
 NAMED_SOURCES = 3
 
@@ -117,7 +114,7 @@ def _sources(status: Status) -> list[Finding]:
     silent = [
         source
         for source in living
-        if source.heard_ago_s is not None and source.heard_ago_s > SILENT_S
+        if source.heard_ago_s is not None and source.heard_ago_s > status.silence_s
     ]
     findings = []
     if silent:

@@ -28,6 +28,7 @@ import math
 import re
 import socket
 import time
+from collections import deque
 from collections.abc import Callable
 
 from aiohttp import web
@@ -99,6 +100,32 @@ def paces(live: int, quiet: int, silent_after_s: float) -> tuple[float, float]:
     return pace_s, max(keep_alive_s, pace_s)
 
 
+class KeepAlives:
+    """Which times between two words sources were asked for; each keeps to what it was told last.
+
+    Times are the caller's, in seconds.
+    """
+
+    def __init__(self) -> None:
+        #: Until when one may keep to a time, and the time: each is shorter than the one before
+        #: it, and is kept to for longer.
+        self._asked: deque[tuple[float, float]] = deque()
+
+    def note(self, keep_alive_s: float, now_s: float) -> None:
+        """From now on this is asked for, until the pace is worked out again."""
+        asked, until_s = self._asked, now_s + PACE_EVERY_S + keep_alive_s
+        while asked and asked[-1][1] <= keep_alive_s:
+            asked.pop()
+        while asked and asked[0][0] < now_s:
+            asked.popleft()
+        if not asked or asked[-1][0] < until_s:
+            asked.append((until_s, keep_alive_s))
+
+    def longest(self, now_s: float) -> float | None:
+        """The longest time that a source may still keep to; None when none was told any."""
+        return next((asked_s for until_s, asked_s in self._asked if until_s >= now_s), None)
+
+
 class Ingest:
     """HTTP front of the ledger.
 
@@ -136,6 +163,7 @@ class Ingest:
         self._run_closed = run_closed
         self._pace_s = PACE_RANGE_S[0]
         self._keep_alive_s = silent_after_s / 3
+        self._asked = KeepAlives()
         self._paced_at = -math.inf
         self._runner: web.AppRunner | None = None
         self._reading = asyncio.Semaphore(BODIES_AT_ONCE)
@@ -226,10 +254,12 @@ class Ingest:
             # Whoever keeps to the pace is not to be taken for one that has nothing to give.
             live_s = max(LIVE_S, 3 * self._pace_s)
             live = sum(now - gave < live_s for gave in self._gave.values())
-            heard = sum(now - heard < self.silence_s for heard in self.heard.values())
+            silence_s = self.silence_s
+            heard = sum(now - heard < silence_s for heard in self.heard.values())
             self._pace_s, self._keep_alive_s = paces(
                 live, max(heard - live, 0), self._silent_after_s
             )
+            self._asked.note(self._keep_alive_s, now)
         return self._pace_s
 
     @property
@@ -239,13 +269,16 @@ class Ingest:
 
     @property
     def keep_alive_s(self) -> float:
-        """Longest time, in seconds, without a word of a source that is well."""
-        return self._keep_alive_s
+        """Longest time, in seconds, without a word of a source that is well.
+
+        It falls when the last source that was told a longer one had to come.
+        """
+        return self._asked.longest(time.monotonic()) or self._keep_alive_s
 
     @property
     def silence_s(self) -> float:
         """A source that was not heard for longer is silent."""
-        return 3 * self._keep_alive_s
+        return 3 * self.keep_alive_s
 
     def _count_refusal(self, reason: str) -> None:
         self.refused[reason] = self.refused.get(reason, 0) + 1

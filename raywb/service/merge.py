@@ -83,6 +83,8 @@ class Source:
     channels: dict[int, Channel] = dataclasses.field(default_factory=dict)
     #: Of those channels whose rows meet those of other ranks.
     seats: dict[int, Seat] = dataclasses.field(default_factory=dict)
+    #: Channels whose clients were closed.
+    closed: set[int] = dataclasses.field(default_factory=set)
     counters: Counters = dataclasses.field(default_factory=lambda: Counters(0, {}))
     rows: int = 0
     #: Everything before it was seen since the service's start, and what before that was used.
@@ -92,6 +94,8 @@ class Source:
     run: int = 0
     ended: bool = False
     end: End | None = None
+    #: When its last row came that met those of no other rank.
+    alone_s: float = -math.inf
     owner: Owner | None = None
 
 
@@ -233,6 +237,7 @@ class Merge:
         if start >= end:
             return None
         batch = Batch(self.run, next_position)
+        self._ranks.now_s = now_s
         entry = _Entry(source_id, source, position, now_s, batch)
         begin, rows = start, 0
         for found in scan(memoryview(data)[start - offset :]):
@@ -279,8 +284,8 @@ class Merge:
         return self._ranks.rows
 
     @property
-    def attempts(self) -> Iterable[tuple[Stage, Attempt]]:
-        """The latest attempt of each stage with ranks."""
+    def attempts(self) -> Iterable[tuple[Stage, Sequence[Attempt]]]:
+        """The attempts of each stage with ranks, the latest last."""
         return self._ranks.present()
 
     def is_waiting(self, run: int) -> bool:
@@ -336,6 +341,9 @@ class Merge:
                 if isinstance(message, (Hello, Channel, Counters, End, EndChannel)):
                     check(message)
                     self._note(source_id, source, message)
+                    if isinstance(message, Channel) and _has_rank(message):
+                        rank, world_size = message.rank or 0, message.world_size or 1
+                        self._ranks.open_seat(_stage_of(message), source_id, rank, world_size)
 
     def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> int:
         """Make items of a message that is no plain row; returns how many rows it is."""
@@ -392,19 +400,15 @@ class Merge:
                 batch.state.append((source_id, message))
                 self._use_groups(self._ranks.end_source(source_id), batch)
             case EndChannel():
-                self._note(source_id, source, message)
                 batch.state.append((source_id, message))
-                channel = source.channels.get(message.channel)
-                if channel is not None and _has_rank(channel):
-                    seat = self._take_seat(source_id, source, channel)
-                    self._use_groups(self._ranks.end_seat(seat), batch)
+                self._use_groups(self._note_end_channel(source_id, source, message), batch)
             case Hello() | Channel() | Counters() | Owner():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
                 if isinstance(message, Channel) and _has_rank(message):
                     rank, world_size = message.rank or 0, message.world_size or 1
                     stage = _stage_of(message)
-                    number = self._ranks.number_of(stage, source_id, rank, world_size)
+                    number = self._ranks.open_seat(stage, source_id, rank, world_size)
                     batch.state.append((source_id, AttemptNumber(message.channel, number)))
 
     def _note(self, source_id: str, source: Source, message: State) -> None:
@@ -417,6 +421,7 @@ class Merge:
                 source.counters = _later(source.counters, known)
             case End():
                 self.stages.note_end(source_id, message)
+                self._ranks.note_gone(source_id)
                 source.ended = True
                 # Its own word counts, also when rows of an exit handler came behind it.
                 if source.end is None or source.end.killed:
@@ -432,16 +437,17 @@ class Merge:
             case Channel():
                 source.channels[message.channel] = message
                 source.seats.pop(message.channel, None)
+                source.closed.discard(message.channel)
                 self.stages.note_channel(source_id, message)
             case EndChannel():
-                self.stages.note_end_channel(source_id, message)
-                of = source.channels.get(message.channel)
-                if of is not None and _has_rank(of):
-                    self._ranks.note_end(self._take_seat(source_id, source, of))
+                # Of a batch that is taken over: no rows wait then.
+                self._note_end_channel(source_id, source, message)
             case AttemptNumber():
                 channel = source.channels[message.channel]
+                stage, number = _stage_of(channel), message.number
                 rank, world_size = channel.rank or 0, channel.world_size or 1
-                self._ranks.assign(_stage_of(channel), source_id, rank, world_size, message.number)
+                self._ranks.assign(stage, source_id, rank, world_size, number)
+                self._ranks.open_seat(stage, source_id, rank, world_size)
             case Define():
                 of = source.channels.get(message.channel)
                 name = _stage_prefix(of) + message.name
@@ -450,6 +456,20 @@ class Merge:
             case SeriesName():
                 self._series[source_id, message.channel] = message.name
                 self._series_count[message.namespace] += 1
+
+    def _note_end_channel(self, source_id: str, source: Source, message: EndChannel) -> list[Group]:
+        """A client was closed; returns what is done by it, when it was the last of its rank."""
+        self.stages.note_end_channel(source_id, message)
+        source.closed.add(message.channel)
+        channel = source.channels.get(message.channel)
+        if channel is None or not _has_rank(channel):
+            return []
+        place = (_stage_of(channel), channel.rank, channel.world_size)
+        for number, other in source.channels.items():
+            same = (_stage_of(other), other.rank, other.world_size) == place
+            if same and number not in source.closed:
+                return []
+        return self._ranks.end_seat(self._take_seat(source_id, source, channel))
 
     def _known_reasons(self, counters: Counters) -> Counters:
         """The same counts; reasons beyond those that are told apart become one."""
@@ -479,6 +499,7 @@ class Merge:
             if groups:
                 self._use_groups(groups, batch)
             return False
+        source.alone_s = entry.now_s
         prefix = self._prefix(entry.source_id, source, row.channel, batch)
         metrics: dict[str, Scalar] = {prefix + key: value for key, value in values.items()}
         run = self.stages.run_of(channel)

@@ -6,18 +6,22 @@ Three things tell that something hangs, and none of them alone:
 * a rank's process says nothing at all, though it should say that it lives every few seconds: it
   is stopped, cut off, or killed. In synchronous training this names the culprit, since all the
   others wait for it and nobody is behind;
-* no rank logs anything for much longer than a step used to take: they hang together, or are done
-  and were not closed.
+* no rank logs anything for much longer than a step, or a pause, used to take, and their processes
+  log for no other stage: they hang together, or are done and were not closed.
 """
 
 from __future__ import annotations
 
-import time
+import heapq
+import itertools
+import math
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from raywb.reports import RankStatus, StageStatus
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
+from raywb.service.pace import Pace
 from raywb.service.ranks import Attempt
 from raywb.service.runs import Runs
 
@@ -33,6 +37,13 @@ STALL_S = 15.0
 LAG_STEPS = 2
 STALL_STEPS = 3
 
+#: How many of its longest pauses, which a validation or a checkpoint makes, a stage may be silent.
+STALL_PAUSES = 2
+
+#: Time for which a rank is named that attached and has logged nothing while others do, in
+#: seconds. After that it seems to take no part: in some stages only rank 0 logs.
+UNHEARD_S = 600.0
+
 #: Time after a stage's first row in which every rank should have attached, in seconds.
 ATTACH_S = 30.0
 
@@ -42,16 +53,48 @@ NAMED_RANKS = 3
 
 
 class _Look(NamedTuple):
-    """One attempt at one moment."""
+    """One stage at one moment.
+
+    Attributes:
+        attempt: the latest.
+        members: the attempt and the source of each rank that came. One whose process goes on in
+            an earlier attempt, since another rank came again alone, is there as well.
+        over: those of which nothing more is to be expected.
+        goes_on: there is one of which more is.
+    """
 
     delivery: Delivery
     ingest: Ingest
     attempt: Attempt
+    members: dict[int, tuple[Attempt, str]]
+    over: set[int]
     now_s: float
+
+    @property
+    def goes_on(self) -> bool:
+        return len(self.over) < len(self.members)
+
+    @property
+    def pace(self) -> Pace:
+        """That of the latest attempt in which anything was logged."""
+        if not self.attempt.pace.front:
+            for attempt, _ in self.members.values():
+                if attempt.pace.front:
+                    return attempt.pace
+        return self.attempt.pace
+
+
+class _Slow(NamedTuple):
+    """A rank that is not where it should be; ``reason`` has a place for ``for_s``."""
+
+    silent_s: float
+    rank: int
+    reason: str
+    for_s: float = 0.0
 
 
 def stage_statuses(
-    delivery: Delivery, ingest: Ingest, runs: Runs, run_id: str
+    delivery: Delivery, ingest: Ingest, runs: Runs, run_id: str, now_s: float
 ) -> list[StageStatus]:
     """Each stage of the present run that has ranks.
 
@@ -60,114 +103,181 @@ def stage_statuses(
         ingest: who was heard.
         runs: knows the runs that stages have of their own.
         run_id: id of the cluster's run.
+        now_s: the present on the monotonic clock.
     """
     own = {one.run.epoch: one for one in runs.stages.status()}
-    now_s, found = time.monotonic(), []
-    for stage, attempt in delivery.merge.attempts:
-        look = _Look(delivery, ingest, attempt, now_s)
+    found = []
+    for stage, attempts in delivery.merge.attempts:
+        if stage.run and (stage.run not in own or own[stage.run].state != "running"):
+            continue
+        look = _look(delivery, ingest, attempts, now_s)
         if not stage.run:
             found.append(_status(look, stage.prefix.rstrip("/"), run_id))
-        elif stage.run in own and own[stage.run].state == "running":
+        else:
             run = own[stage.run].run
             found.append(_status(look, run.job_type or run.name, run.id))
     return found
 
 
+def _look(delivery: Delivery, ingest: Ingest, attempts: Sequence[Attempt], now_s: float) -> _Look:
+    *earlier, latest = attempts
+    members = {rank: (latest, source_id) for rank, source_id in latest.sources.items()}
+    over = {rank for rank in members if _is_over(delivery, latest, rank)}
+    taken = set(latest.sources.values())
+    silence_s = ingest.silence_s
+    for attempt in reversed(earlier):
+        if len(members) >= latest.world_size:
+            break
+        if attempt.world_size != latest.world_size:
+            continue
+        for rank, source_id in attempt.sources.items():
+            unheard_s = now_s - ingest.heard.get(source_id, delivery.began_s)
+            is_here = rank not in members and source_id not in taken and unheard_s <= silence_s
+            if is_here and not _is_over(delivery, attempt, rank):
+                members[rank] = (attempt, source_id)
+        taken.update(attempt.sources.values())
+    return _Look(delivery, ingest, latest, members, over, now_s)
+
+
+def _is_over(delivery: Delivery, attempt: Attempt, rank: int) -> bool:
+    """Whether nothing more is to be expected of a rank that came."""
+    source = delivery.merge.sources.get(attempt.sources[rank])
+    return rank in attempt.ended or (source is not None and source.ended)
+
+
 def _status(look: _Look, name: str, run_id: str) -> StageStatus:
-    attempt, pace = look.attempt, look.attempt.pace
-    going = [rank for rank in range(attempt.world_size) if not _is_over(look, rank)]
-    # Whoever was killed is over, and yet missing as long as others go on.
-    slow = [one for rank in range(attempt.world_size) if (one := _slow(look, rank, going))]
-    slow.sort(key=lambda one: -one.silent_s)
-    front = pace.front[-1][0] if pace.front else None
-    last_s = look.now_s - max(pace.heard.values()) if pace.heard else None
-    attached = len(attempt.sources)
+    pace, world_size = look.pace, look.attempt.world_size
+    count = 0
+
+    def slow_members() -> Iterator[_Slow]:
+        nonlocal count
+        for rank in look.members:
+            if (one := _slow(look, rank)) is not None:
+                count += 1
+                yield one
+
+    # There may be a million ranks: most are only counted.
+    missing, missing_count = _missing(look)
+    worst = heapq.nsmallest(
+        MOST_RANKS, itertools.chain(slow_members(), missing), key=lambda one: (-one[0], one[1])
+    )
+    slow = [_told(look, one) for one in worst]
+    attempts = {id(look.attempt): look.attempt}
+    attempts |= {id(attempt): attempt for attempt, _ in look.members.values()}
+    heard = [max(one.pace.heard.values()) for one in attempts.values() if one.pace.heard]
+    last_s = look.now_s - max(heard) if heard else None
     return StageStatus(
         stage=name,
         run_id=run_id,
-        world_size=attempt.world_size,
-        attached=attached,
-        ended=attempt.world_size - len(going) - (attempt.world_size - attached),
-        step=front,
+        world_size=world_size,
+        attached=len(look.members),
+        ended=len(look.over),
+        step=pace.front[-1][0] if pace.front else None,
         last_row_s=None if last_s is None else round(last_s, 1),
         step_s=None if pace.step_s is None else round(pace.step_s, 3),
-        slow=slow[:MOST_RANKS],
-        slow_ranks=len(slow),
-        warning=_warning(look, name, slow, going, last_s),
+        slow=slow,
+        slow_ranks=count + missing_count,
+        warning=_warning(look, name, slow, count + missing_count, last_s),
     )
 
 
-def _is_over(look: _Look, rank: int) -> bool:
-    """Whether nothing more is to be expected of a rank."""
-    source_id = look.attempt.sources.get(rank)
-    if source_id is None:
-        return False
-    source = look.delivery.merge.sources.get(source_id)
-    return rank in look.attempt.ended or (source is not None and source.ended)
+def _missing(look: _Look) -> tuple[list[_Slow], int]:
+    """Ranks that have not attached although others go on: the first of them, and how many."""
+    first_s, world_size = look.pace.first_s, look.attempt.world_size
+    count = world_size - len(look.members)
+    if not count or first_s is None or not look.goes_on or look.now_s - first_s <= ATTACH_S:
+        return [], 0
+    absent = (rank for rank in range(world_size) if rank not in look.members)
+    waited_s = look.now_s - first_s
+    first = itertools.islice(absent, MOST_RANKS)
+    return [_Slow(waited_s, rank, "has not attached") for rank in first], count
 
 
-def _slow(look: _Look, rank: int, going: list[int]) -> RankStatus | None:
-    """What is wrong with a rank, if anything."""
-    attempt, pace = look.attempt, look.attempt.pace
-    source_id = attempt.sources.get(rank)
-    if source_id is None:
-        late = pace.first_s is not None and look.now_s - pace.first_s > ATTACH_S
-        waited_s = look.now_s - (pace.first_s or look.now_s)
-        return _told(look, rank, waited_s, "has not attached") if late else None
-    silent_s = look.now_s - pace.heard.get(rank, look.delivery.began_s)
+def _slow(look: _Look, rank: int) -> _Slow | None:
+    """What is wrong with a rank that came, if anything."""
+    attempt, source_id = look.members[rank]
+    pace, ingest, began_s = attempt.pace, look.ingest, look.delivery.began_s
+    came_s = attempt.came_s.get(rank, began_s)
+    has_logged = rank in pace.heard
+    silent_s = look.now_s - max(pace.heard.get(rank, came_s), came_s)
+    # Whoever was killed is over, and yet missing as long as others go on.
     if source_id in look.delivery.liveness.killed:
-        return _told(look, rank, silent_s, "was killed") if going else None
-    if _is_over(look, rank):
+        return _Slow(silent_s, rank, "was killed") if look.goes_on else None
+    if rank in look.over:
         return None
-    heard_at = look.ingest.heard.get(source_id, look.delivery.began_s)
-    unheard_s = look.now_s - heard_at
-    if unheard_s > 1.5 * look.ingest.keep_alive_s + look.ingest.pace_s:
-        reason = f"its process was not heard for {unheard_s:.0f} s: stopped, cut off or killed"
-        return _told(look, rank, silent_s, reason)
+    unheard_s = look.now_s - ingest.heard.get(source_id, began_s)
+    if unheard_s > 1.5 * ingest.keep_alive_s + ingest.pace_s:
+        reason = "its process was not heard for {:.0f} s: stopped, cut off or killed"
+        return _Slow(silent_s, rank, reason, unheard_s)
     passed_at = pace.passed_at(attempt.progress.get(rank))
-    grace_s = LAG_S + look.ingest.pace_s
-    if passed_at is None or look.now_s - passed_at < grace_s:
+    if passed_at is None or pace.first_s is None:
         return None
+    if not has_logged:
+        passed_at = pace.first_s
+    behind_s = look.now_s - max(passed_at, came_s)
+    grace_s = LAG_S + ingest.pace_s
+    if behind_s < grace_s:
+        return None
+    if not has_logged:
+        silent_s = min(silent_s, behind_s)
+        if silent_s > UNHEARD_S:
+            return None  # it seems to take no part
     if silent_s > max(grace_s, LAG_STEPS * (pace.step_s or 0.0)):
-        return _told(look, rank, silent_s, f"logged nothing for {silent_s:.0f} s")
-    if rank not in pace.heard:
+        return _Slow(silent_s, rank, "logged nothing for {:.0f} s", silent_s)
+    if not has_logged:
         return None
-    behind_s = look.now_s - passed_at
-    return _told(look, rank, silent_s, f"is {behind_s:.0f} s behind the first")
+    return _Slow(silent_s, rank, "is {:.0f} s behind the first", behind_s)
 
 
-def _told(look: _Look, rank: int, silent_s: float, reason: str) -> RankStatus:
-    source = look.delivery.merge.sources.get(look.attempt.sources.get(rank, ""))
+def _told(look: _Look, one: _Slow) -> RankStatus:
+    attempt, source_id = look.members.get(one.rank, (look.attempt, ""))
+    source = look.delivery.merge.sources.get(source_id)
     hello = source.hello if source is not None else None
     return RankStatus(
-        rank=rank,
-        step=look.attempt.progress.get(rank),
-        silent_s=round(silent_s, 1),
+        rank=one.rank,
+        step=attempt.progress.get(one.rank),
+        silent_s=round(one.silent_s, 1),
         hostname=hello.hostname if hello else "",
         pid=hello.pid if hello else 0,
-        reason=reason,
+        reason=one.reason.format(one.for_s),
     )
 
 
 def _warning(
-    look: _Look, name: str, slow: list[RankStatus], going: list[int], last_s: float | None
+    look: _Look, name: str, slow: list[RankStatus], slow_ranks: int, last_s: float | None
 ) -> str | None:
     """The stage's trouble in one sentence."""
-    pace = look.attempt.pace
+    pace = look.pace
     front = pace.front[-1][0] if pace.front else None
     if slow:
         told = "; ".join(_sentence(one) for one in slow[:NAMED_RANKS])
-        more = f"; and {len(slow) - NAMED_RANKS} more ranks" if len(slow) > NAMED_RANKS else ""
+        more = f"; and {slow_ranks - NAMED_RANKS} more ranks" if slow_ranks > NAMED_RANKS else ""
         at = "no rank has logged yet" if front is None else f"the furthest is at step {front:g}"
         return f"{name}: {told}{more}; {at}"
-    if last_s is None or pace.step_s is None or not going:
+    if last_s is None or pace.step_s is None or not look.goes_on:
         return None
-    if last_s < max(STALL_S + look.ingest.pace_s, STALL_STEPS * pace.step_s):
+    pause_s = pace.pause_s(look.now_s)
+    limit_s = max(STALL_S + look.ingest.pace_s, STALL_STEPS * pace.step_s, STALL_PAUSES * pause_s)
+    if last_s < limit_s or look.now_s - _last_elsewhere(look) < limit_s:
         return None
+    longest_s = max(pace.step_s, pause_s)
     return (
-        f"{name}: no rank has logged for {last_s:.0f} s, where a step took {pace.step_s:.2g} s at "
+        f"{name}: no rank has logged for {last_s:.0f} s, where a step took {longest_s:.2g} s at "
         f"most; all are at step {front:g}: they hang together, or are done and were not closed"
     )
+
+
+def _last_elsewhere(look: _Look) -> float:
+    """When a process of the stage last logged for another stage, for instance a validation."""
+    latest_s = -math.inf
+    for attempt, source_id in look.members.values():
+        source = look.delivery.merge.sources.get(source_id)
+        if source is not None:
+            latest_s = max(latest_s, source.alone_s)
+            for seat in source.seats.values():
+                if seat.attempt is not attempt:
+                    latest_s = max(latest_s, seat.attempt.pace.heard.get(seat.rank, -math.inf))
+    return latest_s
 
 
 def _sentence(one: RankStatus) -> str:

@@ -18,7 +18,7 @@ import dataclasses
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from raywb.across_ranks import combined
@@ -140,7 +140,9 @@ class Attempt:
         sources: the process that each rank is.
         progress: the furthest step of each.
         pace: when they came to it, in this run.
-        ended: ranks that were closed, and have not logged since.
+        ended: ranks that were closed, and not opened again.
+        opened: how often each was opened; see :meth:`open`.
+        came_s: when it was opened last, of those that were opened since the service's start.
         joined: it has a rank that came, or came again, in this run.
     """
 
@@ -154,6 +156,9 @@ class Attempt:
         self.done: OrderedDict[_Key, None] = OrderedDict()
         self.pace = Pace()
         self.ended: set[int] = set()
+        self.opened: dict[int, int] = {}
+        self.came_s: dict[int, float] = {}
+        self._rounds_opened = 0
         self.joined = False
 
     def expect(self, rank: int) -> None:
@@ -161,6 +166,35 @@ class Attempt:
             self.expected.add(rank)
             for group in self.groups.values():
                 group.missing += rank not in group.parts
+
+    def open(self, rank: int, has_gone: Callable[[int], bool]) -> None:
+        """A rank was opened, perhaps again after it was closed.
+
+        Who attaches anew for every epoch is closed and opened many times, and no two ranks at one
+        moment: as soon as the first is opened for the n-th time, the others are waited for to
+        come as often.
+
+        Args:
+            rank: which one.
+            has_gone: whether the process of a rank has ended.
+        """
+        if rank in self.opened and rank not in self.ended:
+            return
+        self.ended.discard(rank)
+        self.opened[rank] = self.opened.get(rank, 0) + 1
+        self.expect(rank)
+        if self.opened[rank] > self._rounds_opened:
+            self._rounds_opened = self.opened[rank]
+            for other in self.ended:
+                if not has_gone(other):
+                    self.expect(other)
+
+    def close(self, rank: int) -> list[Group]:
+        """A rank was closed; returns what is done by it."""
+        self.ended.add(rank)
+        if self.opened.get(rank, 0) < self._rounds_opened:
+            return []  # others were opened again: so will this one be
+        return self.no_longer_expect(rank)
 
     def no_longer_expect(self, rank: int) -> list[Group]:
         """Wait for this rank no more; returns the groups that only it had kept open."""
@@ -230,13 +264,16 @@ class RankMerge:
 
     Attributes:
         rows: rows that wait for other ranks.
+        now_s: the present, as the caller last said; None while it takes over what was before.
     """
 
     def __init__(self) -> None:
         self.rows = 0
+        self.now_s: float | None = None
         self._attempts: dict[Stage, list[Attempt]] = {}
         self._number: dict[tuple[Stage, str, int, int], int] = {}
         self._of_source: dict[str, list[tuple[Attempt, int]]] = {}
+        self._gone: set[str] = set()
 
     def number_of(self, stage: Stage, source_id: str, rank: int, world_size: int) -> int:
         """The attempt that a source's rank belongs to; the first call decides."""
@@ -261,11 +298,12 @@ class RankMerge:
 
     def assign(self, stage: Stage, source_id: str, rank: int, world_size: int, number: int) -> None:
         """Put a source's rank into an attempt, as it was decided before a restart."""
+        if self._number.get((stage, source_id, rank, world_size)) == number:
+            return
         attempts = self._attempts.setdefault(stage, [])
         while len(attempts) <= number:
             attempts.append(Attempt(world_size))
         attempts[number].sources[rank] = source_id
-        attempts[number].joined = True
         self._number[stage, source_id, rank, world_size] = number
         self._of_source.setdefault(source_id, []).append((attempts[number], rank))
 
@@ -280,7 +318,8 @@ class RankMerge:
     ) -> list[Group]:
         """Take a row in; returns the groups that are done by it."""
         run, prefix, attempt, rank = seat
-        if rank not in attempt.expected:
+        # A row of a closed rank that comes only now was logged before, and read again.
+        if rank not in attempt.expected and rank not in attempt.ended:
             attempt.expect(rank)
         key = attempt.key_for(rank, step, part.metrics)
         group = attempt.groups.get(key)
@@ -292,7 +331,7 @@ class RankMerge:
         present = group.parts.get(rank)
         if present is None:
             group.parts[rank] = part
-            group.missing -= 1
+            group.missing -= rank in attempt.expected
         else:
             present.metrics.update(part.metrics)
             present.time_s = part.time_s
@@ -300,8 +339,6 @@ class RankMerge:
         attempt.rounds[rank] = key
         attempt.progress[rank] = max(attempt.progress.get(rank, step), step)
         attempt.pace.note(rank, step, now_s)
-        if attempt.ended:
-            attempt.ended.discard(rank)
         self.rows += 1
         return self._finished(attempt.take([key])) if group.missing == 0 else []
 
@@ -312,9 +349,19 @@ class RankMerge:
             found += attempt.no_longer_expect(rank)
         return self._finished(found)
 
-    def note_end(self, seat: Seat) -> None:
-        """A rank was closed; what this means for rows that wait is :meth:`end_seat`'s."""
-        seat.attempt.ended.add(seat.rank)
+    def open_seat(self, stage: Stage, source_id: str, rank: int, world_size: int) -> int:
+        """A source's rank was opened, perhaps again; returns the number of its attempt."""
+        number = self.number_of(stage, source_id, rank, world_size)
+        attempt = self._attempts[stage][number]
+        attempt.joined = True
+        if self.now_s is not None:
+            attempt.came_s[rank] = self.now_s
+        attempt.open(rank, lambda other: attempt.sources.get(other) in self._gone)
+        return number
+
+    def note_gone(self, source_id: str) -> None:
+        """A source has ended; what this means for rows that wait is :meth:`end_source`'s."""
+        self._gone.add(source_id)
 
     def open_run(self) -> None:
         """Another run begins: who has not logged in it yet takes no part in it yet."""
@@ -322,11 +369,11 @@ class RankMerge:
             attempt.pace = Pace()
             attempt.joined = False
 
-    def present(self) -> Iterator[tuple[Stage, Attempt]]:
-        """The latest attempt of each stage that takes part in this run."""
+    def present(self) -> Iterator[tuple[Stage, Sequence[Attempt]]]:
+        """The attempts of each stage that takes part in this run, the latest last."""
         for stage, attempts in self._attempts.items():
-            if attempts[-1].joined or attempts[-1].pace.heard:
-                yield stage, attempts[-1]
+            if any(attempt.joined or attempt.pace.heard for attempt in attempts):
+                yield stage, attempts
 
     def is_waiting(self, run: int) -> bool:
         """Whether rows of a stage's own run wait for other ranks."""
@@ -338,8 +385,8 @@ class RankMerge:
         )
 
     def end_seat(self, seat: Seat) -> list[Group]:
-        """Nothing more comes from a rank: it is not waited for; returns what is done by it."""
-        return self._finished(seat.attempt.no_longer_expect(seat.rank))
+        """A rank was closed: it is not waited for; returns what is done by it."""
+        return self._finished(seat.attempt.close(seat.rank))
 
     def due(self, now_s: float, waiting: Waiting) -> list[Group]:
         """Groups that have waited long enough, or for which there is no more room."""

@@ -43,7 +43,7 @@ def make_status(
     if ingest.ledger_error:
         found.append(ingest.ledger_error)
     finished = run is not None and run.report is not None
-    stages = [] if finished else stage_statuses(delivery, ingest, runs, info.id)
+    stages = [] if finished else stage_statuses(delivery, ingest, runs, info.id, time.monotonic())
     sink = runs.sink_status(run)
     if sink.state == "no key" and sink.last_error:
         found.append(sink.last_error)
@@ -66,6 +66,7 @@ def make_status(
         sink=sink,
         sources=_sources(delivery, ingest),
         problems=found,
+        silence_s=round(ingest.silence_s, 1),
         unconfirmed=delivery.unconfirmed(),
         undelivered_updates=runs.undelivered_updates(run),
         stage_runs=runs.stages.status(),
