@@ -108,7 +108,9 @@ class Client:
         self._closed = False
         #: Each row needs a second look: the client is closed, or rows wait for a device.
         self._careful = False
-        self._aside: RowsAside | None = None
+        self._aside = RowsAside(
+            self._take, self.refuse, connection.count_loss, connection.aside, self._look_twice
+        )
         self._warned: set[str] = set()
         self._shapes: dict[int, Shape] = {}
         # Counted without a lock: Python changes threads at calls and at loops, and an addition
@@ -130,7 +132,8 @@ class Client:
 
         A tensor on a GPU is not waited for: its row, and what this client logs behind it, goes
         into the journal when the device has the value (asked at the next ``log()``; ``flush``,
-        ``close`` and the end of the process wait for it). At most 64 rows wait so.
+        ``close`` and the end of the process wait for it). At most 64 rows wait so. A worker of Ray
+        Train comes to no exit handler: it closes its client, best by ``with``.
 
         Args:
             metrics: floats, ints, bools, strings, numpy or torch scalars, or dicts of these,
@@ -197,21 +200,14 @@ class Client:
             size = f"a row of {len(payload)} bytes"
             return self._refuse([Refusal(next(iter(row)), size, f"{MAX_MESSAGE_BYTES} are most")])
         if on_device or self._aside:
-            return self._put_aside(time_s, step, row, on_device)
-        self._careful = self._closed
+            return self._aside.put(time_s, step, row, on_device)
         self._connection.append(payload)
         self._logged += 1
         return None
 
-    def _put_aside(self, time_s: float, step: Any, row: dict[str, Any], on_device: Any) -> None:
-        """The row waits for a device, or for rows that do."""
-        if self._aside is None:
-            connection = self._connection
-            self._aside = RowsAside(
-                self._take, self.refuse, connection.count_loss, connection.aside
-            )
-        self._careful = True
-        self._aside.put(time_s, step, row, on_device)
+    def _look_twice(self, waiting: bool) -> None:
+        """Rows wait for a device, or do no longer; said with their lock held."""
+        self._careful = waiting or self._closed
 
     def _take(self, time_s: float, step: Any, row: dict[str, Any]) -> None:
         self._connection.append(encode(Row(self._channel, time_s, step, row)))
@@ -369,6 +365,8 @@ class Client:
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the service has everything that was logged before this call.
 
+        Rows that wait for a device are asked for by the thread that logged them, while it runs.
+
         Returns:
             False when it has not after ``timeout_s``; all of it is safe on this node then.
         """
@@ -403,9 +401,8 @@ class Client:
         if not self._closed:
             self._closed = self._careful = True
             began = time.monotonic()
-            if self._aside is not None:
-                self._aside.settle(timeout_s, give_up=True)
-                timeout_s -= time.monotonic() - began
+            self._aside.settle(timeout_s, give_up=True)
+            timeout_s -= time.monotonic() - began
             self._connection.end_channel(self._channel, exit_code)
             self.flush(max(timeout_s, 0.0))
 
@@ -440,7 +437,7 @@ class Client:
             failed_requests=shipper.failures if shipper else 0,
             last_error=(shipper.last_error or shipper.blob_error) if shipper else None,
             waiting_files=shipper.blobs.left if shipper else 0,
-            waiting_on_device=len(self._aside) if self._aside is not None else 0,
+            waiting_on_device=len(self._aside),
         )
 
     def open_series(self, namespace: str, *, label: str, axis: str) -> Series:

@@ -443,9 +443,9 @@ class Connection:
         self.journal = None
         self.shipper = None
         self._frozen = None
-        for rows in self.aside:
+        for rows in list(self.aside):
             rows.abandon_in_child()
-        self.aside = set()
+        self.aside.clear()  # the same set: every client of the child goes on with it
         self.source_id = new_source_id()
         # It may log into a stage's own run, whose end is its parent's to say.
         self._open_ends.clear()
