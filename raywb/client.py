@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -424,6 +425,11 @@ class Client:
         self.close(exit_code=0 if exc_type is None else 1)
 
     @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called: it takes no more rows."""
+        return self._closed
+
+    @property
     def stats(self) -> ClientStats:
         """What became of the rows so far."""
         connection = self._connection
@@ -455,17 +461,45 @@ class Client:
         channel = self._connection.open_channel(namespace, None, None, label=label, axis=axis)
         return Series(Client(self._connection, channel, namespace, self.run))
 
+    def open_process_series(self, name: str, *, axis: str, is_alone: bool = False) -> Series:
+        """Open a series under this client's stage into which no other process writes.
+
+        In the cluster's run the first process gets ``<name>``, further ones
+        ``<name>/process_<n>``. The service names no series in a stage's own run: there it is
+        ``<name>/<host>_<pid>``.
+
+        Args:
+            name: relative to the stage.
+            axis: the metric, in every row, that is the x-axis.
+            is_alone: no other process asks for this name in a stage's own run, which then is
+                the series' name as it is.
+        """
+        if not self._connection.is_own_run(self._channel):
+            namespace = name if self.stage is None else f"{self.stage}/{name}"
+            return self.open_series(namespace, label="process", axis=axis)
+        beside = Client(self._connection, self._channel, self.stage, self.run)
+        host = socket.gethostname().partition(".")[0]
+        prefix = f"{name}/" if is_alone else f"{name}/{host}_{os.getpid()}/"
+        beside.define_metric(f"{prefix}*", step_metric=f"{prefix}{axis}")
+        return Series(beside, prefix)
+
 
 class Series:
     """Rows on an axis of their own; made by :meth:`Client.open_series`."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, prefix: str = "") -> None:
         self._client = client
+        self._prefix = prefix
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log one row; keys are relative to the series, and the axis is among them."""
-        self._client.log(metrics)
+        self._client.log({self._prefix + key: value for key, value in metrics.items()})
+
+    def log_table(self, table: Any, name: str) -> None:
+        """Log a table; see :meth:`Client.log_table`."""
+        self._client.log_table(table, self._prefix + name)
 
     def set_summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary under the series' name."""
-        self._client.summary.update(values)
+        prefixed = {self._prefix + key: value for key, value in values.items()}
+        self._client.summary.update(prefixed)

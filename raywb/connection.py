@@ -303,6 +303,10 @@ class Connection:
         """The rank with which a channel was opened."""
         return self._channels[channel].rank
 
+    def is_own_run(self, channel: int) -> bool:
+        """Whether a channel leads to a stage's own run."""
+        return self._channels[channel].run != 0
+
     def end_channel(self, channel: int, exit_code: int) -> None:
         """A client was closed: nothing more comes by its channel, or nothing for now.
 
