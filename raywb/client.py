@@ -493,7 +493,9 @@ class Series:
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log one row; keys are relative to the series, and the axis is among them."""
-        self._client.log({self._prefix + key: value for key, value in metrics.items()})
+        if self._prefix:
+            metrics = {self._prefix + key: value for key, value in metrics.items()}
+        self._client.log(metrics)
 
     def log_table(self, table: Any, name: str) -> None:
         """Log a table; see :meth:`Client.log_table`."""

@@ -22,6 +22,7 @@ import msgspec
 from raywb import __version__
 from raywb.blobs import BlobLane
 from raywb.cluster import Cluster
+from raywb.device_values import forget_devices
 from raywb.errors import ArtifactError
 from raywb.frozen import Frozen
 from raywb.journal import Journal, new_source_id
@@ -449,6 +450,7 @@ class Connection:
         self._frozen = None
         for rows in list(self.aside):
             rows.abandon_in_child()
+        forget_devices()
         self.aside.clear()  # the same set: every client of the child goes on with it
         self.source_id = new_source_id()
         # It may log into a stage's own run, whose end is its parent's to say.

@@ -53,8 +53,9 @@ def _is_capturing(backend: Any) -> bool:
     return asked is not None and bool(asked())
 
 
-#: Devices that were waited for in vain: nothing is queued there until they have come to this.
-_silent: dict[Any, Copies] = {}
+#: Devices that were waited for in vain, and an event that they had not come to: nothing more is
+#: queued there until they have.
+_silent: dict[Any, Any] = {}
 
 
 def forget_devices() -> None:
@@ -64,12 +65,15 @@ def forget_devices() -> None:
 
 def _is_silent(device: Any) -> bool:
     """Whether a device was waited for in vain, and has not answered since."""
-    behind = _silent.get(device)
-    if behind is None:
+    event = _silent.get(device)
+    if event is None:
         return False
-    # From any thread: whoever would capture a graph there waits for the device himself.
-    if not behind.arrived(ask_from_any_thread=True):
-        return True
+    try:
+        # From any thread: whoever would capture a graph there waits for the device himself.
+        if not event.query():
+            return True
+    except RuntimeError:
+        pass  # it has failed, as the copy that is tried next will say
     _silent.pop(device, None)
     return False
 
@@ -151,11 +155,9 @@ class Copies:
     def give_up_devices(self) -> set[Any]:
         """The same, and queue nothing more on these devices until they answer; returns them."""
         devices = self.devices
-        behind = object.__new__(Copies)
-        behind.errors, behind._hosts = {}, {}
-        behind._events, behind._thread = self._events, self._thread
-        _silent.update(dict.fromkeys(devices, behind))
-        self._fail("its device did not come to it in time")
+        _silent.update({device: event for device, _, event in self._events})
+        if devices:
+            self._fail("its device did not come to it in time")
         return devices
 
     def items(self) -> Iterable[tuple[str, Any]]:

@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-from raywb.device_values import Copies, forget_devices
+from raywb.device_values import Copies
 from raywb.rows import Scalar
 from raywb.values import Refusal, scalar
 
@@ -135,7 +135,6 @@ class RowsAside:
         self._rows = deque()
         self._went = self._came
         self._say_waiting(False)
-        forget_devices()
 
     def _make_room(self) -> None:
         """Wait until no more rows wait than may; give up the device that holds them for long."""
