@@ -242,10 +242,13 @@ def test_in_an_own_run_the_process_is_in_the_key(client: Client) -> None:
 
 def test_a_closed_client_makes_no_losses(client: Client, log: logging.Logger) -> None:
     """Records that come after the client's end are in nobody's way, and none is counted lost."""
+    (handler,) = log.handlers
+    assert isinstance(handler, RaywbHandler)
     client.close()
     log.error("after the end")
     close(log)
     assert client.stats.lost == {}
+    assert handler._series._client.stats.logged == 0
     assert len(client._connection._unsaid) == 0
 
 
