@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -108,7 +109,9 @@ class Client:
         self._closed = False
         #: Each row needs a second look: the client is closed, or rows wait for a device.
         self._careful = False
-        self._aside: RowsAside | None = None
+        self._aside = RowsAside(
+            self._take, self.refuse, connection.count_loss, connection.aside, self._look_twice
+        )
         self._warned: set[str] = set()
         self._shapes: dict[int, Shape] = {}
         # Counted without a lock: Python changes threads at calls and at loops, and an addition
@@ -130,7 +133,8 @@ class Client:
 
         A tensor on a GPU is not waited for: its row, and what this client logs behind it, goes
         into the journal when the device has the value (asked at the next ``log()``; ``flush``,
-        ``close`` and the end of the process wait for it). At most 64 rows wait so.
+        ``close`` and the end of the process wait for it). At most 64 rows wait so. A worker of Ray
+        Train comes to no exit handler: it closes its client, best by ``with``.
 
         Args:
             metrics: floats, ints, bools, strings, numpy or torch scalars, or dicts of these,
@@ -197,21 +201,14 @@ class Client:
             size = f"a row of {len(payload)} bytes"
             return self._refuse([Refusal(next(iter(row)), size, f"{MAX_MESSAGE_BYTES} are most")])
         if on_device or self._aside:
-            return self._put_aside(time_s, step, row, on_device)
-        self._careful = self._closed
+            return self._aside.put(time_s, step, row, on_device)
         self._connection.append(payload)
         self._logged += 1
         return None
 
-    def _put_aside(self, time_s: float, step: Any, row: dict[str, Any], on_device: Any) -> None:
-        """The row waits for a device, or for rows that do."""
-        if self._aside is None:
-            connection = self._connection
-            self._aside = RowsAside(
-                self._take, self.refuse, connection.count_loss, connection.aside
-            )
-        self._careful = True
-        self._aside.put(time_s, step, row, on_device)
+    def _look_twice(self, waiting: bool) -> None:
+        """Rows wait for a device, or do no longer; said with their lock held."""
+        self._careful = waiting or self._closed
 
     def _take(self, time_s: float, step: Any, row: dict[str, Any]) -> None:
         self._connection.append(encode(Row(self._channel, time_s, step, row)))
@@ -369,6 +366,8 @@ class Client:
     def flush(self, timeout_s: float = 10.0) -> bool:
         """Wait until the service has everything that was logged before this call.
 
+        Rows that wait for a device are asked for by the thread that logged them, while it runs.
+
         Returns:
             False when it has not after ``timeout_s``; all of it is safe on this node then.
         """
@@ -403,9 +402,8 @@ class Client:
         if not self._closed:
             self._closed = self._careful = True
             began = time.monotonic()
-            if self._aside is not None:
-                self._aside.settle(timeout_s, give_up=True)
-                timeout_s -= time.monotonic() - began
+            self._aside.settle(timeout_s, give_up=True)
+            timeout_s -= time.monotonic() - began
             self._connection.end_channel(self._channel, exit_code)
             self.flush(max(timeout_s, 0.0))
 
@@ -427,6 +425,11 @@ class Client:
         self.close(exit_code=0 if exc_type is None else 1)
 
     @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called: it takes no more rows."""
+        return self._closed
+
+    @property
     def stats(self) -> ClientStats:
         """What became of the rows so far."""
         connection = self._connection
@@ -440,7 +443,7 @@ class Client:
             failed_requests=shipper.failures if shipper else 0,
             last_error=(shipper.last_error or shipper.blob_error) if shipper else None,
             waiting_files=shipper.blobs.left if shipper else 0,
-            waiting_on_device=len(self._aside) if self._aside is not None else 0,
+            waiting_on_device=len(self._aside),
         )
 
     def open_series(self, namespace: str, *, label: str, axis: str) -> Series:
@@ -458,17 +461,47 @@ class Client:
         channel = self._connection.open_channel(namespace, None, None, label=label, axis=axis)
         return Series(Client(self._connection, channel, namespace, self.run))
 
+    def open_process_series(self, name: str, *, axis: str, is_alone: bool = False) -> Series:
+        """Open a series under this client's stage into which no other process writes.
+
+        In the cluster's run the first process gets ``<name>``, further ones
+        ``<name>/process_<n>``. The service names no series in a stage's own run: there it is
+        ``<name>/<host>_<pid>``.
+
+        Args:
+            name: relative to the stage.
+            axis: the metric, in every row, that is the x-axis.
+            is_alone: no other process asks for this name in a stage's own run, which then is
+                the series' name as it is.
+        """
+        if not self._connection.is_own_run(self._channel):
+            namespace = name if self.stage is None else f"{self.stage}/{name}"
+            return self.open_series(namespace, label="process", axis=axis)
+        beside = Client(self._connection, self._channel, self.stage, self.run)
+        host = socket.gethostname().partition(".")[0]
+        prefix = f"{name}/" if is_alone else f"{name}/{host}_{os.getpid()}/"
+        beside.define_metric(f"{prefix}*", step_metric=f"{prefix}{axis}")
+        return Series(beside, prefix)
+
 
 class Series:
     """Rows on an axis of their own; made by :meth:`Client.open_series`."""
 
-    def __init__(self, client: Client) -> None:
+    def __init__(self, client: Client, prefix: str = "") -> None:
         self._client = client
+        self._prefix = prefix
 
     def log(self, metrics: Mapping[str, Any]) -> None:
         """Log one row; keys are relative to the series, and the axis is among them."""
+        if self._prefix:
+            metrics = {self._prefix + key: value for key, value in metrics.items()}
         self._client.log(metrics)
+
+    def log_table(self, table: Any, name: str) -> None:
+        """Log a table; see :meth:`Client.log_table`."""
+        self._client.log_table(table, self._prefix + name)
 
     def set_summary(self, values: Mapping[str, Any]) -> None:
         """Set values of the run's summary under the series' name."""
-        self._client.summary.update(values)
+        prefixed = {self._prefix + key: value for key, value in values.items()}
+        self._client.summary.update(prefixed)

@@ -23,6 +23,7 @@ import msgspec
 from raywb import __version__
 from raywb.blobs import BlobLane
 from raywb.cluster import Cluster
+from raywb.device_values import forget_devices
 from raywb.errors import ArtifactError
 from raywb.frozen import Frozen
 from raywb.journal import Journal, new_source_id
@@ -310,6 +311,10 @@ class Connection:
         """The rank with which a channel was opened."""
         return self._channels[channel].rank
 
+    def is_own_run(self, channel: int) -> bool:
+        """Whether a channel leads to a stage's own run."""
+        return self._channels[channel].run != 0
+
     def end_channel(self, channel: int, exit_code: int) -> None:
         """A client was closed: nothing more comes by its channel, or nothing for now.
 
@@ -454,9 +459,10 @@ class Connection:
         self.journal = None
         self.shipper = None
         self._frozen = None
-        for rows in self.aside:
+        for rows in list(self.aside):
             rows.abandon_in_child()
-        self.aside = set()
+        forget_devices()
+        self.aside.clear()  # the same set: every client of the child goes on with it
         self.source_id = new_source_id()
         # It may log into a stage's own run, whose end is its parent's to say.
         self._open_ends.clear()

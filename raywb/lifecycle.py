@@ -26,7 +26,15 @@ from raywb.settings import (
 )
 from raywb.sweep import sweep_cluster
 
-__all__ = ["attach", "attach_own_run", "finish", "running_client", "start", "status"]
+__all__ = [
+    "attach",
+    "attach_for_callback",
+    "attach_own_run",
+    "finish",
+    "running_client",
+    "start",
+    "status",
+]
 
 _log = logging.getLogger("raywb")
 
@@ -181,9 +189,17 @@ def attach(
     return _attach(stage, ranks, own_run=own_run, run_id=run_id, cfg=cfg, strict=strict)
 
 
-def attach_own_run(stage: str, *, run_id: str, name: str) -> Client:
-    """As ``attach(stage, own_run=True, run_id=…)``, for a run that has a name already."""
-    return _attach(stage, (None, None), own_run=True, run_id=run_id, name=name)
+def attach_for_callback(stage: str, *, timeout_s: float) -> Client:
+    """As ``attach(stage)``, where Ray's own loop waits for it: for at most ``timeout_s``."""
+    return _attach(stage, (None, None), own_run=False, run_id=None, timeout_s=timeout_s)
+
+
+def attach_own_run(stage: str, *, run_id: str, name: str, timeout_s: float) -> Client:
+    """The same with ``own_run=True`` and ``run_id``, for a run that has a name already.
+
+    What this process was given does not go into its config: it is another one's run.
+    """
+    return _attach(stage, (None, None), own_run=True, run_id=run_id, name=name, timeout_s=timeout_s)
 
 
 def _attach(
@@ -195,7 +211,9 @@ def _attach(
     cfg: Any = None,
     strict: bool = False,
     name: str | None = None,
+    timeout_s: float = ATTACH_TIMEOUT_S,
 ) -> Client:
+    deadline = time.monotonic() + timeout_s
     stage, (rank, world_size) = _checked_stage(stage), ranks
     _check_rank(rank, world_size)
     check_own_run(stage, run_id, own_run=own_run)
@@ -204,19 +222,18 @@ def _attach(
     is_first = service is None
     if service is None:
         service = ray_side.make_service(cluster, *_origin(resolve(cfg=cfg), cluster))
-    joined = ray_side.join(
-        service, cluster, timeout_s=ATTACH_TIMEOUT_S, source_id=source_id_for(cluster)
-    )
+    joined = ray_side.join(service, cluster, timeout_s=timeout_s, source_id=source_id_for(cluster))
     if is_first:
         log_metadata(_open_client(cluster, joined, None, None, None), cfg)
     if own_run and stage is not None:
-        limit_s = ATTACH_TIMEOUT_S
+        limit_s = max(deadline - time.monotonic(), timeout_s / 2)
         run, session = open_own_run(service, stage, run_id, cfg, timeout_s=limit_s, name=name)
         connection = connection_for(cluster, joined.endpoint, joined.epoch)
         channel = connection.open_channel(stage, rank, world_size, own_run=(run.epoch, session))
         client = Client(connection, channel, stage, run, strict=strict)
         _say_started(run, joined=False)
-        say_line(log_metadata(client, cfg))
+        if name is None:
+            say_line(log_metadata(client, cfg))
         return client
     if joined.finished:
         _log.warning(

@@ -5,7 +5,9 @@
 What arrives, under the stage's name:
 
 * ``log/warnings`` and ``log/errors``, counted over all records, on the axis ``log/time_s``
-  (seconds since the handler was made); of a rank they are ``log/rank_<n>/warnings``, …
+  (seconds since the handler was made); of a rank they are ``log/rank_<n>/warnings``, …;
+  further processes of the same stage, or rank, have theirs under ``log/process_<n>/``
+  (``log/<host>_<pid>/`` in a stage's own run, where no rank tells them apart);
 * the table ``log/records``: one row for each place in the code that logged, with its latest
   message, how often it did, and the end of its latest traceback;
 * ``log/last_error`` in the summary;
@@ -111,10 +113,16 @@ class _Place:
 class RaywbHandler(logging.Handler):
     """A ``logging.Handler`` that sends records of a level and above to the run.
 
+    What was held back is written by its ``close()``; once its client is closed nothing is
+    written any more.
+
     Args:
-        client: whose stage it is; by default ``raywb.attach(stage)``, in the calling thread.
+        client: whose stage it is; by default ``raywb.attach(stage, rank=…, world_size=…)``, in
+            the calling thread. It is not closed here.
         level: records below it are passed over.
         stage: prefix of the keys, where no client is given.
+        rank: this worker's rank among those that log the stage, where no client is given.
+        world_size: how many there are.
         alert_level: records of this level and above are alerts too; None is never.
 
     Attributes:
@@ -130,25 +138,33 @@ class RaywbHandler(logging.Handler):
         level: int | str = logging.WARNING,
         *,
         stage: str | None = None,
+        rank: int | None = None,
+        world_size: int | None = None,
         alert_level: int | None = logging.ERROR,
     ) -> None:
         super().__init__(level)
         if client is None:
             from raywb.lifecycle import attach
 
-            client = attach(stage)
+            client = attach(stage, rank=rank, world_size=world_size)
         self._client = client
         self._alert_level = alert_level
-        self._prefix = "log/" if client.rank is None else f"log/rank_{client.rank}/"
+        self._made_in = os.getpid()
         self._entered = threading.local()
         self._began = time.monotonic()
         self._begin()
-        client.define_metric(f"{self._prefix}*", step_metric=f"{self._prefix}time_s")
         # After raywb's own exit handler was registered, so before it runs.
         atexit.register(self.close)
 
     def _begin(self) -> None:
         self._pid = os.getpid()
+        rank = self._client.rank
+        # Rows of its own client: they wait for no row of the user's that waits for a device.
+        self._series = self._client.open_process_series(
+            "log" if rank is None else f"log/rank_{rank}",
+            axis="time_s",
+            is_alone=rank is not None and self._pid == self._made_in,
+        )
         self.warnings = self.errors = self._unlisted = 0
         self._places: dict[tuple[str, int, str, int], _Place] = {}
         self._counts = _Allowance(COUNTS_BURST, COUNTS_EVERY_S)
@@ -204,7 +220,7 @@ class RaywbHandler(logging.Handler):
             self._alert(record, place, message)
 
     def _alert(self, record: logging.LogRecord, place: _Place | None, message: str) -> None:
-        if place is None or place.alerted or not self._alerts.take():
+        if self._client.closed or place is None or place.alerted or not self._alerts.take():
             self._held_alerts += 1
             return
         place.alerted = True
@@ -218,18 +234,20 @@ class RaywbHandler(logging.Handler):
 
     def _write(self, *, at_once: bool) -> None:
         """Write what is new, as far as it may be now."""
+        if self._client.closed:
+            return  # no loss: whoever closed it wants no more in the run
         if self._unwritten_counts and (at_once or self._counts.take()):
             self._unwritten_counts = False
             values = {"warnings": self.warnings, "errors": self.errors}
             values["time_s"] = time.monotonic() - self._began  # type: ignore[assignment]
-            self._client.log({self._prefix + key: value for key, value in values.items()})
+            self._series.log(values)
             if self._last_error is not None:
-                self._client.summary[f"{self._prefix}last_error"] = self._last_error
+                self._series.set_summary({"last_error": self._last_error})
                 self._last_error = None
         if self._unwritten_rows and (at_once or self._may_write_table()):
             self._unwritten_rows = self._new_place = False
             self._table_at = time.monotonic()
-            self._client.log_table(self._rows(), f"{self._prefix}records")
+            self._series.log_table(self._rows(), "records")
 
     def _may_write_table(self) -> bool:
         if self._new_place:

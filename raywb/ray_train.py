@@ -17,8 +17,15 @@ from ray.train import Checkpoint, UserCallback
 from raywb.across_ranks import combined
 from raywb.client import Client
 from raywb.errors import SettingsError
-from raywb.lifecycle import attach
-from raywb.reported import LateClient, artifact_name, described, never_raises, step_of
+from raywb.lifecycle import attach_for_callback
+from raywb.reported import (
+    CALLBACK_TIMEOUT_S,
+    LateClient,
+    artifact_name,
+    described,
+    never_raises,
+    step_of,
+)
 from raywb.rows import ACROSS_RANKS, Scalar
 from raywb.values import Refusal, flatten
 
@@ -76,7 +83,9 @@ class RaywbCallback(UserCallback):  # type: ignore[misc]  # Ray's classes are An
         self._reports = 0
         self._failures = 0
         self._said_config = False
-        self._late = LateClient(lambda: attach(self.stage))
+        self._late = LateClient(
+            lambda: attach_for_callback(self.stage, timeout_s=CALLBACK_TIMEOUT_S)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """What travels: Ray sends callbacks to the controller, and from there to each worker."""
@@ -92,7 +101,7 @@ class RaywbCallback(UserCallback):  # type: ignore[misc]  # Ray's classes are An
     ) -> None:
         """All ranks have reported."""
         self._reports += 1
-        client = self._late.get()
+        client = self._late.get(is_row=True)
         if client is None:
             return
         if self.log_config and not self._said_config:

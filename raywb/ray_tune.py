@@ -20,11 +20,13 @@ from typing import Any
 from ray.tune.logger import LoggerCallback
 
 from raywb.client import Client
-from raywb.lifecycle import attach, attach_own_run
+from raywb.lifecycle import attach, attach_for_callback, attach_own_run
 from raywb.ray_train import is_local
 from raywb.reported import (
+    CALLBACK_TIMEOUT_S,
     MESSAGE_CHARACTERS,
     TRACEBACK_CHARACTERS,
+    Attempts,
     LateClient,
     artifact_name,
     never_raises,
@@ -84,6 +86,7 @@ class RaywbCallback(LoggerCallback):  # type: ignore[misc]  # Ray's classes are 
 
     def _begin(self) -> None:
         self._clients: dict[str, LateClient] = {}
+        self._attempts = Attempts()
         self._failures: dict[str, int] = {}
         self._configs: dict[str, dict[str, Any]] = {}
 
@@ -95,16 +98,19 @@ class RaywbCallback(LoggerCallback):  # type: ignore[misc]  # Ray's classes are 
         self.__dict__.update(state)
         self._begin()
 
-    def _client_of(self, trial: Any) -> Client | None:
+    def _client_of(self, trial: Any, *, is_row: bool = False) -> Client | None:
         if trial.trial_id not in self._clients:
-            self._clients[trial.trial_id] = LateClient(lambda: self._attach(trial))
-        return self._clients[trial.trial_id].get()
+            self._clients[trial.trial_id] = LateClient(lambda: self._attach(trial), self._attempts)
+        return self._clients[trial.trial_id].get(is_row=is_row)
 
     def _attach(self, trial: Any) -> Client:
+        limit_s = CALLBACK_TIMEOUT_S
         if self.own_runs:
-            client = attach_own_run(self.stage, run_id=trial.trial_id, name=str(trial))
+            trial_id, name = trial.trial_id, str(trial)
+            client = attach_own_run(self.stage, run_id=trial_id, name=name, timeout_s=limit_s)
+            client.config.update(_compute_of(trial))
         else:
-            client = attach(f"{self.stage}/{trial.trial_id}")
+            client = attach_for_callback(f"{self.stage}/{trial.trial_id}", timeout_s=limit_s)
         if self.log_config:
             config = {key: value for key, value in trial.config.items() if key != "callbacks"}
             self._update_config(trial, client, config)
@@ -118,6 +124,11 @@ class RaywbCallback(LoggerCallback):  # type: ignore[misc]  # Ray's classes are 
             client.config.update(known if self.own_runs else {str(client.stage): known})
 
     @never_raises
+    def setup(self, *args: Any, **info: Any) -> None:
+        """Before any trial: the service may have to be made, and no trial waits for it yet."""
+        attach()
+
+    @never_raises
     def log_trial_start(self, trial: Any) -> None:
         """A trial begins, or goes on after a pause or a failure."""
         self._client_of(trial)
@@ -125,7 +136,7 @@ class RaywbCallback(LoggerCallback):  # type: ignore[misc]  # Ray's classes are 
     @never_raises
     def log_trial_result(self, iteration: int, trial: Any, result: dict[str, Any]) -> None:
         """A trial has reported."""
-        client = self._client_of(trial)
+        client = self._client_of(trial, is_row=True)
         if client is None:
             return
         dropped = {*LEFT_OUT, *TO_CONFIG, *self.exclude}
@@ -159,6 +170,7 @@ class RaywbCallback(LoggerCallback):  # type: ignore[misc]  # Ray's classes are 
             self._tell_failure(trial, "is over")
         self._configs.pop(trial.trial_id, None)
         late = self._clients.pop(trial.trial_id, None)
+        # What it missed without one is told by the next client of any trial.
         client = late.get() if late is not None else None
         if client is not None:
             # The journal has all of it; nothing here is worth letting other trials wait for.
@@ -184,8 +196,18 @@ class RaywbCallback(LoggerCallback):  # type: ignore[misc]  # Ray's classes are 
     def on_experiment_end(self, trials: Any, **info: Any) -> None:
         """All trials are over."""
         for late in self._clients.values():
-            if (client := late.get()) is not None:
+            if (client := late.present) is not None:
                 client.flush(5.0)
+
+
+def _compute_of(trial: Any) -> dict[str, int | float]:
+    """CPUs and GPUs that the trial has of Ray; a part of one is a fraction."""
+    resources = trial.placement_group_factory.required_resources
+    counts = {name: float(resources.get(name, 0)) for name in ("CPU", "GPU")}
+    return {
+        f"compute.{name.lower()}_count": int(count) if count.is_integer() else count
+        for name, count in counts.items()
+    }
 
 
 def _error_of(trial: Any) -> str:

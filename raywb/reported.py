@@ -17,7 +17,15 @@ from typing import Any, TypeVar, cast
 from raywb.client import Client
 from raywb.rows import Scalar
 
-__all__ = ["LateClient", "artifact_name", "described", "never_raises", "step_of"]
+__all__ = [
+    "CALLBACK_TIMEOUT_S",
+    "Attempts",
+    "LateClient",
+    "artifact_name",
+    "described",
+    "never_raises",
+    "step_of",
+]
 
 _log = logging.getLogger("raywb")
 
@@ -29,6 +37,9 @@ STEP_KEYS = ("step", "epoch", "training_iteration")
 #: Pause before another try to attach, in seconds; it doubles.
 FIRST_PAUSE_S = 5.0
 LONGEST_PAUSE_S = 300.0
+
+#: Longest that one try may hold up Ray's own loop, in seconds.
+CALLBACK_TIMEOUT_S = 3.0
 
 #: Most characters of an exception's text that go into the run: of its message, its traceback.
 MESSAGE_CHARACTERS = 1000
@@ -57,38 +68,77 @@ def never_raises(method: _MethodT) -> _MethodT:
     return cast("_MethodT", guarded)
 
 
+class Attempts:
+    """When the clients of one callback may try to attach again, and what they missed till then.
+
+    Attributes:
+        missed: reports that no client had so far, and no loss was counted for.
+    """
+
+    def __init__(self) -> None:
+        self.missed = 0
+        self._not_before = 0.0
+        self._pause_s = FIRST_PAUSE_S
+
+    @property
+    def is_due(self) -> bool:
+        """Whether one may be made now."""
+        return time.monotonic() >= self._not_before
+
+    def failed(self, error: Exception) -> None:
+        """None of the clients tries again before a pause is over."""
+        _log.warning(
+            "raywb: no client for Ray's callback, another try in %g s: %s", self._pause_s, error
+        )
+        self._not_before = time.monotonic() + self._pause_s
+        self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+
+    def succeeded(self) -> None:
+        """The service is there."""
+        self._not_before, self._pause_s = 0.0, FIRST_PAUSE_S
+
+    def tell(self, client: Client) -> None:
+        """Count what was missed as lost."""
+        missed, self.missed = self.missed, 0
+        for _ in range(missed):
+            client.count_loss("not_attached")
+
+
 class LateClient:
     """A client that is had at the first report, and again later where it cannot be had.
 
     Args:
         attach: makes the client; may raise anything.
+        attempts: shared with the other clients of a callback.
     """
 
-    def __init__(self, attach: Callable[[], Client]) -> None:
+    def __init__(self, attach: Callable[[], Client], attempts: Attempts | None = None) -> None:
         self._attach = attach
         self._client: Client | None = None
-        self._not_before = 0.0
-        self._pause_s = FIRST_PAUSE_S
-        self._missed = 0
+        self._attempts = attempts or Attempts()
 
-    def get(self) -> Client | None:
-        """The client; None where there is none yet, and the report is counted as lost."""
-        if self._client is None and time.monotonic() >= self._not_before:
+    def get(self, *, is_row: bool = False) -> Client | None:
+        """The client; None where there is none yet.
+
+        Args:
+            is_row: it is for a report, which counts as lost without a client.
+        """
+        if self._client is None and self._attempts.is_due:
             try:
                 self._client = self._attach()
             except Exception as error:  # noqa: BLE001 - a callback must not end the training
-                self._not_before = time.monotonic() + self._pause_s
-                _log.warning(
-                    "raywb: no client for Ray's callback, another try in %g s: %s",
-                    self._pause_s,
-                    error,
-                )
-                self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
+                self._attempts.failed(error)
             else:
-                for _ in range(self._missed):
-                    self._client.count_loss("not_attached")
-                self._missed = 0
-        self._missed += self._client is None
+                self._attempts.succeeded()
+        if self._client is not None:
+            self._attempts.tell(self._client)
+        else:
+            self._attempts.missed += is_row
+        return self._client
+
+    @property
+    def present(self) -> Client | None:
+        """The client, if there is one; makes no try."""
         return self._client
 
 

@@ -231,3 +231,14 @@ def test_a_key_is_looked_for_before_anything_is_started(server: WandbServer) -> 
     with pytest.raises(KeyMissing):
         save_charts(settings(server), {})
     assert server.requests["graphql"] == before
+
+
+def test_the_help_says_whose_project_it_is(server: WandbServer, tmp_path: Path) -> None:
+    """The environment's project comes before the cluster's, which then is not even looked for."""
+    environment = fleet_environment(tmp_path, server, RAY_ADDRESS="127.0.0.1:1")
+    assert "WANDB_PROJECT" in environment
+    made = run_charts(environment, "--title", "no cluster")
+    assert made.returncode == 0, made.stderr
+    said = " ".join(run_charts(environment, "--help").stdout.split())
+    assert "by default WANDB_PROJECT, else that of the cluster's run" in said
+    assert "by default WANDB_ENTITY, else that of the run" in said

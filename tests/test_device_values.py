@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from wandb_file import read_runs
 from raywb import rows_aside
 from raywb.client import Client
 from raywb.connection import Connection
-from raywb.device_values import is_on_device
+from raywb.device_values import forget_devices, is_on_device
 from raywb.reports import RunInfo
 from raywb.rows import Frame, Row, decode, scan
 
@@ -27,6 +28,7 @@ def _device() -> Iterator[None]:
     DEVICE.__init__()  # type: ignore[misc]
     yield
     DEVICE.__init__()  # type: ignore[misc]
+    forget_devices()
 
 
 @pytest.fixture
@@ -150,13 +152,124 @@ def test_too_many_rows_wait_for_the_first(client: Client, monkeypatch: pytest.Mo
 def test_a_device_that_hangs_holds_log_for_a_while_only(
     client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With too many rows waiting, the first goes without its value in the end."""
+    """It is waited for once, given up by all clients, and used again when it answers."""
     monkeypatch.setattr(rows_aside, "MOST_ROWS", 1)
-    monkeypatch.setattr(rows_aside, "LONGEST_WAIT_S", 0.1)
+    monkeypatch.setattr(rows_aside, "LONGEST_WAIT_S", 0.2)
+    other = second(client)
+    other.log({"loss": Tensor(0.0), "lr": 0.0}, step=0)
     client.log({"loss": Tensor(1.0), "lr": 0.1}, step=1)
-    client.log({"loss": Tensor(2.0)}, step=2)
-    assert logged(client) == [(1, {"lr": 0.1})]
-    assert (client.stats.rejected, client.stats.waiting_on_device) == (1, 1)
+    client.log({"loss": Tensor(2.0), "lr": 0.2}, step=2)
+    assert sorted(step for step, _ in logged(client)) == [0, 1, 2]
+    assert all(set(row) == {"lr"} for _, row in logged(client))
+    assert (client.stats.rejected, client.stats.waiting_on_device) == (3, 0)
+    queued = DEVICE.queued
+    began = time.monotonic()
+    for step in range(3, 13):
+        (client if step % 2 else other).log({"loss": Tensor(step), "lr": 0.3}, step=step)
+    assert time.monotonic() - began < 0.2
+    assert DEVICE.queued == queued + 10  # the tensors, and no event
+    assert logged(client)[3:] == [(step, {"lr": 0.3}) for step in range(3, 13)]
+    DEVICE.compute()
+    other.log({"loss": Tensor(13.0)}, step=13)
+    DEVICE.compute()
+    other.log({"loss": 14.0}, step=14)
+    assert logged(client)[13:] == [(13, {"loss": 13.0}), (14, {"loss": 14.0})]
+
+
+def second(client: Client) -> Client:
+    """Another client of the same process."""
+    connection = client._connection
+    return Client(connection, connection.open_channel("other", None, None), "other", client.run)
+
+
+@pytest.mark.parametrize("waits", ["flush", "full"])
+def test_who_waits_holds_up_no_other_thread(
+    client: Client, monkeypatch: pytest.MonkeyPatch, waits: str
+) -> None:
+    """While one thread waits for a device, log() of others returns, and loses no order."""
+    monkeypatch.setattr(rows_aside, "MOST_ROWS", 1 if waits == "full" else 64)
+    client.log({"loss": Tensor(1.0)}, step=1)
+    if waits == "flush":
+        waiting = threading.Thread(target=client._connection._settle, args=(5.0,))
+    else:
+        waiting = threading.Thread(target=client.log, args=({"loss": 2.0},), kwargs={"step": 2})
+    waiting.start()
+    while waits == "full" and client.stats.waiting_on_device < 2:
+        time.sleep(0.001)
+    began = time.monotonic()
+    second(client).log({"x": 1.0}, step=9)
+    if waits == "flush":
+        client.log({"loss": 3.0}, step=3)
+    assert time.monotonic() - began < 0.3
+    assert waiting.is_alive()
+    assert logged(client) == [(9, {"x": 1.0})]
+    DEVICE.compute()
+    client.log({"loss": 4.0}, step=4)
+    waiting.join(5.0)
+    assert not waiting.is_alive()
+    steps = [step for step, _ in logged(client)]
+    assert steps == [9, 1, 3 if waits == "flush" else 2, 4]
+    assert client.stats.waiting_on_device == 0
+
+
+def test_a_row_between_two_threads_overtakes_none(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A plain row, logged while another thread makes its copies, leaves later rows behind those."""
+    copies = rows_aside.Copies
+    entered, go = threading.Event(), threading.Event()
+
+    def slow(values: dict) -> object:
+        entered.set()
+        assert go.wait(5.0)
+        return copies(values)
+
+    monkeypatch.setattr(rows_aside, "Copies", slow)
+    thread = threading.Thread(target=client.log, args=({"loss": Tensor(1.0)},), kwargs={"step": 1})
+    thread.start()
+    assert entered.wait(5.0)
+    client.log({"nested": {"x": 1.0}}, step=0)  # with a second look
+    go.set()
+    thread.join()
+    client.log({"loss": 2.0}, step=2)
+    assert [step for step, _ in logged(client)] == [0]
+    DEVICE.compute()
+    client.log({"loss": 3.0}, step=3)
+    assert [step for step, _ in logged(client)] == [0, 1, 2, 3]
+
+
+def test_only_the_thread_that_copied_asks(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flush() elsewhere asks no device, since that would end a capture that it cannot see."""
+    asked: list[threading.Thread] = []
+    query = device_stand_in.Event.query
+
+    def noted(event: device_stand_in.Event) -> bool:
+        asked.append(threading.current_thread())
+        return query(event)
+
+    monkeypatch.setattr(device_stand_in.Event, "query", noted)
+    client.log({"loss": Tensor(1.0)}, step=1)
+    ended: list[bool] = []
+    thread = threading.Thread(target=lambda: ended.append(client._connection._settle(0.1)))
+    thread.start()
+    thread.join()
+    assert ended == [False]
+    assert set(asked) == {threading.current_thread()}
+    DEVICE.compute()
+    closing = threading.Thread(target=client.close, args=(0.1,))
+    closing.start()
+    closing.join()
+    assert logged(client) == [(1, {"loss": 1.0})]
+
+
+def test_rows_of_a_thread_that_ended_are_had(client: Client) -> None:
+    """Nobody else could ask for them, and it captures nothing any more."""
+    thread = threading.Thread(target=client.log, args=({"loss": Tensor(1.0)},))
+    thread.start()
+    thread.join()
+    DEVICE.compute()
+    client.flush(0.1)
+    assert logged(client) == [(None, {"loss": 1.0})]
 
 
 def test_a_capture_is_not_disturbed(client: Client, caplog: pytest.LogCaptureFixture) -> None:
@@ -181,11 +294,15 @@ def test_a_forked_child_leaves_the_rows_to_its_parent(client: Client) -> None:
             client._connection.after_fork_in_child()
             DEVICE.broken = True
             client.log({"child": 1.0}, step=9)
+            DEVICE.__init__()  # type: ignore[misc]
+            client.log({"child": Tensor(2.0)}, step=10)
+            DEVICE.compute()
+            client.flush(0.1)  # finds the child's rows
             os.write(write, repr(logged(client)).encode())
         finally:
             os._exit(0)
     os.waitpid(pid, 0)
-    assert os.read(read, 1000) == b"[(9, {'child': 1.0})]"
+    assert os.read(read, 1000) == b"[(9, {'child': 1.0}), (10, {'child': 2.0})]"
     DEVICE.compute()
     client.flush(0.1)
     assert logged(client) == [(1, {"loss": 1.0})]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import device_stand_in
 import pytest
 from local_service import LocalService
 from wandb_file import WandbRun, read_runs
@@ -18,6 +20,8 @@ from wandb_file import WandbRun, read_runs
 from raywb import log_handler
 from raywb.client import Client
 from raywb.log_handler import RaywbHandler
+
+HOST = socket.gethostname().partition(".")[0]
 
 
 @pytest.fixture
@@ -188,6 +192,75 @@ def test_ranks_have_keys_of_their_own(service: LocalService) -> None:
     run = written(service, clients[1])
     found: list[Any] = [run.values(f"train/log/rank_{rank}/warnings")[-1] for rank in range(2)]
     assert found == [1, 2]
+
+
+def test_processes_without_ranks_have_keys_of_their_own(service: LocalService) -> None:
+    """No counter goes up and down between the counts of several processes."""
+    service.up()
+    service.start()
+    clients = [service.client("train") for _ in range(3)]
+    handlers = [RaywbHandler(client) for client in clients]
+    record = logging.makeLogRecord({"name": "x", "levelno": logging.ERROR, "msg": "m"})
+    for number, handler in enumerate(handlers):
+        for _ in range(number + 1):
+            handler.handle(record)
+        handler.close()
+        assert clients[number].flush()
+    run = written(service, clients[0])
+    for prefix, count in (("", 1), ("process_2/", 2), ("process_3/", 3)):
+        counts = run.values(f"train/log/{prefix}errors")
+        assert counts == sorted(counts)
+        assert counts[-1] == count
+        assert run.metrics[f"train/log/{prefix}*"].step_metric == f"train/log/{prefix}time_s"
+        assert run.summary[f"train/log/{prefix}last_error"] == "m"
+        assert records(service, run, f"train/log/{prefix}records")[0]["count"] == count
+
+
+def test_a_rank_is_handed_on(monkeypatch: pytest.MonkeyPatch, client: Client) -> None:
+    """A handler that attaches itself does so as the rank that it is given."""
+    asked: dict[str, Any] = {}
+
+    def attach(stage: str | None, **ranks: Any) -> Client:
+        asked.update(ranks, stage=stage)
+        return client
+
+    monkeypatch.setattr("raywb.lifecycle.attach", attach)
+    RaywbHandler(stage="train", rank=1, world_size=4).close()
+    assert asked == {"stage": "train", "rank": 1, "world_size": 4}
+
+
+def test_in_an_own_run_the_process_is_in_the_key(client: Client) -> None:
+    """The service names no series there: host and pid do, unless a rank does."""
+    connection = client._connection
+    for rank, name in ((None, f"log/{HOST}_{os.getpid()}/"), (1, "log/rank_1/")):
+        ranks = (rank, None if rank is None else 2)
+        channel = connection.open_channel("own", *ranks, own_run=(1000, 1))
+        handler = RaywbHandler(Client(connection, channel, "own", client.run))
+        assert handler._series._prefix == name
+        handler.close()
+
+
+def test_a_closed_client_makes_no_losses(client: Client, log: logging.Logger) -> None:
+    """Records that come after the client's end are in nobody's way, and none is counted lost."""
+    (handler,) = log.handlers
+    assert isinstance(handler, RaywbHandler)
+    client.close()
+    log.error("after the end")
+    close(log)
+    assert client.stats.lost == {}
+    assert handler._series._client.stats.logged == 0
+    assert len(client._connection._unsaid) == 0
+
+
+def test_records_wait_for_no_device(client: Client) -> None:
+    """A row of the client's that waits for a GPU keeps no warning from the journal."""
+    handler = RaywbHandler(client)
+    client.log({"loss": device_stand_in.Tensor(1.0)}, step=1)
+    handler.handle(logging.makeLogRecord({"name": "x", "levelno": logging.WARNING, "msg": "m"}))
+    assert (client.stats.logged, client.stats.waiting_on_device) == (0, 1)
+    assert handler._series._client.stats.logged == 2
+    handler.close()
+    client.close(0.1)
 
 
 def test_a_forked_child_counts_from_its_start(client: Client) -> None:

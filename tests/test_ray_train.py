@@ -163,6 +163,9 @@ def test_trials_are_runs_in_the_group(cluster: RayCluster) -> None:
     assert good.metrics["score"].step_metric == "step"
     assert good.name == f"objective_{good.run_id}"
     assert good.config["trial_id"] == good.run_id
+    assert {run.config["compute.cpu_count"] for run in trials.values()} == {1}
+    assert {run.config["compute.gpu_count"] for run in trials.values()} == {0}
+    assert not {"system", "compute.memory_gb"} & set(good.config)  # those of the driver
     assert {run.group for run in trials.values()} == {group}
     assert sorted(ended) == sorted([[good.name, "finished"], [bad.name, "failed"]])
     assert (good.exit_code, bad.exit_code) == (0, 1)
@@ -203,8 +206,8 @@ def test_without_a_service_training_goes_on(tmp_path: Path) -> None:
         callback.after_exception(None, {0: ValueError("x")})
         callback.after_report(None, None, None)
         copy = pickle.loads(pickle.dumps(callback))
-        report([len(attempts), callback._late._missed, copy.checkpoints, copy._reports])
+        report([len(attempts), callback._late._attempts.missed, copy.checkpoints, copy._reports])
     """
     with driver_alone(script) as driver:
-        assert driver.succeed() == [1, 5, "weights", 0]
+        assert driver.succeed() == [1, 4, "weights", 0]
         assert "another try in 5 s" in driver.output

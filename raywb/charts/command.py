@@ -15,13 +15,19 @@ __all__ = ["charts"]
 
 
 @click.command()
-@click.option("--project", help="W&B project; by default that of the cluster's run.")
-@click.option("--entity", help="W&B team or user; by default that of the run, else the key's own.")
+@click.option(
+    "--project", help="W&B project; by default WANDB_PROJECT, else that of the cluster's run."
+)
+@click.option(
+    "--entity",
+    help="W&B team or user; by default WANDB_ENTITY, else that of the run, else the key's own.",
+)
 @click.option(
     "--stage",
     "stages",
     multiple=True,
-    help="A stage to be charted over its own step; by default the run's training stages.",
+    help="A stage to be charted over its own step; by default the training stages of the cluster's "
+    "run, or the recipes' where no cluster is asked.",
 )
 @click.option("--title", default=DEFAULT_TITLE, show_default=True, help="The view's name.")
 @click.option("--timeout-s", default=60.0, show_default=True, help="Longest that W&B may take.")
@@ -35,7 +41,8 @@ def charts(
     """Save the recommended charts as a view of the project in W&B.
 
     Pipeline, cluster, stages, nodes, training and delivery. Called again it brings that view up to
-    date, and leaves alone what you added to it. With --project no Ray is needed.
+    date, and leaves alone what you added to it. A cluster is asked only where neither --project
+    nor WANDB_PROJECT names a project: with one of them no Ray is needed.
     """
     import msgspec
 
