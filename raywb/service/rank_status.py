@@ -198,7 +198,6 @@ def _slow(look: _Look, rank: int) -> _Slow | None:
     attempt, source_id = look.members[rank]
     pace, ingest, began_s = attempt.pace, look.ingest, look.delivery.began_s
     came_s = attempt.came_s.get(rank, began_s)
-    has_logged = rank in pace.heard
     silent_s = look.now_s - max(pace.heard.get(rank, came_s), came_s)
     # Whoever was killed is over, and yet missing as long as others go on.
     if source_id in look.delivery.liveness.killed:
@@ -209,13 +208,20 @@ def _slow(look: _Look, rank: int) -> _Slow | None:
     if unheard_s > 1.5 * ingest.keep_alive_s + ingest.pace_s:
         reason = "its process was not heard for {:.0f} s: stopped, cut off or killed"
         return _Slow(silent_s, rank, reason, unheard_s)
+    return _behind(look, rank, came_s, silent_s)
+
+
+def _behind(look: _Look, rank: int, came_s: float, silent_s: float) -> _Slow | None:
+    """What is wrong with a rank whose process lives: others went on, and it did not."""
+    attempt, _ = look.members[rank]
+    pace, has_logged = attempt.pace, rank in attempt.pace.heard
     passed_at = pace.passed_at(attempt.progress.get(rank))
     if passed_at is None or pace.first_s is None:
         return None
     if not has_logged:
         passed_at = pace.first_s
     behind_s = look.now_s - max(passed_at, came_s)
-    grace_s = LAG_S + ingest.pace_s
+    grace_s = LAG_S + look.ingest.pace_s
     if behind_s < grace_s:
         return None
     if not has_logged:
