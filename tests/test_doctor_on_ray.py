@@ -57,12 +57,15 @@ def states(diagnosis: Diagnosis) -> dict[str, set[str]]:
 def lacking() -> Iterator[RayCluster]:
     """Two CPUs on a head without variables, and a node that has them, but hardly any package.
 
-    What a user's own directory has in the place of tqdm stands for an environment without it.
+    What a user's own directory has in the place of tqdm and raywb stands for an environment
+    without them.
     """
     with RayCluster.start(num_cpus=2) as cluster:
         other = cluster.root / "other"
         other.mkdir()
-        (other / "tqdm.py").write_text("raise ModuleNotFoundError(\"No module named 'tqdm'\")\n")
+        for name in ("tqdm", "raywb"):
+            lack = f"raise ModuleNotFoundError(\"No module named '{name}'\")\n"
+            (other / f"{name}.py").write_text(lack)
         cluster.add_node(0, environment={**GOOD, "PYTHONPATH": str(other)})
         yield cluster
 
