@@ -99,7 +99,9 @@ def test_rows_of_a_worker_killed_for_its_memory(
     report = service.service.finish(20.0, 0)
     # One more may be in the journal: it was killed between the write and its note of it.
     assert report.received_rows in (rows, rows + 1)
-    assert report.lost == {}
+    # Killed in the middle of a write, whose log() never returned, it leaves a part of a frame.
+    assert report.lost in ({}, {"damaged_frames": 1})
+    assert not report.lost or report.received_rows == rows
     service.close()
     outbox = Outbox(service.directory / "outbox")
     values = [
