@@ -32,7 +32,7 @@ from recipes.training.settings import TrainSettings
 
 __all__ = ["PackSource", "find_packs", "train"]
 
-#: Shards whose packs are shuffled together, and in memory at a time.
+#: Shards whose packs are shuffled together; those of two such groups are in memory at a time.
 _GROUP = 8
 _COLUMNS = ("input_ids", "loss_mask", "seq_start_id")
 
