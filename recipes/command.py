@@ -210,18 +210,13 @@ def _words_to_go_on(
     settings: RecipeSettings, layout: OutputLayout, words: Sequence[str], began_at_s: float
 ) -> list[str]:
     """Return the words of a command that goes on, also where this one said to begin anew."""
-    if settings.train.resume or not _is_newer(layout.checkpoints, began_at_s):
+    from recipes.training.checkpoints import CheckpointFolder
+
+    has_begun = CheckpointFolder(layout.checkpoints).has_progress_since(began_at_s)
+    if settings.train.resume or not has_begun:
         return list(words)
     kept = [word for word in words if not word.startswith("train.resume=")]
     return [*kept, "train.resume=true"]
-
-
-def _is_newer(folder: Path, moment_s: float) -> bool:
-    """Say whether something in a directory came, or went, after a moment."""
-    try:
-        return folder.stat().st_mtime >= moment_s
-    except FileNotFoundError:
-        return False
 
 
 def _summary(

@@ -17,6 +17,7 @@ from recipes.run_record import with_default_project
 from recipes.settings import load_settings
 from recipes.stages.layout import OutputLayout
 from recipes.stages.store_errors import shown, shown_settings, told_clearly
+from recipes.training.checkpoints import CheckpointFolder
 
 FOLDER = Path(recipes.pretrain.__file__).parent
 SIGNED = "https://store.example/data/x.jsonl?X-Signature=SECRET"
@@ -49,6 +50,8 @@ def test_the_way_on_does_not_begin_anew_twice(tmp_path: Path) -> None:
     began_at_s = time.time() - 1.0
     assert _words_to_go_on(anew, layout, words, began_at_s) == words
     layout.checkpoints.mkdir(parents=True)
+    assert _words_to_go_on(anew, layout, words, began_at_s) == words
+    CheckpointFolder(layout.checkpoints).tell_progress(3)
     assert _words_to_go_on(anew, layout, words, began_at_s + 3600) == words
     on = _words_to_go_on(anew, layout, words, began_at_s)
     assert on == ["tiny", "train.steps=9", "train.resume=true"]

@@ -239,6 +239,13 @@ class CheckpointFolder:
         except (FileNotFoundError, ValueError):
             return None
 
+    def has_progress_since(self, moment_s: float) -> bool:
+        """Say whether a training told of its progress after a moment, in unix seconds."""
+        try:
+            return (self.root / _PROGRESS).stat().st_mtime >= moment_s
+        except FileNotFoundError:
+            return False
+
     def tell_failure(self, reason: str) -> None:
         """Say why the training was ended by all of its workers.
 
