@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from recipes.errors import TrackingError
 from recipes.run_record import RunFile, running_service, with_default_project
-from recipes.settings import Count, Text
+from recipes.settings import Count, Text, switched_off
 
 if TYPE_CHECKING:
     import raywb
@@ -45,6 +45,10 @@ class WandbSettings:
     entity: Text | None
     group: str | None
     mode: Literal["online", "offline", "disabled"] | None
+
+    def idle_keys(self) -> dict[str, str]:
+        """Return the keys that change nothing beside another, each with the other one."""
+        return {} if self.enabled else switched_off("wandb", self)
 
 
 class TrackedRun:

@@ -24,7 +24,7 @@ from recipes.cluster import RaySettings
 from recipes.pipeline import PipelineIdentity
 from recipes.pretrain.blend import write_blend
 from recipes.pretrain.indexed_dataset import IndexedDatasetWriter, token_type
-from recipes.settings import Count, Text, settings_as_dict, switched_off
+from recipes.settings import Count, Text, settings_as_dict
 from recipes.stages.dataset import (
     DataPrepResult,
     DatasetPlan,
@@ -86,14 +86,7 @@ class PretrainSettings:
 
     def idle_keys(self) -> dict[str, str]:
         """Return the keys that change nothing beside another, each with the other one."""
-        idle = self.train.idle_keys()
-        if self.train.enabled is False:
-            idle |= switched_off("train", self.train)
-        if not self.wandb.enabled:
-            idle |= switched_off("wandb", self.wandb)
-        if not self.tokenizer.trained:
-            trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
-            idle |= dict.fromkeys(trained_only, "tokenizer.source")
+        idle = self.tokenizer.idle_keys() | self.train.idle_keys() | self.wandb.idle_keys()
         if self.input.format == "text":
             idle["input.text_field"] = "input.format"
         return idle

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from recipes.cluster import RaySettings
-from recipes.settings import Count, NotEmpty, Text, switched_off
+from recipes.settings import Count, NotEmpty, Text
 from recipes.sft.chat_template import TemplateSettings
 from recipes.sft.conversations import ConversationReader
 from recipes.sft.packing import Algorithm
@@ -99,14 +99,7 @@ class SftSettings:
 
     def idle_keys(self) -> dict[str, str]:
         """Return the keys that change nothing beside another, each with the other one."""
-        idle = self.train.idle_keys()
-        if self.train.enabled is False:
-            idle |= switched_off("train", self.train)
-        if not self.wandb.enabled:
-            idle |= switched_off("wandb", self.wandb)
-        if not self.tokenizer.trained:
-            trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
-            idle |= dict.fromkeys(trained_only, "tokenizer.source")
+        idle = self.tokenizer.idle_keys() | self.train.idle_keys() | self.wandb.idle_keys()
         if self.template.source == "chatml":
             idle["template.today"] = "template.source"
         if self.packing.algorithm != "first_fit_shuffle":

@@ -59,6 +59,11 @@ class TokenizerSettings:
         """Whether the tokenizer is trained here, from the input."""
         return self.source == "train"
 
+    def idle_keys(self) -> dict[str, str]:
+        """Return the keys that change nothing beside another, each with the other one."""
+        trained_only = ("tokenizer.vocab_size", "tokenizer.sample_bytes")
+        return {} if self.trained else dict.fromkeys(trained_only, "tokenizer.source")
+
 
 @dataclass(frozen=True)
 class PreparedTokenizer:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from recipes.errors import SettingsError
-from recipes.settings import AtLeast, Count, Text
+from recipes.settings import AtLeast, Count, Text, switched_off
 
 __all__ = [
     "CheckpointSettings",
@@ -165,6 +165,8 @@ class TrainSettings:
 
     def idle_keys(self) -> dict[str, str]:
         """Return the keys that change nothing beside another, each with the other one."""
+        if self.enabled is False:
+            return switched_off("train", self)
         if self.validation.every_steps is None:
             return {"train.validation.batches": "train.validation.every_steps"}
         return {}
