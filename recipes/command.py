@@ -1,100 +1,34 @@
-"""The command line that every recipe has, and the job behind it.
+"""The command line that every recipe has.
 
     main            --help; settings; the output directory's lock; the work; a summary, or what
                     went wrong and the command that goes on from there
-    started_job     the Ray cluster and the W&B run, open for as many parts as a recipe has:
 
-        trains = is_training_wanted(settings.train, terminal.step)
-        plan = plan_data(settings, layout, terminal)
-        with started_job(settings, STAGE, terminal, run_file) as job:
-            data = prepare_data(settings, plan, job.run, terminal)
-            job.end_of_data_prep()
-            trained = train(settings.train, layout, job.run, terminal) if trains else None
+What the work is, is in ``job.py``.
 
 Nothing of Ray is imported here: a recipe's settings are, after the environment was made ready.
 """
 
 from __future__ import annotations
 
-import contextlib
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Protocol, TypeVar
+from typing import Generic
 
 from recipes.errors import RecipeError
+from recipes.job import Outcome, RecipeSettings, SettingsT
 from recipes.local_ray import prepare_environment
-from recipes.settings import load_settings, settings_as_dict
+from recipes.settings import load_settings
 from recipes.stages.layout import OutputLayout
 from recipes.terminal import Terminal, quiet_terminal
 
-if TYPE_CHECKING:
-    from recipes.cluster import RayCluster, RaySettings
-    from recipes.run_record import RunFile
-    from recipes.tracking import ObservabilitySettings, TrackedRun, WandbSettings
-    from recipes.training.settings import TrainSettings
-
-__all__ = ["Job", "Outcome", "Recipe", "main", "started_job"]
+__all__ = ["Recipe", "main"]
 
 _INTERRUPTED = 130
 _TERMINATED = 143
-
-
-class RecipeSettings(Protocol):
-    """The sections that the settings of every recipe have."""
-
-    @property
-    def output_dir(self) -> str:
-        """Where everything goes that the recipe makes."""
-        ...
-
-    @property
-    def train(self) -> TrainSettings:
-        """How a model is trained on it."""
-        ...
-
-    @property
-    def ray(self) -> RaySettings:
-        """How a local cluster is started."""
-        ...
-
-    @property
-    def observability(self) -> ObservabilitySettings:
-        """Which metrics of the pipeline are kept."""
-        ...
-
-    @property
-    def wandb(self) -> WandbSettings:
-        """Which W&B run."""
-        ...
-
-
-SettingsT = TypeVar("SettingsT", bound=RecipeSettings)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a recipe's parts run on and report to."""
-
-    cluster: RayCluster
-    run: TrackedRun
-
-    def end_of_data_prep(self) -> None:
-        """Give back what the pipeline had: training may need it, or nothing may be paid for it."""
-        from recipes.cluster import leave_pipeline
-
-        leave_pipeline()
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a person is told at the end: labelled lines; None in place of a text leaves one out."""
-
-    job: Job
-    lines: Sequence[tuple[str, object]]
 
 
 @dataclass(frozen=True)
@@ -113,42 +47,6 @@ class Recipe(Generic[SettingsT]):
     work: Callable[[SettingsT, OutputLayout, Terminal], Outcome]
     #: What the same command does without ``tiny``.
     whole: str
-
-
-@contextlib.contextmanager
-def started_job(
-    settings: RecipeSettings, stage: str, terminal: Terminal, run_file: RunFile | None = None
-) -> Iterator[Job]:
-    """Start or join Ray and the cluster's W&B run; on leaving, end what was started here.
-
-    Args:
-        settings: Of the recipe; they go into the run's config.
-        stage: The prefix of all keys that are logged through the job's run.
-        terminal: Is told which run it is.
-        run_file: Names the run that an earlier start's training belongs to, and then this one's;
-            None where nothing is trained.
-
-    Raises:
-        ClusterError: The cluster lacks what the pipeline needs.
-        TrackingError: raywb could not start or finish the run.
-    """
-    from recipes.cluster import ray_cluster
-    from recipes.stages.store_errors import shown_settings
-    from recipes.tracking import tracked
-
-    with (
-        ray_cluster(settings.ray, terminal.step) as cluster,
-        tracked(
-            settings.wandb,
-            stage,
-            default_project=f"raywb-{stage.partition('/')[0]}",
-            finish=cluster.started_here,
-            announce=terminal.step,
-            run_file=run_file,
-        ) as run,
-    ):
-        run.config({stage: shown_settings(settings_as_dict(settings))})
-        yield Job(cluster, run)
 
 
 def main(recipe: Recipe[SettingsT], arguments: Sequence[str]) -> int:

@@ -20,7 +20,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from recipes.command import Outcome, Recipe, main, started_job
+from recipes.command import Recipe, main
+from recipes.job import Outcome, Parts, prepare_and_train
 from recipes.stages.layout import OutputLayout
 from recipes.terminal import Terminal
 
@@ -37,23 +38,9 @@ def _settings() -> type[PretrainSettings]:
 def _work(settings: PretrainSettings, layout: OutputLayout, terminal: Terminal) -> Outcome:
     from recipes.pretrain.data_prep import STAGE, plan_data, prepare_data
     from recipes.pretrain.train import train
-    from recipes.run_record import RunFile
-    from recipes.summary import data_in_words
-    from recipes.training.launch import check_start
-    from recipes.training.settings import is_training_wanted
 
-    trains = is_training_wanted(settings.train, terminal.step)
-    if trains:
-        check_start(settings.train, layout)
-    run_file = RunFile(layout.run_record, settings.train.resume) if trains else None
-    plan = plan_data(settings, layout, terminal)
-    terminal.step(f"{len(plan.shards)} shards; starting or joining Ray …")
-    with started_job(settings, STAGE, terminal, run_file) as job:
-        data = prepare_data(settings, plan, job.run, terminal)
-        job.end_of_data_prep()
-        trained = train(settings.train, layout, job.run, terminal) if trains else None
-    lines = data_in_words(data, layout)
-    return Outcome(job, [*lines, *(trained.in_words() if trained else [])])
+    parts = Parts(STAGE, plan_data, prepare_data, train, lambda *_: ())
+    return prepare_and_train(parts, settings, layout, terminal)
 
 
 RECIPE = Recipe(

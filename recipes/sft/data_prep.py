@@ -79,6 +79,11 @@ class SftPlan:
     dataset: DatasetPlan
     template: TemplateSource
 
+    @property
+    def shards(self) -> tuple[Shard, ...]:
+        """The units of work."""
+        return self.dataset.shards
+
 
 @dataclass(frozen=True)
 class _ChatTokenizerMaker(TokenizerMaker):
