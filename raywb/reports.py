@@ -10,6 +10,8 @@ from typing import Any
 
 import msgspec
 
+from raywb.live import Live
+
 __all__ = [
     "FinishReport",
     "NodeStatus",
@@ -292,6 +294,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
         stages: stages whose rows come from ranks.
         warnings: what is not as one would expect, each in one sentence: ranks that hang, nodes
             whose versions differ, nodes that could not be probed or read.
+        live: what the newest rows say.
     """
 
     version: str
@@ -315,6 +318,7 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     nodes: list[NodeStatus] = []
     stages: list[StageStatus] = []
     warnings: list[str] = []
+    live: Live = Live()
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):
