@@ -137,6 +137,13 @@ def test_the_sink_is_not_misled() -> None:
     assert last == "/p"
 
 
+def test_what_the_client_reports_of_itself_costs_the_sink_nothing() -> None:
+    """It is off in the sink, unless the environment says that it is to be on."""
+    assert sink_environment({})["WANDB_ERROR_REPORTING"] == "false"
+    asked = sink_environment({"WANDB_ERROR_REPORTING": "true"})
+    assert asked["WANDB_ERROR_REPORTING"] == "true"
+
+
 RAY_JOB = {"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "raysubmit_1"}}'}
 
 

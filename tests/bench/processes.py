@@ -60,13 +60,15 @@ class ServiceProcess:
         self._process.stdin.flush()
         return self._read()
 
-    def wait_for(self, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    def wait_for(
+        self, condition: Callable[[dict[str, Any]], bool], *, every_s: float = 0.02
+    ) -> dict[str, Any]:
         """Ask until its figures are as expected."""
         deadline = time.monotonic() + PATIENCE_S
         while not condition(found := self.figures()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"the service did not come so far: {found}")
-            time.sleep(0.02)
+            time.sleep(every_s)
         return found
 
     def close(self) -> None:
