@@ -15,9 +15,10 @@ from raywb.service.blobs import BlobStore
 from raywb.service.fold import Fold
 from raywb.service.ledger import Entry, Ledger
 from raywb.service.liveness import Liveness
-from raywb.service.merge import Merge, Source
+from raywb.service.merge import Merge
 from raywb.service.outbox import Batch, Item, Outbox
 from raywb.service.ranks import Waiting
+from raywb.service.sources import Source
 
 __all__ = ["Delivery"]
 

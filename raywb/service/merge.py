@@ -39,7 +39,7 @@ from raywb.rows import (
     decode,
     scan,
 )
-from raywb.service.bounds import MAX_REASONS, check
+from raywb.service.bounds import check
 from raywb.service.definitions import Definitions
 from raywb.service.outbox import (
     AttemptNumber,
@@ -56,47 +56,18 @@ from raywb.service.outbox import (
     SeriesName,
     State,
 )
-from raywb.service.ranges import Ranges
 from raywb.service.ranks import Attempt, Group, Part, RankMerge, Seat, Stage, Waiting
+from raywb.service.sources import (
+    Losses,
+    SeriesNames,
+    Source,
+    has_rank,
+    stage_of,
+    stage_prefix,
+)
 from raywb.service.stage_runs import FIRST_STAGE_RUN, StageRuns
 
-__all__ = ["Merge", "Source"]
-
-#: Most ranks of one stage that are merged.
-MAX_WORLD_SIZE = 1_000_000
-
-
-def _later(one: Counters, other: Counters) -> Counters:
-    """Running totals of one source, which may come by two ways: the higher one is the later."""
-    lost = {
-        reason: max(one.lost.get(reason, 0), other.lost.get(reason, 0))
-        for reason in one.lost | other.lost
-    }
-    return Counters(max(one.rejected, other.rejected), lost)
-
-
-@dataclasses.dataclass
-class Source:
-    """What is known of one process that logs."""
-
-    hello: Hello | None = None
-    channels: dict[int, Channel] = dataclasses.field(default_factory=dict)
-    #: Of those channels whose rows meet those of other ranks.
-    seats: dict[int, Seat] = dataclasses.field(default_factory=dict)
-    #: Channels whose clients were closed.
-    closed: set[int] = dataclasses.field(default_factory=set)
-    counters: Counters = dataclasses.field(default_factory=lambda: Counters(0, {}))
-    rows: int = 0
-    #: Everything before it was seen since the service's start, and what before that was used.
-    consumed: int = 0
-    used: Ranges = dataclasses.field(default_factory=Ranges)
-    #: The last run for which something of it was consumed.
-    run: int = 0
-    ended: bool = False
-    end: End | None = None
-    #: When its last row came that met those of no other rank.
-    alone_s: float = -math.inf
-    owner: Owner | None = None
+__all__ = ["Merge"]
 
 
 @dataclasses.dataclass
@@ -116,23 +87,6 @@ class _Entry:
 def _is_ordered(step: int | float | None) -> TypeGuard[int | float]:
     """Whether ranks can meet at this step: it is there, and a number."""
     return step is not None and step == step
-
-
-def _has_rank(channel: Channel) -> bool:
-    """Whether rows of this channel meet those of other ranks; senseless numbers do not."""
-    rank, world_size = channel.rank, channel.world_size
-    return rank is not None and world_size is not None and 0 <= rank < world_size <= MAX_WORLD_SIZE
-
-
-def _stage_prefix(channel: Channel | None) -> str:
-    """What stands before the keys of a channel that is no series; nothing in a stage's own run."""
-    if channel is None or channel.stage is None or channel.run:
-        return ""
-    return channel.stage + "/"
-
-
-def _stage_of(channel: Channel) -> Stage:
-    return Stage(channel.run, _stage_prefix(channel))
 
 
 def _joined(ranges: Sequence[Range]) -> list[Range]:
@@ -167,46 +121,30 @@ class Merge:
         self._ranks = RankMerge()
         self.stages = StageRuns()
         self._definitions = Definitions()
-        self._series: dict[tuple[str, int], str] = {}
-        self._series_count: Counter[str] = Counter()
-        self._lost_before: Counter[str] = Counter()
-        self._rejected_before = 0
-        self._reasons: set[str] = set()
+        self._series = SeriesNames()
+        self._losses = Losses(self.sources)
 
     def open_run(self, run: int) -> None:
         """Rows from here on belong to ``run``: its namespaces and counters begin anew."""
         if run == self.run:
             return
         self._ranks.open_run()
-        self._lost_before = self._all_lost()
-        self._rejected_before = self._all_rejected()
+        self._losses.open_run(self.damaged)
         self.run = run
         self.rows = 0
         self.late = 0
         self._definitions.open_run(run)
-        self._series.clear()
-        self._series_count.clear()
+        self._series.open_run()
 
     @property
     def lost(self) -> dict[str, int]:
         """What the sources and the service could not keep since the run began, by reason."""
-        return dict(self._all_lost() - self._lost_before)
+        return self._losses.lost(self.damaged)
 
     @property
     def rejected(self) -> int:
         """Values that ``log()`` refused since the run began."""
-        return self._all_rejected() - self._rejected_before
-
-    def _all_lost(self) -> Counter[str]:
-        total: Counter[str] = Counter()
-        for source in self.sources.values():
-            total.update(source.counters.lost)
-        if self.damaged:
-            total["damaged_frames"] += self.damaged
-        return total
-
-    def _all_rejected(self) -> int:
-        return sum(source.counters.rejected for source in self.sources.values())
+        return self._losses.rejected
 
     def consume(
         self,
@@ -341,9 +279,9 @@ class Merge:
                 if isinstance(message, (Hello, Channel, Counters, End, EndChannel)):
                     check(message)
                     self._note(source_id, source, message)
-                    if isinstance(message, Channel) and _has_rank(message):
+                    if isinstance(message, Channel) and has_rank(message):
                         rank, world_size = message.rank or 0, message.world_size or 1
-                        self._ranks.open_seat(_stage_of(message), source_id, rank, world_size)
+                        self._ranks.open_seat(stage_of(message), source_id, rank, world_size)
 
     def _use(self, source_id: str, source: Source, message: Message, batch: Batch) -> int:
         """Make items of a message that is no plain row; returns how many rows it is."""
@@ -405,9 +343,9 @@ class Merge:
             case Hello() | Channel() | Counters() | Owner():
                 self._note(source_id, source, message)
                 batch.state.append((source_id, message))
-                if isinstance(message, Channel) and _has_rank(message):
+                if isinstance(message, Channel) and has_rank(message):
                     rank, world_size = message.rank or 0, message.world_size or 1
-                    stage = _stage_of(message)
+                    stage = stage_of(message)
                     number = self._ranks.open_seat(stage, source_id, rank, world_size)
                     batch.state.append((source_id, AttemptNumber(message.channel, number)))
 
@@ -417,8 +355,7 @@ class Merge:
             case Hello():
                 source.hello = message
             case Counters():
-                known = self._known_reasons(message)
-                source.counters = _later(source.counters, known)
+                self._losses.note(source, message)
             case End():
                 self.stages.note_end(source_id, message)
                 self._ranks.note_gone(source_id)
@@ -444,41 +381,31 @@ class Merge:
                 self._note_end_channel(source_id, source, message)
             case AttemptNumber():
                 channel = source.channels[message.channel]
-                stage, number = _stage_of(channel), message.number
+                stage, number = stage_of(channel), message.number
                 rank, world_size = channel.rank or 0, channel.world_size or 1
                 self._ranks.assign(stage, source_id, rank, world_size, number)
                 self._ranks.open_seat(stage, source_id, rank, world_size)
             case Define():
                 of = source.channels.get(message.channel)
-                name = _stage_prefix(of) + message.name
+                name = stage_prefix(of) + message.name
                 definitions = self._definitions_of(self.stages.run_of(of))
                 definitions.set_across_ranks(name, message.across_ranks or "mean")
             case SeriesName():
-                self._series[source_id, message.channel] = message.name
-                self._series_count[message.namespace] += 1
+                self._series.note(source_id, message)
 
     def _note_end_channel(self, source_id: str, source: Source, message: EndChannel) -> list[Group]:
         """A client was closed; returns what is done by it, when it was the last of its rank."""
         self.stages.note_end_channel(source_id, message)
         source.closed.add(message.channel)
         channel = source.channels.get(message.channel)
-        if channel is None or not _has_rank(channel):
+        if channel is None or not has_rank(channel):
             return []
-        place = (_stage_of(channel), channel.rank, channel.world_size)
+        place = (stage_of(channel), channel.rank, channel.world_size)
         for number, other in source.channels.items():
-            same = (_stage_of(other), other.rank, other.world_size) == place
+            same = (stage_of(other), other.rank, other.world_size) == place
             if same and number not in source.closed:
                 return []
         return self._ranks.end_seat(self._take_seat(source_id, source, channel))
-
-    def _known_reasons(self, counters: Counters) -> Counters:
-        """The same counts; reasons beyond those that are told apart become one."""
-        lost: Counter[str] = Counter()
-        for reason, count in counters.lost.items():
-            if len(self._reasons) < MAX_REASONS:
-                self._reasons.add(reason)
-            lost[reason if reason in self._reasons else "other"] += count
-        return Counters(counters.rejected, dict(lost))
 
     def _use_row(self, entry: _Entry, row: Row, frame: tuple[str, int, int]) -> bool:
         """Make an item of a row; False when it waits for other ranks instead."""
@@ -491,7 +418,7 @@ class Merge:
             if not isinstance(stamp, str) and math.isfinite(stamp):
                 time_s = float(stamp)
         seat = source.seats.get(row.channel)
-        if seat is None and channel is not None and _has_rank(channel):
+        if seat is None and channel is not None and has_rank(channel):
             seat = self._take_seat(entry.source_id, source, channel)
         if seat is not None and _is_ordered(row.step):
             part = Part(seat.rank, time_s, values)
@@ -558,7 +485,7 @@ class Merge:
     def _take_seat(self, source_id: str, source: Source, channel: Channel) -> Seat:
         """Where a channel's rows meet those of other ranks; decided when it was opened."""
         rank, world_size = channel.rank or 0, channel.world_size or 1
-        seat = self._ranks.seat(_stage_of(channel), source_id, rank, world_size)
+        seat = self._ranks.seat(stage_of(channel), source_id, rank, world_size)
         source.seats[channel.channel] = seat
         return seat
 
@@ -578,14 +505,12 @@ class Merge:
     def _prefix(self, source_id: str, source: Source, number: int, batch: Batch) -> str:
         """What stands before the keys of a channel: nothing, or its name and a slash."""
         channel = source.channels.get(number)
-        if channel is None or channel.stage is None or channel.run:
-            return ""
-        if channel.label is None:
-            return channel.stage + "/"
-        if (source_id, number) not in self._series:
-            count = self._series_count[channel.stage] + 1
-            name = channel.stage if count == 1 else f"{channel.stage}/{channel.label}_{count}"
-            series = SeriesName(number, channel.stage, name)
+        if channel is None or channel.label is None or channel.stage is None or channel.run:
+            return stage_prefix(channel)
+        name = self._series.name_of(source_id, number)
+        if name is None:
+            series = self._series.choose(number, channel.stage, channel.label)
             self._note(source_id, source, series)
             batch.state.append((source_id, series))
-        return self._series[source_id, number] + "/"
+            name = series.name
+        return name + "/"

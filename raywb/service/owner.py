@@ -16,8 +16,8 @@ from pathlib import Path
 from raywb.reports import SweepReport
 from raywb.service.delivery import Delivery
 from raywb.service.left import Homecoming
-from raywb.service.merge import Source
 from raywb.service.runs import Runs
+from raywb.service.sources import Source
 from raywb.service.state import RunState
 
 __all__ = ["OwnerWatch"]
