@@ -578,11 +578,11 @@ def test_an_alert_is_sent_at_most_once(tmp_path: Path) -> None:
 
 def test_many_tables_come_through_the_pipe(service: LocalService) -> None:
     """What the sink says of many tables is longer than a pipe, and so are their names for W&B."""
-    service.up(sink_deadline_s=20.0)
+    service.up()
     client = service.client("s")
-    for number in range(800):
+    for number in range(400):
         client.log_table([{"n": number}], f"table_{number}_{'x' * 200}")
     assert client.flush()
-    service.start(sink_deadline_s=20.0)
-    service.wait_for(lambda status: status.sink.applied_rows == 800, 60.0)
+    service.start()
+    service.wait_for(lambda status: status.sink.applied_rows == 400, 60.0)
     assert service.status().sink.restarts == 0
