@@ -79,7 +79,7 @@ class StageProgress(msgspec.Struct, frozen=True, kw_only=True):
         stage: its namespace among the keys: ``training/pretrain``.
         run: number of the run that it logs to.
         step: the step of its newest row; None where its rows have none.
-        steps_per_s: over the latest rows; None before the second.
+        steps_per_s: over the latest rows; None while they are of one moment.
         metrics: the newest value of each number below the namespace, by key without it; the
             first of them by the order in which they came, when there are very many.
         main: which of them is drawn: its loss where it has one, else the first.

@@ -27,6 +27,9 @@ LISTED_METRICS = 64
 MARK_S = 1.0
 MARKS = 32
 
+#: Over less time than this a pace says nothing, in seconds.
+LEAST_S = 0.1
+
 #: So many marks in a row behind the furthest step mean that a training began again further back.
 MARKS_BACK = 5
 
@@ -171,7 +174,8 @@ class LiveStage:
         if step >= furthest and row.time_s > latest_s:
             latest_s, furthest = row.time_s, step
         began_s, began = self._marks[0]
-        return (furthest - began) / (latest_s - began_s) if latest_s > began_s else None
+        passed_s = latest_s - began_s
+        return (furthest - began) / passed_s if passed_s >= LEAST_S else None
 
     def describe(self, run: int) -> StageProgress:
         """The stage at this moment; only of one that has a row."""

@@ -105,7 +105,7 @@ def _missing(status: Status) -> list[Text]:
     told = []
     if unconfirmed := [one for one in status.unconfirmed if not one.quiet]:
         rows = sum(one.unacknowledged_rows or 0 for one in unconfirmed)
-        text = f"{counted(len(unconfirmed), 'source')} unconfirmed, {count(rows)}+ rows missing"
+        text = f"{counted(len(unconfirmed), 'source')} unconfirmed ({count(rows)}+ rows)"
         told.append(Text(text, BAD))
     if status.undelivered_updates:
         updates = counted(len(status.undelivered_updates), "update")

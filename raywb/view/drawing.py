@@ -46,7 +46,11 @@ GOOD, ODD, BAD, DIM = "green", "yellow", "red", "dim"
 #: Characters of a name that are looked at; no terminal shows more.
 MAX_CHARS = 1_000
 
+#: Cells between two columns.
 GAP = 2
+
+#: Columns that are kept no more than this leave before names are shortened.
+EXTRA = 1
 
 _LEVELS = "▁▂▃▄▅▆▇█"
 _ASCII_LEVELS = "_.,-=+*#"
@@ -209,8 +213,8 @@ class Column:
         drawn: least and greatest width, of one whose cells are drawn to the width that there is.
         shrinks_to: how narrow it may become before others are left out; of what is too long then
             the middle gives way, since names often differ at their end.
-        keep: columns with the lowest number are left out first where there is no room for all;
-            those without one stay.
+        keep: columns with the lowest number are left out first where there is no room for all,
+            up to ``EXTRA`` before others are shrunk; those without one stay.
     """
 
     title: str | Text
@@ -239,15 +243,16 @@ def columns(
         if column.drawn or any(isinstance(row[n], Text) and row[n] for row in rows)
     ]
 
-    def missing() -> int:
-        return sum(least[n] for n in shown) + GAP * (len(shown) - 1) - pen.width
+    def missing(widths: Sequence[int]) -> int:
+        return sum(widths[n] for n in shown) + GAP * (len(shown) - 1) - pen.width
 
-    while missing() > 0:
-        leaving = [n for n in shown if layout[n].keep is not None]
-        if not leaving:
-            break
-        shown.remove(min(leaving, key=lambda n: layout[n].keep or 0))
-    widths, spare = dict.fromkeys(shown, 0), max(-missing(), 0)
+    for widths_wanted, most_kept in ((natural, EXTRA), (least, math.inf)):
+        while missing(widths_wanted) > 0:
+            kept = {n: keep for n in shown if (keep := layout[n].keep) is not None}
+            if not kept or min(kept.values()) > most_kept:
+                break
+            shown.remove(min(kept, key=kept.__getitem__))
+    widths, spare = dict.fromkeys(shown, 0), max(-missing(least), 0)
     for n in shown:
         widths[n] = min(natural[n], least[n] + spare) if not layout[n].drawn else least[n]
         spare -= widths[n] - least[n]

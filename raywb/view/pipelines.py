@@ -58,7 +58,7 @@ def pipeline_lines(live: Live, pen: Pen, limit: int) -> list[Text]:
         room -= len(stages)
         chosen.append(stages)
     flat = [stage for stages in chosen for stage in stages]
-    title, drawn = columns(_LAYOUT, [_stage_cells(stage, pen) for stage in flat], pen)
+    title, drawn = columns(_layout(pen), [_stage_cells(stage, pen) for stage in flat], pen)
     rows = iter(drawn)
     lines = [title if flat else Text("pipelines", "bold")]
     for one, stages in zip(heads, chosen, strict=True):
@@ -119,16 +119,17 @@ def _head(one: PipelineProgress, left_out: int, pen: Pen) -> Text:
     return joined(told, pen)
 
 
-_LAYOUT = (
-    Column(Text("pipelines", "bold"), shrinks_to=14),
-    Column("", drawn=(6, 40)),
-    Column("tasks done", right=True),
-    Column("queue", right=True, keep=3),
-    Column("actors × tasks/s", right=True, keep=2),
-    Column("CPU", right=True, keep=0),
-    Column("memory", right=True, keep=1),
-    Column("", keep=4),
-)
+def _layout(pen: Pen) -> list[Column]:
+    return [
+        Column(Text("pipelines", "bold"), shrinks_to=14),
+        Column("", drawn=(6, 40)),
+        Column("tasks done", right=True),
+        Column("queue", right=True, keep=3),
+        Column(f"actors {pen.sign('×', 'x')} tasks/s", right=True, keep=2),
+        Column("CPU", right=True, keep=0),
+        Column("memory", right=True, keep=1),
+        Column("", keep=4),
+    ]
 
 
 def _stage_cells(stage: PipelineStageProgress, pen: Pen) -> list[Text | functools.partial[Text]]:

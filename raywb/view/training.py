@@ -29,16 +29,20 @@ __all__ = ["training_lines"]
 #: A stage whose newest row is older than this is quiet, in seconds; slow steps are allowed for.
 QUIET_S = 60.0
 
-_LAYOUT = (
-    Column(Text("stages", "bold"), shrinks_to=20),
-    Column("step", right=True),
-    Column("", right=True, shrinks_to=8, keep=4),
-    Column("", right=True),
-    Column("", drawn=(8, 60), keep=3),
-    Column("pace", right=True, keep=5),
-    Column("ranks", right=True, keep=1),
-    Column("slowest", keep=2),
-)
+
+def _layout(mains: set[str | None]) -> list[Column]:
+    """Where all stages show the same metric, its name is a title, else there is a column of it."""
+    same = plain(next(iter(mains)) or "") if len(mains) == 1 else "value"
+    return [
+        Column(Text("stages", "bold"), shrinks_to=18),
+        Column("step", right=True),
+        Column("", right=True, shrinks_to=6, keep=2),
+        Column(same, right=True, shrinks_to=7),
+        Column("", drawn=(6, 60), keep=4),
+        Column("pace", right=True, keep=5),
+        Column("ranks", right=True, keep=1),
+        Column("slowest", keep=3),
+    ]
 
 
 def training_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
@@ -64,7 +68,12 @@ def training_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
         )
         for one in listed
     ]
-    title, lines = columns(_LAYOUT, rows, pen) if rows else (Text("stages", "bold"), [])
+    mains = {one.main for one in listed if one.main is not None}
+    if len(mains) == 1:
+        rows = [[*row[:2], Text(), *row[3:]] for row in rows]
+    title, lines = (
+        columns(_layout({*mains} or {None}), rows, pen) if rows else (Text("stages", "bold"), [])
+    )
     if hidden:
         active = sum(not _is_quiet(one, pen) for one in ordered[len(listed) :])
         text = f"and {count(hidden)} more"
@@ -134,5 +143,8 @@ def _slowest(one: StageProgress, ranks: StageStatus | None) -> Text:
         return Text(f"{ranks_of} {named}{f' and {more} more' if more > 0 else ''} slow", ODD)
     if one.slowest_rank is None:
         return Text("")
-    spread = "" if one.rank_spread_s is None else f" +{short(one.rank_spread_s)} s"
-    return Text(f"rank {one.slowest_rank}{spread}")
+    spread_s = one.rank_spread_s
+    if spread_s is None:
+        return Text(f"rank {one.slowest_rank}")
+    spread = f"{spread_s * 1000:.0f} ms" if spread_s < 1 else f"{short(spread_s)} s"
+    return Text(f"rank {one.slowest_rank} +{spread}")
