@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import json
 import os
 import re
 import shlex
@@ -32,6 +33,7 @@ from raywb.view.drawing import Pen, bar, count, duration, middle_cut, number, pl
 from raywb.view.frame import frame_lines
 from raywb.view.status_feed import Answer, StatusFeed
 from raywb.view.terminal import render_status
+from raywb.view.watch import Picture
 
 SIZES = [(80, 24), (200, 50), (120, 35), (60, 15), (40, 10), (12, 5), (300, 100)]
 
@@ -247,6 +249,26 @@ def test_a_feed_whose_process_ends_says_so_and_goes_on(monkeypatch: pytest.Monke
             answer.raise_trouble()
 
 
+def test_a_picture_says_that_it_is_old() -> None:
+    """An answer that does not come, or none at all: the last status stays, with its age."""
+    watched = Picture(2.0)
+
+    def text(now_s: float) -> str:
+        return "\n".join(line.plain for line in watched.lines(120, 40, now_s, ascii_only=False))
+
+    watched.take(Answer(status=simulated.busy()), 1000.0)
+    assert "no answer" not in text(1003.0)
+    assert re.search(
+        r"! no answer since \d\d:\d\d:\d\d, this is 5 s old; still asking", text(1005.0)
+    )
+    watched.take(Answer(trouble="the service is gone: [x]", kind="ServiceUnavailable"), 1006.0)
+    assert "this is 1 min 30 s old; still asking (the service is gone: [x])" in text(1090.0)
+    assert "430 of 1,000" in text(1090.0)
+    watched.take(Answer(status=simulated.busy(received_rows=98_865)), 1100.0)
+    assert "no answer" not in text(1100.0)
+    assert "98,865 rows in (1.0/s)" in text(1100.0)
+
+
 class Terminals:
     """Real terminals, of a tmux of their own."""
 
@@ -262,7 +284,7 @@ class Terminals:
 
     def open(self, name: str, width: int, height: int, command: str) -> None:
         """Run a command in a terminal; afterwards it shows its exit code."""
-        shown = f"{command}; echo exit $?; sleep 1000"
+        shown = f"trap : INT; {command}; echo exit $?; sleep 1000"
         size = ("-x", str(width), "-y", str(height))
         self._tmux("new-session", "-d", "-s", name, *size, "sh", "-c", shown)
 
@@ -372,6 +394,13 @@ def check_numbers(screen: str, width: int, height: int) -> None:
     assert re.search(r"sources +1 attached", screen)
 
 
+def piped(cluster: RayCluster, *words: str) -> subprocess.Popen[str]:
+    """A command whose output goes to a program."""
+    command = [sys.executable, "-m", "raywb", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=cluster.environment, stdout=pipe, stderr=pipe, text=True)
+
+
 @pytest.mark.ray
 def test_a_run_is_watched_in_real_terminals(cluster: RayCluster, terminals: Terminals) -> None:
     """80x24 and 200x50 over a whole run: its numbers, a service that restarts, a good end."""
@@ -386,25 +415,25 @@ def test_a_run_is_watched_in_real_terminals(cluster: RayCluster, terminals: Term
         assert "raywb.start()" in " ".join(early.split())
     for name, width, height in (("small", 80, 24), ("large", 200, 50)):
         terminals.open(name, width, height, watch)
+    once, status = (piped(cluster, *words) for words in (("watch",), ("status", "--json")))
     for name, width, height in (("small", 80, 24), ("large", 200, 50)):
         screen = terminals.until(name, r"out \([\d.]+/s\)")
         print(screen)
         check_numbers(screen, width, height)
-    once = subprocess.run(
-        [sys.executable, "-m", "raywb", "watch"],
-        env=cluster.environment,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=True,
-    )
-    check_numbers(re.sub(r"^(Nobody.*|    client.*)\n", "", once.stdout, flags=re.M), 80, 60)
-    assert "`raywb status --json` is for programs" in once.stderr
+    text, said = once.communicate(timeout=60)
+    check_numbers(text, 80, 60)
+    assert "`raywb status --json` is for programs" in said
+    live = json.loads(status.communicate(timeout=60)[0])["live"]
+    assert [one["name"] for one in live["pipelines"]] == ["xenna", "xenna/sft_2"]
+    assert {one["stage"]: one["metrics"] for one in live["stages"]} == {
+        "eval": {"accuracy": 0.875},
+        "training/pretrain": {"loss": pytest.approx(2.05), "lr": 0.001},
+    }
 
     service = cluster.service()
     assert service is not None
     service.kill()
-    print(terminals.until("small", r"^! no answer since \d|start 2", 30))
+    print(terminals.until("small", r"^! no answer since \d|, start 2$", 30))
     terminals.until("small", r"start 2")
     screen = terminals.until("large", r"start 2")
     assert re.search(r"^training/pretrain +39 +loss +2\.050 +█[▁-█]+▁ ", screen, re.M)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
-from raywb.reports import SourceStatus, Status
+from raywb.reports import Status
 from raywb.view.drawing import (
     BAD,
     DIM,
@@ -133,7 +133,8 @@ def _sources(status: Status, pen: Pen) -> Text | None:
     ended = [one for one in status.sources if one.ended]
     killed = sum(one.killed for one in ended)
     there = [one for one in status.sources if not one.ended]
-    silent = [one for one in there if _is_silent(one, status.silence_s)]
+    unheard = sum(one.heard_ago_s is None for one in there)
+    silent = [one for one in there if (one.heard_ago_s or 0.0) > status.silence_s]
     hosts = len({one.hostname for one in there})
     longest_s = max((one.heard_ago_s or 0.0 for one in silent), default=0.0)
     label = Text("  sources   ", DIM).append(f"{count(len(there))} attached", "")
@@ -142,14 +143,11 @@ def _sources(status: Status, pen: Pen) -> Text | None:
     told: list[Text | str | None] = [
         label,
         Text(f"{count(len(silent))} silent, up to {duration(longest_s)}", ODD) if silent else None,
+        Text(f"{count(unheard)} not heard since the service's start", DIM) if unheard else None,
         f"{count(len(ended) - killed)} ended" if len(ended) > killed else None,
         Text(f"{count(killed)} killed", ODD) if killed else None,
     ]
     return joined(told, pen)
-
-
-def _is_silent(source: SourceStatus, silence_s: float) -> bool:
-    return source.heard_ago_s is None or source.heard_ago_s > silence_s
 
 
 def _stage_runs(status: Status, pen: Pen) -> Text:

@@ -20,6 +20,7 @@ from raywb.view.drawing import (
     columns,
     count,
     counted,
+    cut,
     duration,
     joined,
     plain,
@@ -62,7 +63,8 @@ def usage_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
     if read and len(names) <= limit - 1:
         rows = [_row(name, read.get(name), name == head, pen) for name in names]
         title, lines = columns(_layout(one.values for one in read.values()), rows, pen)
-        return [title, *lines, told][: limit if _is_news(status, read) else limit - 1]
+        told.pad_left(2)
+        return [title, *lines, cut(told, pen)][: limit if _is_news(status) else limit - 1]
     sums = _sums(read, live.all_nodes)
     if not sums:
         return [joined([Text("nodes", "bold").append("  ").append_text(told)], pen)]
@@ -72,7 +74,8 @@ def usage_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
     rows += [_row(one.name, one, one.name == head, pen) for one in worst]
     layout = _layout([*sums.values(), *(one.values for one in worst)])
     title, lines = columns(layout, rows[: max(limit - 2, 1)], pen)
-    return [title, *lines, told][:limit]
+    told.pad_left(2)
+    return [title, *lines, cut(told, pen)][:limit]
 
 
 def _layout(values: Iterable[Mapping[str, float]]) -> list[Column]:
@@ -153,7 +156,7 @@ def _sum_row(
     return [Text(title), *_meters(values, pen), Text("")]
 
 
-def _is_news(status: Status, read: Mapping[str, NodeUsage]) -> bool:
+def _is_news(status: Status) -> bool:
     """Whether the nodes' own lines leave something to be said."""
     return any(node.left_s is not None for node in status.nodes) or "gpu_idle_share" in (
         status.live.all_nodes
@@ -177,7 +180,7 @@ def _told(status: Status, names: list[str], read: dict[str, NodeUsage], pen: Pen
     gpus = sum(sum(node.gpus.values()) for node in status.nodes if node.left_s is None)
     left = sum(node.left_s is not None for node in status.nodes)
     told: list[Text | str | None] = [
-        Text(f"  {counted(alive, 'node')}"),
+        counted(alive, "node"),
         counted(gpus, "GPU") if gpus else None,
         Text(f"{idle:.0%} of the GPUs idle", ODD if idle >= 0.5 else "") if idle else None,
         Text(f"{count(stale)} did not answer", ODD) if stale else None,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import select
+import signal
 import sys
 import termios
 import time
 import tty
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import IO
 
 from rich.console import Console, Group
@@ -30,11 +31,18 @@ TICK_S = 0.2
 #: The clock, and how long ago things were, go on so often while there is no news, in seconds.
 REDRAW_S = 1.0
 
+#: How late an answer may be before the picture says that it is old, in seconds.
+PATIENCE_S = 2.0
+
 _QUIT_KEYS = frozenset("qQ\x03\x04")
 
 
 class Picture:
-    """What is to be shown: the newest status, and what has come between."""
+    """What is to be shown: the newest status, and what has come between.
+
+    Args:
+        interval_s: how often a status is to come.
+    """
 
     def __init__(self, interval_s: float) -> None:
         self._interval_s = interval_s
@@ -42,35 +50,36 @@ class Picture:
         self._pace = Pace()
         self._told_s = 0.0
         self._trouble: str | None = None
-        self._since_s = 0.0
 
-    def take(self, answer: Answer) -> None:
+    def take(self, answer: Answer, now_s: float) -> None:
         """Take in what the feed says."""
         if answer.status is not None:
-            self._status, self._trouble, self._told_s = answer.status, None, time.time()
-            self._pace.note(answer.status, time.monotonic())
+            self._status, self._trouble, self._told_s = answer.status, None, now_s
+            self._pace.note(answer.status, now_s)
         elif answer.trouble is not None:
-            self._since_s = self._since_s if self._trouble else time.time()
             self._trouble = answer.trouble
 
-    def lines(self, console: Console) -> list[Text]:
-        """The picture for a console of the present size."""
-        now_s = time.time()
-        width, height = console.size
-        pen = Pen(width, now_s, console.options.ascii_only)
+    def lines(self, width: int, height: int, now_s: float, *, ascii_only: bool) -> list[Text]:
+        """The picture for a terminal of this size."""
+        pen = Pen(width, now_s, ascii_only)
         if self._status is None:
             return [Text("raywb: asking the service ...", DIM)]
         dot = f" {pen.sign('·', '|')} "
         foot = Text(f"q quits{dot}every {self._interval_s:g} s{dot}", DIM)
         foot.append(f"raywb {self._status.version}")
-        trouble: Sequence[str] = ()
-        if self._trouble is not None:
-            old = duration(now_s - self._told_s)
-            trouble = (
-                f"no answer since {_clock(self._since_s)}, shown is what was {old} ago; "
-                f"trying again ({self._trouble})",
-            )
-        return frame_lines(self._status, pen, height, pace=self._pace, trouble=trouble, foot=foot)
+        return frame_lines(
+            self._status, pen, height, pace=self._pace, trouble=self._troubles(now_s), foot=foot
+        )
+
+    def _troubles(self, now_s: float) -> list[str]:
+        old_s = now_s - self._told_s
+        if self._trouble is None and old_s < self._interval_s + PATIENCE_S:
+            return []
+        told = (
+            f"no answer since {_clock(self._told_s)}, this is {duration(old_s)} old; still asking"
+        )
+        reason = self._trouble or "a service that restarts is back within seconds"
+        return [f"{told} ({reason})"]
 
 
 def _clock(time_s: float) -> str:
@@ -88,6 +97,8 @@ def watch(feed: StatusFeed, console: Console, interval_s: float) -> None:
     Raises:
         RaywbError: there is no cluster or no service to begin with.
     """
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _end)
     try:
         answer = None
         with console.status(Text("asking the service, Ctrl-C ends it")):
@@ -96,12 +107,17 @@ def watch(feed: StatusFeed, console: Console, interval_s: float) -> None:
                 answer = feed.poll()
         answer.raise_trouble()
         picture = Picture(interval_s)
-        picture.take(answer)
+        picture.take(answer, time.time())
         _show(feed, picture, console)
     except KeyboardInterrupt:
         return
     finally:
         feed.close()
+
+
+def _end(number: int, _frame: object) -> None:
+    """Leave the terminal as it was, and no child behind."""
+    sys.exit(128 + number)
 
 
 def watch_command(
@@ -152,11 +168,12 @@ def _show(feed: StatusFeed, picture: Picture, console: Console) -> None:
         while True:
             answer = feed.poll()
             if answer is not None:
-                picture.take(answer)
+                picture.take(answer, time.time())
             due = time.monotonic() - drawn_s > REDRAW_S
             if answer is not None or due or console.size != size:
                 drawn_s, size = time.monotonic(), console.size
-                lines = picture.lines(console)
+                ascii_only = console.options.ascii_only
+                lines = picture.lines(*size, time.time(), ascii_only=ascii_only)
                 screen.update(Group(*lines), refresh=True)
             if _QUIT_KEYS & set(_wait(feed, keys)):
                 return
@@ -168,7 +185,8 @@ def _wait(feed: StatusFeed, keys: int | None) -> str:
     ready, _, _ = select.select(descriptors, [], [], TICK_S)
     if keys is None or keys not in ready:
         return ""
-    return os.read(keys, 64).decode(errors="replace")
+    # A terminal that is gone reads as its end.
+    return os.read(keys, 64).decode(errors="replace") or "q"
 
 
 @contextlib.contextmanager
