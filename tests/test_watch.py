@@ -1,0 +1,455 @@
+"""`raywb watch`: pictures of any status, and a real service's in a real terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+import simulated_statuses as simulated
+from ray_cluster import Driver, RayCluster, until
+from rich.cells import cell_len
+from rich.console import Console
+
+from raywb.errors import NoClusterError
+from raywb.reports import Status
+from raywb.view import status_feed
+from raywb.view.delivery import Pace
+from raywb.view.drawing import Pen, bar, count, duration, middle_cut, number, plain, sparkline
+from raywb.view.frame import frame_lines
+from raywb.view.status_feed import Answer, StatusFeed
+from raywb.view.terminal import render_status
+from raywb.view.watch import Picture
+
+SIZES = [(80, 24), (200, 50), (120, 35), (60, 15), (40, 10), (12, 5), (300, 100)]
+
+
+def picture(status: Status, width: int = 80, height: int | None = 24, **more: object) -> list[str]:
+    pen = Pen(width, simulated.NOW_S, ascii_only=bool(more.get("ascii_only")))
+    return [line.plain for line in frame_lines(status, pen, height)]
+
+
+def printed(status: Status, width: int = 80) -> str:
+    console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    console.print(render_status(status, simulated.NOW_S))
+    return console.export_text()
+
+
+STATUSES = {
+    "empty": simulated.empty(),
+    "busy": simulated.busy(),
+    "huge": simulated.huge(),
+    "hostile": simulated.hostile(),
+}
+
+
+@pytest.mark.parametrize("name", STATUSES)
+def test_no_picture_is_larger_than_its_terminal(name: str) -> None:
+    """Whatever there is to show: no line is too wide, none too many, and nothing is obeyed."""
+    for (width, height), ascii_only in itertools.product(SIZES, (False, True)):
+        lines = picture(STATUSES[name], width, height, ascii_only=ascii_only)
+        assert len(lines) <= height, (width, height)
+        assert [line for line in lines if cell_len(line) > width] == [], (width, height)
+        assert not [c for line in lines for c in line if unicodedata.category(c)[0] == "C"]
+        if ascii_only and name != "hostile":
+            assert "".join(lines).isascii()
+
+
+def test_names_of_users_are_neither_markup_nor_commands() -> None:
+    """What looks like markup is shown as it is; escape sequences and line ends are not."""
+    for text in (
+        "\n".join(picture(STATUSES["hostile"], 200, 50)),
+        printed(STATUSES["hostile"], 200),
+    ):
+        assert "[red]x[/] [/nothing]" in text
+        assert ":smile:" in text
+        assert "訓練データ" in text
+        assert "\x1b" not in text
+        assert "\x07" not in text
+        assert "\u202e" not in text
+    assert plain("a\r\nb\x1b[0m") == "a  b\ufffd[0m"
+
+
+def test_everything_that_the_issue_names_is_there() -> None:
+    """Run, group, mode, addresses; stages with queue and bottleneck; loss, rate, slowest rank; …"""
+    text = "\n".join(picture(STATUSES["busy"], 120, 40))
+    head = text.splitlines()[:2]
+    for word in ("demo-run", "open", "online", "group slurm-12345", "SLURM_JOB_ID"):
+        assert word in head[0]
+    assert head[1].startswith("https://wandb.ai/some-team/demo/runs/k3j9x2ab")
+    assert head[1].endswith("service 10.0.0.1:40123")
+    (bottleneck,) = [line for line in text.splitlines() if "bottleneck" in line]
+    assert re.match(r"▸ download_stage +━+╸?─+ +430 of 1,000 +12 → 3 +4 × 2.12 ", bottleneck)
+    assert (
+        "xenna  ━━━━━─── 61 % · 2 min 5 s · 570 inputs left (3.44/s) · 400 outputs (3.2/s)" in text
+    )
+    assert re.search(r"xenna/sft_2  done", text)
+    assert re.search(
+        r"training/pretrain +12,345 +loss +0\.\d+ +█\S+ +4/s +8 of 8 +rank 5 slow", text
+    )
+    assert re.search(r"validation/pretrain +12,000 +loss .* 20 s/step", text)
+    assert re.search(r"^pretrain .* 1 h 6 min ago", text, re.M)
+    assert re.search(r"^gpu-b .* 41 % .* stale 1 min 5 s", text, re.M)
+    assert re.search(r"^head \(head\) .* 12 % ", text, re.M)
+    assert "gone" not in text
+    assert "3 nodes · 16 GPUs · 12% of the GPUs idle · 1 did not answer · 1 left" in text
+    assert "98,765 rows in · 12,345 out · 55 waiting · merged to 12,400" in text
+    assert "3 disk_full, 2 values rejected · 1 source unconfirmed (7+ rows)" in text
+    assert "running · 12,345 rows shown by its server · 1 restart" in text
+    assert "9 attached from 9 hosts · 1 silent, up to 1 min 35 s · 1 killed" in text
+    assert "! W&B's server answered 403" in text
+    assert "! training/pretrain: rank 5" in text
+    # The most important of it is there at 80x24 as well.
+    small = "\n".join(picture(STATUSES["busy"]))
+    for word in ("bottleneck", "rank 5 slow", "0.344", "gpu-b", "stale", "55 waiting", "disk_full"):
+        assert word in small
+
+
+def test_very_many_are_summed_up() -> None:
+    """1,000 nodes, sources and stages, 200 pipelines: the sums are right, and on one screen."""
+    for width, height in ((80, 24), (200, 50)):
+        lines = picture(STATUSES["huge"], width, height)
+        text = "\n".join(lines)
+        (many,) = re.findall(r"and (\d+) more, at least", text)
+        assert int(many) + text.count("workers/worker_") == 1_000
+        (many,) = re.findall(r"and (\d+) more: (?:\d+ running, )?\d+ done", text)
+        assert int(many) + text.count("xenna/sft_") == 200
+        assert "1,000 nodes · 8,000 GPUs · 3% of the GPUs idle · 4 did not answer" in text
+        assert re.search(r"mean +━.* 43 % .* 60 % .* 81 % ", text)
+        assert "1,000 attached from 100 hosts · 7 silent, up to 1 min" in text
+        (alerts,) = re.findall(r"! (\d+) more", text)
+        assert int(alerts) + text.count("! problem") == 60
+    assert len(printed(STATUSES["huge"]).splitlines()) < 160
+    began = time.perf_counter()
+    picture(STATUSES["huge"], 200, 50)
+    assert time.perf_counter() - began < 0.5
+
+
+def test_an_empty_run_says_what_to_do() -> None:
+    """Nothing was logged yet: the way to do so is shown, in the place of empty tables."""
+    text = "\n".join(picture(STATUSES["empty"]))
+    assert 'client = raywb.attach("training"); client.log({"loss": 0.5}, step=1)' in text
+    for title in ("pipelines", "stages", "nodes"):
+        assert title not in text
+    attached = simulated.empty(sources=[simulated.source(1)])
+    assert "No rows yet" in "\n".join(picture(attached))
+
+
+def test_the_pace_is_that_of_the_latest_statuses() -> None:
+    """Rows per second come from successive statuses, and begin anew with another run."""
+    pace, status = Pace(), simulated.busy()
+    pace.note(status, 100.0)
+    assert pace.rows_per_s() is None
+    for n in range(1, 31):
+        more = msgspec.structs.replace(
+            status, received_rows=98_765 + n * n, outbox_rows=12_400 + 4 * n
+        )
+        pace.note(more, 100.0 + n)
+    came, went = pace.rows_per_s() or (0, 0)
+    assert came == pytest.approx((30**2 - 19**2) / 11, rel=0.1)
+    assert went == pytest.approx(4.0)
+    run = msgspec.structs.replace(status.run, id="another")
+    pace.note(msgspec.structs.replace(status, run=run), 131.0)
+    assert pace.rows_per_s() is None
+
+
+def test_values_are_short_and_bars_are_right() -> None:
+    """Numbers keep their meaning in a few characters; bars and curves keep their width."""
+    assert [count(n) for n in (0, 1234, 9_999_999, 12_345_678, 3e13)] == [
+        "0",
+        "1,234",
+        "9,999,999",
+        "12.3M",
+        "30.0T",
+    ]
+    assert [number(n) for n in (0.0, 2.3456789, 1234567.0, 1.2e-05, float("nan"))] == [
+        "0.000",
+        "2.346",
+        "1.23e+06",
+        "1.20e-05",
+        "nan",
+    ]
+    assert [duration(s) for s in (0.4, 59.6, 125, 3600, 100_000)] == [
+        "0 s",
+        "1 min",
+        "2 min 5 s",
+        "1 h",
+        "1 d 3 h",
+    ]
+    pen = Pen(80, 0.0)
+    for share, drawn in ((0.0, "────"), (0.5, "━━──"), (0.6, "━━╸─"), (7.0, "━━━━")):
+        assert bar(share, 4, pen).plain == drawn
+    assert sparkline([0, 1, 2, 3, 4, 5, 6, 7], 8, pen).plain == "▁▂▃▄▅▆▇█"
+    assert sparkline([float("nan"), 5.0, float("inf")], 5, pen).plain == "×▁×  "
+    assert sparkline(list(range(1000)), 10, pen).plain == "▁▁▂▃▄▅▆▇██"[0:10]
+    assert middle_cut("workers/worker_0001", 12, pen) == "worke…r_0001"
+    assert cell_len(middle_cut("訓練データ訓練データ", 9, pen)) <= 9
+
+
+_CHILD = """
+import sys, time
+sys.path[:0] = {path!r}
+import simulated_statuses
+from raywb.errors import NoClusterError
+from raywb.view.status_feed import serve_statuses
+asked = 0
+def ask(timeout_s):
+    global asked
+    asked += 1
+    print("Ray says something")
+    if asked == 3:
+        raise SystemExit(7)
+    return simulated_statuses.huge()
+def connect():
+    if {fails}:
+        raise NoClusterError("there is no Ray cluster")
+serve_statuses(connect, ask, 0.05)
+"""
+
+
+def feed(*, fails: bool = False) -> StatusFeed:
+    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    return StatusFeed([sys.executable, "-c", _CHILD.format(path=path, fails=fails)])
+
+
+def test_a_feed_whose_process_ends_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process that talks to Ray may die with its cluster: the next one is started."""
+    monkeypatch.setattr(status_feed, "RESTART_PAUSE_S", 0.1)
+    with contextlib.closing(feed()) as source:
+        answers: list[Answer] = []
+
+        def ended() -> bool:
+            if (answer := source.poll()) is not None:
+                answers.append(answer)
+            return sum(one.trouble is not None for one in answers) >= 1
+
+        until("the end of the first child", ended)
+        assert [one.status for one in answers[:-1]] == [simulated.huge()] * (len(answers) - 1)
+        assert answers[-1].trouble == "the connection to the Ray cluster is lost"
+        before = len(answers)
+        until("another child's answer", lambda: ended() and len(answers) > before)
+        assert answers[before].status == simulated.huge()
+    with contextlib.closing(feed(fails=True)) as source:
+        answer = until("the trouble", source.poll)
+        with pytest.raises(NoClusterError, match="there is no Ray cluster"):
+            answer.raise_trouble()
+
+
+def test_a_picture_says_that_it_is_old() -> None:
+    """An answer that does not come, or none at all: the last status stays, with its age."""
+    watched = Picture(2.0)
+
+    def text(now_s: float) -> str:
+        return "\n".join(line.plain for line in watched.lines(120, 40, now_s, ascii_only=False))
+
+    watched.take(Answer(status=simulated.busy()), 1000.0)
+    assert "no answer" not in text(1003.0)
+    assert re.search(
+        r"! no answer since \d\d:\d\d:\d\d, this is 5 s old; still asking", text(1005.0)
+    )
+    watched.take(Answer(trouble="the service is gone: [x]", kind="ServiceUnavailable"), 1006.0)
+    assert "this is 1 min 30 s old; still asking (the service is gone: [x])" in text(1090.0)
+    assert "430 of 1,000" in text(1090.0)
+    watched.take(Answer(status=simulated.busy(received_rows=98_865)), 1100.0)
+    assert "no answer" not in text(1100.0)
+    assert "98,865 rows in (1.0/s)" in text(1100.0)
+
+
+class Terminals:
+    """Real terminals, of a tmux of their own."""
+
+    def __init__(self, directory: Path, environment: dict[str, str]) -> None:
+        self._socket = str(directory / "tmux")
+        self._environment = {**environment, "LANG": "C.UTF-8", "TERM": "xterm-256color"}
+
+    def _tmux(self, *arguments: str) -> str:
+        command = ["tmux", "-u", "-f", os.devnull, "-S", self._socket, *arguments]
+        return subprocess.run(
+            command, env=self._environment, check=True, capture_output=True, text=True, timeout=20
+        ).stdout
+
+    def open(self, name: str, width: int, height: int, command: str) -> None:
+        """Run a command in a terminal; afterwards it shows its exit code."""
+        shown = f"trap : INT; {command}; echo exit $?; sleep 1000"
+        size = ("-x", str(width), "-y", str(height))
+        self._tmux("new-session", "-d", "-s", name, *size, "sh", "-c", shown)
+
+    def screen(self, name: str) -> str:
+        return self._tmux("capture-pane", "-p", "-t", name)
+
+    def press(self, name: str, key: str) -> None:
+        self._tmux("send-keys", "-t", name, key)
+
+    def until(self, name: str, pattern: str, timeout_s: float = 60.0) -> str:
+        """Wait until the screen shows something; returns the screen."""
+        deadline = time.monotonic() + timeout_s
+        while not re.search(pattern, screen := self.screen(name), re.M):
+            assert time.monotonic() < deadline, f"no {pattern!r} in\n{screen}"
+            time.sleep(0.1)
+        return screen
+
+    def close(self) -> None:
+        subprocess.run(["tmux", "-S", self._socket, "kill-server"], check=False, timeout=20)
+
+
+@pytest.fixture
+def terminals(cluster: RayCluster) -> Iterator[Terminals]:
+    if shutil.which("tmux") is None:
+        if os.environ.get("CI") == "true":
+            pytest.fail("tmux is not installed: apt-get install tmux")
+        pytest.skip("tmux is not installed")
+    directory = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
+    found = Terminals(directory, cluster.environment)
+    try:
+        yield found
+    finally:
+        found.close()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+#: A service with what two recipes would log: a pipeline half done, one failed, ranks that train.
+SCRIPT = """
+import time, raywb
+from ray_cluster import report, told
+info = raywb.start(project="demo", name="watched [bold]run", group="slurm-7", mode="offline",
+                   node_metrics_interval_s=1.0)
+first = raywb.attach("training/pretrain", rank=0, world_size=2)
+second = raywb.attach("training/pretrain", rank=1, world_size=2)
+for step in range(40):
+    for client in (first, second):
+        client.log({"loss": 4.0 - step / 20, "lr": 0.001}, step=step)
+notes = raywb.attach("eval")
+notes.log({"accuracy": 0.875})
+
+def snapshot(done, **more):
+    row = {"pipeline_duration_s": 75.0, "main_loop_rate_hz": 9.0}
+    for name, completed, queue in (("plan_stage", 200, 0), ("download_stage", done, 17)):
+        stage = {"actors_ready": 3, "actors_pending": 1, "tasks_completed": completed,
+                 "queue_in": queue, "queue_out": 4 if queue == 0 else 0, "slots_used": 3,
+                 "slots_empty": 0, "speed_tasks_per_s": 1.5, "resource/cpu_util_pct": 88.0,
+                 "resource/mem_gb": 2.5}
+        row |= {f"stage/{name}/{key}": value for key, value in stage.items()}
+    return row | {"progress": 60.0, "num_input_remaining": 0, "num_outputs": done,
+                  "inputs_processed_per_s": 2.75, "outputs_per_s": 1.25,
+                  "bottleneck_stage_index": 1} | more
+
+series = [notes.open_series("xenna", label="sft", axis="pipeline_duration_s") for _ in range(2)]
+series[0].log(snapshot(90))
+series[1].log(snapshot(5, error_type="ValueError", error_message="three is [bad]"))
+for client in (first, second, notes):
+    assert client.flush(30)
+while raywb.status().received_rows < 83 or not raywb.status().live.nodes:
+    time.sleep(0.1)
+report([info.id, info.dir])
+told()
+for step in range(40, 50):
+    for client in (first, second):
+        client.log({"loss": 2.0, "lr": 0.001}, step=step)
+for client in (first, second):
+    assert client.flush(30)
+report(None)
+told()
+raywb.finish(timeout_s=60)
+report(None)
+told()
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[RayCluster]:
+    with RayCluster.start(num_cpus=2) as started:
+        yield started
+
+
+def check_numbers(screen: str, width: int, height: int) -> None:
+    lines = screen.splitlines()
+    assert len(lines) <= height
+    assert max(map(cell_len, lines)) <= width
+    assert re.match(r"raywb  watched \[bold\]run · open · offline · group slurm-7", lines[0])
+    assert re.match(r"/.*service [\w.]+:\d+$", lines[1])
+    assert re.search(r"^xenna  ━━━━━─── 60 % · 1 min 15 s · 0 inputs left", screen, re.M)
+    assert re.search(r"^ +plan_stage +━+╸?─* +200 of 203 +0 → 4 +3\+1 × 1\.5", screen, re.M)
+    bottleneck = r"^▸ download_stage +━+╸?─+ +90 of 114 +17 → 0 +3\+1 × 1\.5.* bottleneck"
+    assert re.search(bottleneck, screen, re.M)
+    assert re.search(r"^xenna/sft_2  failed · ValueError: three is \[bad\]", screen, re.M)
+    assert re.search(r"^training/pretrain +39 +loss +2\.050 +█[▁-█]+▁ ", screen, re.M)
+    assert re.search(r"^eval +accuracy +0\.875", screen, re.M)
+    assert re.search(r"^\S+ \(head\) +[━╸─]+ +\d+ % +[━╸─]+ +\d+ %", screen, re.M)
+    assert "83 rows in" in screen
+    assert re.search(r"lost +none", screen)
+    assert re.search(r"sources +1 attached", screen)
+
+
+def piped(cluster: RayCluster, *words: str) -> subprocess.Popen[str]:
+    """A command whose output goes to a program."""
+    command = [sys.executable, "-m", "raywb", *words]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=cluster.environment, stdout=pipe, stderr=pipe, text=True)
+
+
+@pytest.mark.ray
+def test_a_run_is_watched_in_real_terminals(cluster: RayCluster, terminals: Terminals) -> None:
+    """80x24 and 200x50 over a whole run: its numbers, a service that restarts, a good end."""
+    watch = f"{shlex.quote(sys.executable)} -m raywb watch --interval-s 0.5"
+    terminals.open("early", 80, 24, watch)
+    driver: Driver = cluster.driver(textwrap.dedent(SCRIPT))
+    early = terminals.until("early", r"^exit \d+|raywb  watched")
+    driver.next_report()
+    print(early)
+    if "exit" in early:  # unless the service came up first, it said what to do
+        assert "exit 4" in early
+        assert "raywb.start()" in " ".join(early.split())
+    for name, width, height in (("small", 80, 24), ("large", 200, 50)):
+        terminals.open(name, width, height, watch)
+    once, status = (piped(cluster, *words) for words in (("watch",), ("status", "--json")))
+    for name, width, height in (("small", 80, 24), ("large", 200, 50)):
+        screen = terminals.until(name, r"out \([\d.]+/s\)")
+        print(screen)
+        check_numbers(screen, width, height)
+    text, said = once.communicate(timeout=60)
+    check_numbers(text, 80, 60)
+    assert "`raywb status --json` is for programs" in said
+    live = json.loads(status.communicate(timeout=60)[0])["live"]
+    assert [one["name"] for one in live["pipelines"]] == ["xenna", "xenna/sft_2"]
+    assert {one["stage"]: one["metrics"] for one in live["stages"]} == {
+        "eval": {"accuracy": 0.875},
+        "training/pretrain": {"loss": pytest.approx(2.05), "lr": 0.001},
+    }
+
+    service = cluster.service()
+    assert service is not None
+    service.kill()
+    print(terminals.until("small", r"^! no answer since \d|, start 2$", 30))
+    terminals.until("small", r"start 2")
+    screen = terminals.until("large", r"start 2")
+    assert re.search(r"^training/pretrain +39 +loss +2\.050 +█[▁-█]+▁ ", screen, re.M)
+    driver.tell()
+    driver.next_report()
+    terminals.until("small", r"^training/pretrain +49 ")
+    assert "103 rows in" in terminals.until("large", r"103 rows in")
+
+    driver.tell()
+    driver.next_report()
+    terminals.until("large", r"· finished · offline")
+    terminals.press("small", "q")
+    terminals.press("large", "C-c")
+    for name in ("small", "large"):
+        screen = terminals.until(name, r"^exit \d+", 10)
+        assert "exit 0" in screen
+        assert "Traceback" not in screen
+        assert "delivery" not in screen, "the terminal is as it was before"
+    driver.tell()
