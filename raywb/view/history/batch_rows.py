@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Bools = npt.NDArray[np.bool_]
     Floats = npt.NDArray[np.float64]
 
-__all__ = ["BatchRows", "Items", "Layouts", "pack_items"]
+__all__ = ["BatchRows", "Items", "Layouts", "locate_items"]
 
 #: Fewer rows than this are decoded one by one: to read them in one go would take longer.
 FEWEST_ROWS = 6
@@ -36,9 +36,6 @@ MAX_LAYOUTS = 5_000
 #: Bytes of a row's first key that tell rows apart.
 _HEAD_BYTES = 64
 
-#: What may be looked at behind the last row.
-_PADDING = bytes(256)
-
 #: How many bytes the number of a run has behind its first one, which tells it.
 _RUN_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
 
@@ -49,15 +46,15 @@ _decoder = msgspec.msgpack.Decoder(Item)
 
 
 class Items(NamedTuple):
-    """The items of some batches, in one piece.
+    """The items of some batches.
 
     Attributes:
-        data: their bytes, and some behind them.
+        data: where they lie, with some bytes behind them.
         offsets, lengths: where each is.
         batch: the number of each one's batch among these.
     """
 
-    data: bytes
+    data: bytearray
     offsets: Ints
     lengths: Ints
     batch: Ints
@@ -68,14 +65,24 @@ class Items(NamedTuple):
         return memoryview(self.data)[begin : begin + int(self.lengths[index])]
 
 
-def pack_items(raw: list[msgspec.Raw], counts: list[int]) -> Items:
-    """Put items together; ``counts`` says how many are of each batch."""
-    lengths = np.fromiter(map(len, raw), np.int64, len(raw))
+def locate_items(data: bytearray, batches: list[tuple[int, int]], lengths: list[int]) -> Items:
+    """Find where items lie that follow each other in batches.
+
+    Args:
+        data: where they lie.
+        batches: where the first item of each batch begins, and how many it has.
+        lengths: of all items.
+    """
+    length = np.array(lengths, np.int64)
+    counts = np.array([count for _, count in batches])
+    behind = np.cumsum(length)
+    first = np.cumsum(counts) - counts
+    shift = np.array([begin for begin, _ in batches]) - (behind - length)[first]
     return Items(
-        data=b"".join([*raw, _PADDING]),
-        offsets=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        batch=np.repeat(np.arange(len(counts)), counts),
+        data=data,
+        offsets=behind - length + np.repeat(shift, counts),
+        lengths=length,
+        batch=np.repeat(np.arange(len(batches)), counts),
     )
 
 
@@ -233,12 +240,11 @@ class BatchRows:
                 rest.append(int(left[0]))
                 left, rows = left[1:], rows[1:]
             else:
-                differing = rows.view(np.uint64) ^ layout.words
-                differing &= layout.mask
-                other = differing.any(axis=1)
-                if not other.any():
+                same = (rows.view(np.uint64) & layout.mask) == layout.words
+                if same.all():
                     self._groups.append(_Group(layout, left, rows))
                     return rest
+                other = ~same.all(axis=1)
                 if not other.all():
                     self._groups.append(_Group(layout, left[~other], rows[~other]))
                 left, rows = left[other], rows[other]
