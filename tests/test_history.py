@@ -14,15 +14,11 @@ from hypothesis import strategies as st
 
 from raywb.service.outbox import Batch, Outbox, OutConfig, OutDefine, OutRow, OutTable
 from raywb.view.history import outbox_reader
-from raywb.view.history.answers import (
-    PointsRequest,
-    SeriesRequest,
-    answer_points,
-    answer_series,
-)
+from raywb.view.history.answers import answer_points, answer_series
 from raywb.view.history.columns import THINNING, Points
 from raywb.view.history.downsampling import downsample
 from raywb.view.history.outbox_reader import OutboxReader
+from raywb.view.history.requests import PointsRequest, SeriesRequest
 
 Series = dict[tuple[int, str], list[tuple[int, float, float]]]
 

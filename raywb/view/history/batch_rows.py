@@ -30,6 +30,9 @@ FEWEST_ROWS = 6
 #: Layouts that are tried on rows of one length and first key before they are decoded.
 LAYOUTS_OF_A_KIND = 12
 
+#: Rows of one layout among the samples of one piece.
+SAMPLES = 12
+
 #: Layouts that are kept.
 MAX_LAYOUTS = 5_000
 
@@ -132,8 +135,7 @@ class BatchRows:
         self._time = np.zeros(count)
         self._logged = np.zeros(count, np.int64)
         self._groups: list[_Group] = []
-        self._decoded: dict[int, OutRow] = {}
-        self._defines: list[tuple[int, OutDefine]] = []
+        self._decoded: dict[int, Item] = {}
         self._kept: Bools = np.ones(count, bool)
 
     def take(self, first_rows: list[dict[int, int]], run: Callable[[int], RunHistory]) -> int:
@@ -149,9 +151,10 @@ class BatchRows:
         bad = self._decode(self._sort())
         if bad:
             self._kept = ~np.isin(self._items.batch, list(bad))
-        for index, define in self._defines:
-            if self._kept[index]:
-                run(define.run).define(define)
+        for index in sorted(self._decoded):
+            item = self._decoded[index]
+            if isinstance(item, OutDefine) and self._kept[index]:
+                run(item.run).define(item)
         for group in self._groups:
             self._time[group.indices] = _column(group.layout.time, group.rows)
             self._logged[group.indices] = _column(group.layout.logged, group.rows)
@@ -165,6 +168,19 @@ class BatchRows:
         for number, some in pieces.items():
             run(number).add(some)
         return len(bad)
+
+    def samples(self) -> Iterator[Item]:
+        """Some of the items in their order: all that were decoded, and of each layout a few rows.
+
+        The last row of each layout is among them. To be called behind :meth:`take`.
+        """
+        chosen = {*self._decoded}
+        for group in self._groups:
+            at = np.linspace(0, len(group.indices) - 1, min(len(group.indices), SAMPLES))
+            chosen.update(group.indices[at.astype(np.intp)].tolist())
+        for index in sorted(chosen):
+            if self._kept[index]:
+                yield self._decoded.get(index) or _decoder.decode(self._items.item(index))
 
     # -- which rows there are -------------------------------------------------------------------
 
@@ -262,15 +278,12 @@ class BatchRows:
             except msgspec.DecodeError:
                 bad.add(int(self._items.batch[index]))
                 continue
+            self._decoded[index] = item
             if isinstance(item, OutRow):
-                self._decoded[index] = item
                 self._is_row[index] = True
                 self._run[index] = item.run
                 self._time[index] = item.time_s
                 self._logged[index] = item.logged
-            elif isinstance(item, OutDefine):
-                self._defines.append((index, item))
-        self._defines.sort(key=lambda one: one[0])
         return bad
 
     # -- their numbers --------------------------------------------------------------------------
@@ -317,8 +330,8 @@ class BatchRows:
             )
         decoded: dict[tuple[int, tuple[str, ...]], list[tuple[int, list[float]]]] = {}
         for index in sorted(self._decoded):
-            if self._kept[index]:
-                row = self._decoded[index]
+            row = self._decoded[index]
+            if isinstance(row, OutRow) and self._kept[index]:
                 numbers = {k: float(v) for k, v in row.metrics.items() if not isinstance(v, str)}
                 of_keys = decoded.setdefault((row.run, tuple(numbers)), [])
                 of_keys.append((index, list(numbers.values())))

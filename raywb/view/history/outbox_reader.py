@@ -8,13 +8,16 @@ What comes out is what :meth:`raywb.service.outbox.Outbox.read` gives, number by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from raywb.service.append_log import AppendLog
+from raywb.service.outbox import Item
 from raywb.view.history.batch_rows import BatchRows, Layouts, locate_items
 from raywb.view.history.log_pieces import LogPieces, Piece
+from raywb.view.history.requests import Seen
 from raywb.view.history.run_history import RunHistory
 
 __all__ = ["OutboxReader"]
@@ -45,13 +48,22 @@ class OutboxReader:
     Args:
         directory: the outbox's.
         memory_bytes: see :data:`MEMORY_BYTES`.
+        on_item: is given a sample of the items, in their order: the newest row of each layout is
+            among them, and all that are no rows.
 
     Attributes:
         runs: by number.
         position: how far it has read, in bytes of the log.
     """
 
-    def __init__(self, directory: Path, *, memory_bytes: int = MEMORY_BYTES) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        on_item: Callable[[Item], None] | None = None,
+    ) -> None:
+        self._on_item = on_item
         self.runs: dict[int, RunHistory] = {}
         self.position = 0
         self._directory = directory
@@ -74,6 +86,23 @@ class OutboxReader:
         if number not in self.runs:
             self.runs[number] = RunHistory(number)
         return self.runs[number]
+
+    def reading(self, number: int) -> dict[str, int]:
+        """Rows of a run that were read, and how many there are: a guess until all are read."""
+        run = self.runs.get(number)
+        rows = run.rows if run is not None else 0
+        total = rows
+        if self.position < self.end:
+            total = max(rows + 1, round(rows * self.end / max(self.position, 1)))
+        thinned = run.thinned_rows if run is not None else 0
+        return {"rows_read": rows, "rows_total": total, "rows_thinned": thinned}
+
+    def seen(self) -> dict[int, Seen]:
+        """What was read of each run."""
+        return {
+            number: Seen(run.rows, run.logged, run.first_time_s, run.last_time_s)
+            for number, run in self.runs.items()
+        }
 
     def look(self) -> bool:
         """See whether the log has grown; returns whether there is something to read.
@@ -132,7 +161,11 @@ class OutboxReader:
                 first_rows.append(batch.first_rows)
         if lengths:
             items = locate_items(piece.data, batches, lengths)
-            self.undecodable += BatchRows(items, self._layouts).take(first_rows, self.run)
+            rows = BatchRows(items, self._layouts)
+            self.undecodable += rows.take(first_rows, self.run)
+            if self._on_item is not None:
+                for item in rows.samples():
+                    self._on_item(item)
 
 
 def _items_at(batch: _Batch) -> int:
