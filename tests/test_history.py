@@ -236,8 +236,11 @@ def test_buckets_keep_least_and_greatest(pairs: list[tuple[float, float]], limit
             assert math.isnan(mean) or least <= mean <= most
 
 
-def test_memory_is_bounded_and_extremes_stay(tmp_path: Path) -> None:
+def test_memory_is_bounded_and_extremes_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond its limit the oldest rows are thinned, the answer says so, and no extreme is lost."""
+    monkeypatch.setattr("raywb.view.history.columns.BLOCK_ROWS", (64, 512))
     filled(tmp_path, 60_000, 1000)
     outbox = Outbox(tmp_path)
     for _ in outbox.recover():

@@ -65,7 +65,7 @@ def main(directory: Path) -> None:
     answering = _Answering(directory)
     reader = answering.reader
     requests, answers = sys.stdin.fileno(), sys.stdout.buffer
-    more = True
+    more = reader.look()
     while True:
         ready = select.select([requests], [], [], 0 if more else LOOK_S)[0]
         # Nobody is answered before there is something, nor with less than there is by now.
