@@ -213,7 +213,7 @@ def test_events_bring_what_is_new(service: LocalService, server: Server) -> None
                 break
     number = server.get("/api/overview")["status"]["outbox_rows"]
     key = "/api/points?run=1&key=more/x&x=row"
-    found = server.wait_for(key, lambda answer: answer["rows_read"] == number)
+    found = server.wait_for(key, lambda answer: answer["rows_read"] >= number)
     assert found["series"]["more/x"]["x"][-1] >= ROWS + 2
 
 
@@ -402,6 +402,15 @@ def test_several_runs_directories_are_listed(service: LocalService, tmp_path: Pa
             found = server.wait_for(path, lambda answer: answer["rows_read"] >= ROWS)
             assert found["run"] == run["number"]
             assert "training/a/loss" in [one["key"] for one in found["series"]]
+
+
+def test_a_port_that_is_taken_is_named(service: LocalService, live: Server) -> None:
+    """The command says what it cannot listen on, and leaves nothing behind."""
+    arguments = ["ui", str(service.directory), "--port", str(live.port), "--no-open"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 1
+    assert "cannot be listened on" in result.output
+    assert "--port" in result.output
 
 
 def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
