@@ -1,0 +1,1 @@
+export function useSource() {} export function themeChanged() {}

@@ -1,0 +1,152 @@
+/** Elements without markup: all text goes through text nodes, so no name or key can be code. */
+
+/** Handlers and values that `morph` takes over, since attributes do not show them. */
+const PROPERTIES = ["onclick", "oninput", "onchange", "onkeydown", "spec"];
+
+/** Make an element.
+ *
+ * @param {string} tag name, with classes behind dots: `"p.empty"`
+ * @param {object | null} attributes attributes; functions and `spec` are set as properties,
+ *     `style` is an object of custom properties; null and false leave one out
+ * @param {...(Node | string | number | null | false | Array)} children
+ */
+export function el(tag, attributes, ...children) {
+  const [name, ...classes] = tag.split(".");
+  const node = document.createElement(name);
+  if (classes.length) node.className = classes.join(" ");
+  for (const [key, value] of Object.entries(attributes ?? {})) {
+    if (value === null || value === undefined || value === false) continue;
+    if (PROPERTIES.includes(key)) node[key] = value;
+    else if (key === "style") for (const [a, b] of Object.entries(value)) node.style.setProperty(a, b);
+    else node.setAttribute(key, value === true ? "" : String(value));
+  }
+  node.append(...flat(children));
+  return node;
+}
+
+function flat(children) {
+  return children
+    .flat(Infinity)
+    .filter((child) => child !== null && child !== undefined && child !== false && child !== "")
+    .map((child) => (child instanceof Node ? child : String(child)));
+}
+
+/** Make `old` show what `fresh` shows, and keep its nodes: focus, hover and charts stay. */
+export function morph(old, fresh) {
+  for (const { name } of [...old.attributes]) {
+    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+  }
+  for (const { name, value } of fresh.attributes) {
+    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  for (const name of PROPERTIES) {
+    if (old[name] !== fresh[name]) old[name] = fresh[name] ?? null;
+  }
+  if (old instanceof HTMLInputElement || old instanceof HTMLSelectElement) {
+    if (document.activeElement !== old && old.value !== fresh.value) old.value = fresh.value;
+    if (old instanceof HTMLInputElement) return;
+  }
+  if (!old.localName.includes("-")) morphChildren(old, [...fresh.childNodes]);
+}
+
+/** Make the children of `parent` show what `fresh` shows.
+ *
+ * An element with `data-id` meets the one of the same id, wherever it stands; others meet in order.
+ */
+export function morphChildren(parent, fresh) {
+  const named = new Map();
+  for (const child of parent.children) {
+    if (child.dataset.id) named.set(child.dataset.id, child);
+  }
+  let place = parent.firstChild;
+  for (const wanted of fresh) {
+    const id = wanted.dataset?.id;
+    const found = id ? named.get(id) : place;
+    const suits = found && (id ? true : !found.dataset?.id) && isAlike(found, wanted);
+    if (!suits) {
+      parent.insertBefore(wanted, place);
+      continue;
+    }
+    if (found === place) place = place.nextSibling;
+    else parent.insertBefore(found, place);
+    if (found.nodeType === Node.TEXT_NODE) {
+      if (found.data !== wanted.data) found.data = wanted.data;
+    } else {
+      morph(found, wanted);
+    }
+  }
+  while (place) {
+    const next = place.nextSibling;
+    place.remove();
+    place = next;
+  }
+}
+
+function isAlike(one, other) {
+  return one.nodeType === other.nodeType && one.nodeName === other.nodeName;
+}
+
+/** An address to somewhere else, if it is one of the web; anything else is shown as text. */
+export function outLink(address, text) {
+  if (!/^https?:\/\//i.test(address ?? "")) return address ? el("span", null, text) : null;
+  return el("a", { href: address, target: "_blank", rel: "noreferrer noopener" }, text, el("span", { "aria-hidden": "true" }, " ↗"));
+}
+
+/** Say something to who cannot see the page. */
+export function say(text) {
+  document.getElementById("said").textContent = text;
+}
+
+/** A button that puts an address of this page on the clipboard. */
+export function copyLink(hash, what) {
+  const click = async (event) => {
+    const button = event.currentTarget;
+    const address = new URL(hash, location.href).href;
+    try {
+      await navigator.clipboard.writeText(address);
+    } catch {
+      location.hash = hash; // without a clipboard the address bar has it
+    }
+    say(`Link to ${what} copied`);
+    button.classList.add("done");
+    setTimeout(() => button.classList.remove("done"), 1200);
+  };
+  const name = `Copy the link to ${what}`;
+  return el("button.icon.copy", { type: "button", title: name, "aria-label": name, onclick: click }, "⧉");
+}
+
+/** A bar that shows a share of 0–1, with its meaning in words. */
+export function bar(share, label, kind = "") {
+  const percent = Math.max(0, Math.min(1, share || 0)) * 100;
+  return el(
+    `div.bar${kind ? `.${kind}` : ""}`,
+    { role: "meter", "aria-label": label, "aria-valuemin": 0, "aria-valuemax": 100, "aria-valuenow": Math.round(percent) },
+    el("i", { style: { "--share": `${percent.toFixed(2)}%` } }),
+  );
+}
+
+/** A heading with what belongs to it, in a section of its own. */
+export function section(title, attributes, ...children) {
+  return el("section.panel", { "aria-label": title, ...attributes }, el("h2", null, title), ...children);
+}
+
+/** A table with a caption for who cannot see it; cells may be nodes. */
+export function table(caption, heads, rows) {
+  const cell = (value, index) => el(`td${heads[index].number ? ".number" : ""}`, null, value);
+  return el(
+    "div.scroll",
+    { tabindex: 0, role: "region", "aria-label": caption },
+    el(
+      "table",
+      null,
+      el("caption.unseen", null, caption),
+      el("thead", null, el("tr", null, heads.map((head) => el(`th${head.number ? ".number" : ""}`, { scope: "col" }, head.text)))),
+      el("tbody", null, rows.map((row) => el("tr", null, row.map(cell)))),
+    ),
+  );
+}
+
+/** What to do where there is nothing to see. */
+export function empty(text, ...more) {
+  return el("p.empty", null, text, ...more);
+}

@@ -1,0 +1,2 @@
+import { el } from "raywb/dom";
+export function overview({ run }) { return [el("h1", null, run.name)]; }
