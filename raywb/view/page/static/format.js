@@ -43,6 +43,7 @@ export function perSecond(number, what = "") {
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
   if (seconds < 0) return `${MINUS}${duration(-seconds)}`;
+  if (seconds > 0 && seconds < 0.001) return "< 1 ms";
   if (seconds > 0 && seconds < 0.0995) return `${Number((seconds * 1000).toPrecision(2))} ms`;
   if (seconds < 1) return `${Number(seconds.toPrecision(2))} s`;
   if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;

@@ -51,8 +51,7 @@ function deliveryLine({ run, status }) {
   const delivered = run.mode === "online" ? of.sink.confirmed_rows : of.sink.applied_rows;
   const parts = [
     [count(of.received_rows), "rows in"],
-    [count(delivered), run.mode === "online" ? "with W&B" : run.mode === "disabled" ? "delivered" : "in W&B's files"],
-    [count(of.backlog_rows), "waiting"],
+    ...(run.mode === "disabled" ? [["", "W&B is disabled"]] : [[count(delivered), run.mode === "online" ? "with W&B" : "in W&B's files"], [count(of.backlog_rows), "waiting"]]),
     ...(of.lostRows === undefined ? [] : [[count(of.lostRows), "lost", of.lostRows > 0]]),
     ...(status.unconfirmed.length ? [[count(status.unconfirmed.length), status.unconfirmed.length === 1 ? "source unconfirmed" : "sources unconfirmed", true]] : []),
   ];
