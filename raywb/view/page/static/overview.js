@@ -99,7 +99,7 @@ function stageCard(one, now, live) {
   return el(
     "a.card",
     { href: linkTo("training", { stage: one.stage }), "data-id": `s ${one.stage}` },
-    el("header", null, el("b.name", null, one.stage), el("span.kind", null, age)),
+    el("header", null, el("b.name", null, one.stage || "(no namespace)"), el("span.kind", null, age)),
     el("div.big", null, one.step === null ? value(one.metrics[one.main]) : el("span", null, el("small", null, "step "), count(one.step)), el("small", null, one.steps_per_s ? perSecond(one.steps_per_s, "steps") : "")),
     one.history.length > 1 ? sparkline(one.history, `${one.main ?? one.stage}, over the run`) : null,
     el("footer", null, [main, ranks, slow].filter(Boolean).join(" · ")),
