@@ -498,6 +498,12 @@ def _inlined(data: dict[str, Any]) -> str:
     begin = '<script type="module" src="static/main.js"></script>'
     assert begin in page
     embedded = json.dumps(data).replace("<", "\\u003c")
+    policy = (
+        "default-src 'none'; script-src 'unsafe-inline' data:; style-src 'unsafe-inline'; "
+        "img-src data:"
+    )
+    meta = f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
+    page = page.replace('<meta charset="utf-8">', f'<meta charset="utf-8">\n{meta}')
     return page.replace(
         begin,
         f'<script type="application/json" id="raywb-data">{embedded}</script>'

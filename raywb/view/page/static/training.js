@@ -70,7 +70,7 @@ function toolbar({ route, source }, shown, all) {
   const x = route.x ?? "axis";
   return el(
     "div.toolbar",
-    { role: "toolbar", "aria-label": "What the charts show", "data-id": "toolbar" },
+    { role: "group", "aria-label": "What the charts show", "data-id": "toolbar" },
     el("label.filter", null, el("span.unseen", null, "Filter the series"), el("input", { id: "filter", type: "search", value: route.filter ?? "", placeholder: "Filter: loss, or /regex/", autocomplete: "off", spellcheck: "false", oninput: typed, "aria-keyshortcuts": "/" })),
     el("span.counted", { role: "status" }, shown === all ? counted(all, "series").replace(/ss$/, "s") : `${count(shown)} charts`),
     source.isReport ? null : el("div.choice", { role: "group", "aria-label": "x axis" }, axes.map(([id, name]) => el("button", { type: "button", "aria-pressed": x === id, onclick: () => select({ x: id === "axis" ? undefined : id, from: undefined, to: undefined, axis: undefined }) }, name))),
