@@ -53,7 +53,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
             local.start(name="many", mode="disabled")
             client = local.client("many")
             for step in range(20):
-                client.log({f"layer_{n // 20:03}/v{n % 20}": n + step for n in range(MANY)})
+                client.log({f"layer_{n // 500}/v{n % 500}": n + step for n in range(MANY)})
             assert client.flush(20.0)
             assert local.service.finish(60.0, 0).complete
             local.start(name="world-models-v2")
@@ -213,14 +213,24 @@ def test_a_lost_connection_is_seen_and_comes_back(
     page = tab.show("overview")
     page.wait_for_selector(".connection[data-state=live]")
     tab.context.set_offline(True)
-    # Chromium lets a stream that is open go on: the server's end of it is cut by a reload.
-    page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide'))")
-    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+    _listen_anew(page)
     page.wait_for_selector(".connection[data-state=lost]")
     assert page.locator("h1").inner_text() == "world-models-v2"
     tab.context.set_offline(False)
     page.wait_for_selector(".connection[data-state=live]", timeout=20_000)
+    # After an answer that is no stream a browser gives up: then the page itself tries again.
+    page.route("**/api/events", lambda route: route.fulfill(status=503, json={"error": "full"}))
+    _listen_anew(page)
+    page.wait_for_selector(".connection[data-state=lost]")
+    page.unroute("**/api/events")
+    page.wait_for_selector(".connection[data-state=live]", timeout=20_000)
     tab.close()
+
+
+def _listen_anew(page: Any) -> None:
+    """As after a visit to another page: Chromium lets a stream that is open go on offline."""
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide'))")
+    page.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
 
 
 def test_a_finished_run_says_so(tab: Tab) -> None:
