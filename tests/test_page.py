@@ -293,21 +293,18 @@ def test_a_zoom_asks_for_its_range_and_is_in_the_address(tab: Tab) -> None:
     page.wait_for_selector(f"raywb-chart [aria-label*=' {STEPS} points']")
 
 
-def test_a_stage_can_be_linked_to(browser: Any, url: str) -> None:
-    """The link of a stage, copied and opened elsewhere, shows that stage."""
-    tab = Tab(browser, url, permissions=["clipboard-read", "clipboard-write"])
+def test_a_stage_can_be_linked_to(tab: Tab) -> None:
+    """The link of a stage, copied and opened anew, shows that stage."""
+    tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = tab.show("pipelines")
     page.get_by_label(f"Copy the link to stage {PIPELINE_STAGES[1]}").click()
     page.wait_for_selector("button.copy.done")
     link = page.evaluate("navigator.clipboard.readText()")
-    tab.close()
-    other = Tab(browser, url)
-    other.page.goto(link)
-    other.page.wait_for_selector(".stage.selected")
-    assert "download" in other.page.locator(".stage.selected").inner_text()
-    assert "last" in described(other.page, "queue_in")
-    assert other.errors == []
-    other.close()
+    page.goto("about:blank")
+    page.goto(link)
+    page.wait_for_selector(".stage.selected")
+    assert "download" in page.locator(".stage.selected").inner_text()
+    assert "last" in described(page, "queue_in")
 
 
 def test_everything_can_be_done_with_the_keyboard(tab: Tab) -> None:
@@ -341,18 +338,19 @@ def test_everything_can_be_done_with_the_keyboard(tab: Tab) -> None:
     assert page.locator("dialog[open]").count() == 0
 
 
-def test_the_theme_follows_the_system_until_it_is_chosen(browser: Any, url: str) -> None:
+def test_the_theme_follows_the_system_until_it_is_chosen(tab: Tab) -> None:
     """Dark where the system is; what is chosen is kept for the next visit."""
-    tab = Tab(browser, url, color_scheme="dark")
     theme = "document.documentElement.dataset.theme"
     page = tab.show("overview")
-    assert page.evaluate(theme) == "dark"
+    assert page.evaluate(theme) == "light"
+    page.emulate_media(color_scheme="dark")
+    page.wait_for_function(f"{theme} === 'dark'")
     page.keyboard.press("t")
     assert page.evaluate(theme) == "light"
     page.reload()
     page.wait_for_selector("main[data-view]")
     assert page.evaluate(theme) == "light"
-    tab.close()
+    page.evaluate("localStorage.clear()")
 
 
 def test_a_small_screen_scrolls_in_one_direction(tab: Tab, pictures: Path) -> None:
@@ -462,9 +460,8 @@ def test_every_view_is_drawn(tab: Tab, pictures: Path, scheme: str) -> None:
         page.screenshot(path=pictures / f"{view}-{scheme}.png")
 
 
-def test_the_same_page_is_a_report(browser: Any, url: str, tmp_path: Path) -> None:
+def test_the_same_page_is_a_report(tab: Tab, browser: Any, tmp_path: Path) -> None:
     """With its data in it, as README.md says, one file shows the same and asks nobody."""
-    tab = Tab(browser, url)
     page = tab.show("training")
     data = page.evaluate(
         """async () => {
@@ -478,7 +475,6 @@ def test_the_same_page_is_a_report(browser: Any, url: str, tmp_path: Path) -> No
                 points: {[run]: points.series}};
         }"""
     )
-    tab.close()
     file = tmp_path / "report.html"
     file.write_text(_inlined(data))
     report = Tab(browser, file.as_uri())
