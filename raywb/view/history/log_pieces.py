@@ -1,20 +1,17 @@
 """Large pieces of a log, one after the other, in memory that is used again for each.
 
-:meth:`raywb.service.append_log.AppendLog.read` copies every record; of a whole run that takes
-longer than to make columns of it. What is damaged is left to it.
+:meth:`raywb.service.append_log.AppendLog.read` copies every record, and comes upon every page of
+the files; of a whole run that takes longer than to make columns of it. What is damaged is left to
+it.
 """
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 from raywb.service.append_log import AppendLog, Segment, is_undamaged, record_bounds
 
-__all__ = ["SPARE_BYTES", "LogPieces", "Piece"]
-
-#: Bytes behind a piece that may be looked at, and mean nothing.
-SPARE_BYTES = 256
+__all__ = ["LogPieces", "Piece"]
 
 
 class Piece(NamedTuple):
@@ -26,7 +23,7 @@ class Piece(NamedTuple):
         next_position: where the log goes on behind them.
     """
 
-    data: bytearray
+    data: memoryview
     records: list[tuple[int, int]]
     next_position: int
 
@@ -40,7 +37,7 @@ class LogPieces:
 
     def __init__(self, log: AppendLog) -> None:
         self._log = log
-        self._data = bytearray()
+        self._memory = bytearray()
 
     def read(self, position: int, length: int) -> Piece:
         """Read on.
@@ -54,37 +51,36 @@ class LogPieces:
         """
         segment = next(self._log.segments(position), None)
         if segment is None:
-            return Piece(self._data, [], self._log.end)
+            return Piece(memoryview(b""), [], self._log.end)
         offset = max(position - segment.start, 0)
         while True:
-            got = self._fill(segment, offset, length)
-            records = _records_in(memoryview(self._data)[:got])
+            data = self._fill(segment, offset, length)
+            records = _records_in(data)
             if records:
-                return Piece(self._data, records, segment.start + offset + records[-1][1])
-            if offset + got >= segment.size:
+                return Piece(data, records, segment.start + offset + records[-1][1])
+            if offset + len(data) >= segment.size:
                 return self._behind_damage(segment.start + offset)
             length *= 4  # a record that is longer, or damage that says so
 
-    def _fill(self, segment: Segment, offset: int, length: int) -> int:
+    def _fill(self, segment: Segment, offset: int, length: int) -> memoryview:
+        """Part of a file; to look at it in place would be to come upon its pages one by one."""
         length = min(length, segment.size - offset)
-        if len(self._data) < length + SPARE_BYTES:
-            self._data = bytearray(length + SPARE_BYTES)
-        with open(segment.path, "rb") as file:
+        if len(self._memory) < length:
+            self._memory = bytearray(length)
+        view = memoryview(self._memory)
+        got = 0
+        with open(segment.path, "rb", buffering=0) as file:
             file.seek(offset)
-            view = memoryview(self._data)[:length]
-            got = 0
-            while got < length and (more := file.readinto(view[got:])):
+            while got < length and (more := file.readinto(view[got:length])):
                 got += more
-            os.posix_fadvise(file.fileno(), offset + got, length, os.POSIX_FADV_WILLNEED)
-        return got
+        return view[:got]
 
     def _behind_damage(self, position: int) -> Piece:
         """The next record that is whole, wherever it begins."""
         record = next(self._log.read(position), None)
         if record is None:
-            return Piece(self._data, [], self._log.end)
-        data = bytearray(record.data + bytes(SPARE_BYTES))
-        return Piece(data, [(0, len(record.data))], record.next_position)
+            return Piece(memoryview(b""), [], self._log.end)
+        return Piece(memoryview(record.data), [(0, len(record.data))], record.next_position)
 
 
 def _records_in(view: memoryview) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from raywb.view.history.run_history import RunHistory
 __all__ = ["OutboxReader"]
 
 #: Bytes of records that are read in one go; less at the beginning, so that something can be shown.
-READ_BYTES = (2 * 1024 * 1024, 32 * 1024 * 1024)
+READ_BYTES = (2 * 1024 * 1024, 24 * 1024 * 1024)
 
 #: Memory that the columns of all runs may take; beyond it the oldest rows are thinned.
 MEMORY_BYTES = 768 * 1024 * 1024
@@ -148,10 +148,9 @@ class OutboxReader:
         lengths: list[int] = []
         batches: list[tuple[int, int]] = []
         first_rows: list[dict[int, int]] = []
-        view = memoryview(piece.data)
         for begin, end in piece.records:
             try:
-                batch = self._batches.decode(view[begin:end])
+                batch = self._batches.decode(piece.data[begin:end])
             except msgspec.DecodeError:
                 self.undecodable += 1
                 continue
