@@ -1,0 +1,235 @@
+/** Where the page's data come from: a server, or JSON that lies in the page itself (a report).
+ *
+ * Both sources have the same face; the shapes are those of the server's API, see README.md.
+ */
+
+/** Most keys in one request, and most characters of its address: proxies refuse long ones. */
+const KEYS_PER_REQUEST = 24;
+const ADDRESS_CHARS = 4000;
+
+/** Requests for points at a time; a browser has six connections per server for all its tabs. */
+const REQUESTS_AT_ONCE = 2;
+
+/** Answers that are kept, so that scrolling back asks nothing. */
+const KEPT_ANSWERS = 400;
+
+/** Pause before a connection that was refused is tried again, in milliseconds: first and longest. */
+const RETRY_MS = [1000, 15000];
+
+const EMBEDDED_ID = "raywb-data";
+
+/** The source that this page has: embedded JSON where there is some, else its server. */
+export function openSource() {
+  const embedded = document.getElementById(EMBEDDED_ID);
+  return embedded ? new Report(JSON.parse(embedded.textContent)) : new Server();
+}
+
+/** What both sources have in common: the latest overview, and who wants to know of it. */
+class Source extends EventTarget {
+  /** `connecting`, `live`, `lost`, `refused`, `ended` or `report`. */
+  connection = "connecting";
+  /** What is wrong with the connection, in a sentence. */
+  trouble = "";
+  overview = null;
+
+  /** Changes when there may be new points. */
+  get version() {
+    const { reading, status } = this.overview ?? {};
+    return `${reading?.rows_read ?? 0}/${status?.outbox_rows ?? 0}`;
+  }
+
+  /** Bring the overview's present time up to now: it stands still while nothing changes. */
+  tick() {
+    if (this.overview?.live) this.overview.now_s = this._toldAt.now_s + (performance.now() - this._toldAt.at) / 1000;
+  }
+
+  _told(overview) {
+    this.overview = overview;
+    this._toldAt = { now_s: overview.now_s, at: performance.now() };
+  }
+
+  _changed(connection, trouble = "") {
+    this.connection = connection;
+    this.trouble = trouble;
+    this.dispatchEvent(new Event("change"));
+  }
+}
+
+/** A service, or `raywb ui` on a directory. */
+export class Server extends Source {
+  isReport = false;
+  #events = null;
+  #retry = 0;
+  #waiting = [];
+  #timer = 0;
+  #running = 0;
+  #kept = new Map();
+  #series = new Map();
+
+  start() {
+    this.#listen();
+    addEventListener("pagehide", () => this.#events?.close());
+    addEventListener("pageshow", (event) => event.persisted && this.#listen());
+    addEventListener("online", () => ["lost", "refused"].includes(this.connection) && this.#listen());
+  }
+
+  #listen() {
+    this.#events?.close();
+    const events = new EventSource("api/events");
+    this.#events = events;
+    events.addEventListener("overview", (event) => {
+      this.#retry = 0;
+      this._told(JSON.parse(event.data));
+      this._changed(this.overview.live ? "live" : "ended");
+    });
+    events.addEventListener("trouble", (event) => this._changed("lost", JSON.parse(event.data).error));
+    events.onerror = async () => {
+      if (events !== this.#events) return;
+      const trouble = await this.#reason();
+      if (events !== this.#events) return;
+      // The browser itself tries again where the connection broke, and never after an error answer.
+      if (events.readyState !== EventSource.CLOSED) {
+        this._changed("lost", trouble);
+        return;
+      }
+      this._changed(trouble ? "refused" : "lost", trouble);
+      const pause = Math.min(RETRY_MS[0] * 2 ** this.#retry++, RETRY_MS[1]);
+      setTimeout(() => events === this.#events && this.#listen(), pause);
+    };
+  }
+
+  /** Why there are no events, as the server says; nothing where no server answers. */
+  async #reason() {
+    try {
+      await getJson("api/overview");
+    } catch (error) {
+      return error.fromServer ? error.message : "";
+    }
+    return "";
+  }
+
+  /** Every series of numbers of a run, in order of first sight; asked again when there is more. */
+  series(run) {
+    const known = this.#series.get(run);
+    if (known && known.version === this.version) return known.answer;
+    const answer = getJson(`api/series?run=${run}`);
+    this.#series.set(run, { version: this.version, answer });
+    answer.catch(() => this.#series.delete(run));
+    return answer;
+  }
+
+  /** Points of one series; many that are asked for at once travel in few requests.
+   *
+   * @param {{x?: string, from?: number, to?: number, points?: number, signal?: AbortSignal}} wanted
+   * @returns {Promise<object>} one entry of `series` of the API's answer
+   */
+  points(run, key, wanted = {}) {
+    const query = new URLSearchParams({ run, points: wanted.points ?? 600 });
+    if (wanted.x && wanted.x !== "axis") query.set("x", wanted.x);
+    if (wanted.from !== undefined) query.set("from", wanted.from);
+    if (wanted.to !== undefined) query.set("to", wanted.to);
+    const group = query.toString();
+    const name = `${this.version} ${group} ${key}`;
+    const kept = this.#kept.get(name);
+    if (kept) return Promise.resolve(kept);
+    return new Promise((resolve, reject) => {
+      this.#waiting.push({ group, key, name, resolve, reject, signal: wanted.signal });
+      this.#timer ||= setTimeout(() => this.#send(), 15);
+    });
+  }
+
+  #send() {
+    this.#timer = 0;
+    this.#waiting = this.#waiting.filter((one) => {
+      if (one.signal?.aborted) one.reject(new DOMException("not wanted any more", "AbortError"));
+      return !one.signal?.aborted;
+    });
+    while (this.#waiting.length && this.#running < REQUESTS_AT_ONCE) {
+      const { group } = this.#waiting[0];
+      const taken = [];
+      const rest = [];
+      const keys = new Set();
+      let chars = group.length;
+      for (const one of this.#waiting) {
+        const more = encodeURIComponent(one.key).length + 5;
+        const fits = keys.size < KEYS_PER_REQUEST && (!keys.size || chars + more < ADDRESS_CHARS);
+        if (one.group === group && (keys.has(one.key) || fits)) {
+          if (!keys.has(one.key)) chars += more;
+          keys.add(one.key);
+          taken.push(one);
+        } else {
+          rest.push(one);
+        }
+      }
+      this.#waiting = rest;
+      this.#running += 1;
+      this.#fetch(group, keys, taken).finally(() => {
+        this.#running -= 1;
+        this.#send();
+      });
+    }
+  }
+
+  async #fetch(group, keys, taken) {
+    const named = [...keys].map((key) => `&key=${encodeURIComponent(key)}`).join("");
+    try {
+      const { series } = await getJson(`api/points?${group}${named}`);
+      for (const one of taken) {
+        const found = series[one.key] ?? nothing();
+        this.#kept.set(one.name, found);
+        if (this.#kept.size > KEPT_ANSWERS) this.#kept.delete(this.#kept.keys().next().value);
+        one.resolve(found);
+      }
+    } catch (error) {
+      for (const one of taken) one.reject(error);
+    }
+  }
+}
+
+/** A report: everything is in the page, on the series' own axes only. */
+export class Report extends Source {
+  isReport = true;
+  #data;
+
+  constructor(data) {
+    super();
+    this.#data = data;
+    this._told(data.overview);
+  }
+
+  start() {
+    this._changed("report");
+  }
+
+  async series(run) {
+    return this.#data.series[run] ?? { run, series: [], rows_read: 0, rows_total: 0 };
+  }
+
+  async points(run, key, { from = -Infinity, to = Infinity } = {}) {
+    const all = this.#data.points[run]?.[key];
+    if (!all) return nothing();
+    const inside = (_, index) => all.x[index] >= from && all.x[index] <= to;
+    const [x, min, max, mean] = ["x", "min", "max", "mean"].map((name) => all[name].filter(inside));
+    return { ...all, x, min, max, mean };
+  }
+}
+
+function nothing() {
+  return { axis: null, x: [], min: [], max: [], mean: [], points: 0 };
+}
+
+async function getJson(address) {
+  const answer = await fetch(address, { headers: { Accept: "application/json" } });
+  let body;
+  try {
+    body = await answer.json();
+  } catch {
+    throw new Error(`the server answered ${answer.status} without JSON`);
+  }
+  if (!answer.ok) {
+    const error = new Error(body.error ?? `the server answered ${answer.status}`);
+    error.fromServer = true;
+    throw error;
+  }
+  return body;
+}
