@@ -1,4 +1,4 @@
-"""What all tests share: an environment that says nothing, and a Ray cluster per module."""
+"""What all tests share: an environment that says nothing, and a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 pytest.register_assert_rewrite("online_service", "left_behind", "ray_cluster", "local_service")
 
 from local_service import LocalService, local_service  # noqa: E402
-from ray_cluster import FOREIGN, RayCluster  # noqa: E402
+from ray_cluster import FOREIGN, RayCluster, SharedCluster  # noqa: E402
 
 #: Of Ray's many variables, those that say where a cluster is and which job this would be.
 _WHERE = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -45,8 +45,15 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
         yield local
 
 
+@pytest.fixture(scope="session")
+def _shared_cluster() -> Iterator[SharedCluster]:
+    shared = SharedCluster()
+    yield shared
+    shared.close()
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
+def cluster(_shared_cluster: SharedCluster) -> Iterator[RayCluster]:
     """A cluster that a module's tests share; ``finish`` and ``start`` part their runs."""
-    with RayCluster.start(num_cpus=4) as started:
-        yield started
+    with _shared_cluster.lent() as lent:
+        yield lent
