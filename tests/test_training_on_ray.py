@@ -20,6 +20,10 @@ pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no
 
 STEPS = 60
 
+#: The controller of Ray Train asks its workers for reports every two seconds otherwise, and each
+#: worker waits with its next one.
+OFTEN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
 #: The same command each time, as far as the pretraining is concerned.
 DRIVER = """
 from pathlib import Path
@@ -57,7 +61,7 @@ def test_killed_worker_and_killed_cluster(cluster: RayCluster, tmp_path: Path) -
 
     script = DRIVER.format(root=str(root), steps=STEPS)
     with RayCluster.start() as first:
-        driver = first.driver(script)
+        driver = first.driver(script, OFTEN)
         until("a checkpoint", lambda: step_reached(10))
         workers = first.processes("RayTrainWorker")
         random.Random(seed).choice(workers).kill()
@@ -70,7 +74,7 @@ def test_killed_worker_and_killed_cluster(cluster: RayCluster, tmp_path: Path) -
         again_from_step = step_reached(from_step + 20)
         assert again_from_step is not None
         print(driver.output)
-        driver = cluster.driver(script + script.splitlines()[-1])
+        driver = cluster.driver(script + script.splitlines()[-1], OFTEN)
         done, nothing = (driver.next_report() for _ in range(2))
         assert driver.wait() == 0
         print(driver.output)
