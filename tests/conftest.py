@@ -19,6 +19,26 @@ from ray_cluster import FOREIGN, RayCluster, SharedCluster  # noqa: E402
 _WHERE = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
 
 
+#: Files that take longer than 20 s without a cluster of Ray; see pytest_collection_modifyitems.
+LONG = (
+    *("test_wandb_misbehaves", "test_service", "test_recipe_data_prep", "test_fleet_wandb"),
+    *("test_recipe_sft_data_prep", "test_killed_online", "test_layout", "test_sync", "test_owner"),
+    *("test_recover", "test_slurm", "test_cluster_yaml", "test_training_run_record"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes take the files in the order that is set here, not by number of tests."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first, so that no process is left with one when all are done."""
+    long = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in long and item.path.stem not in LONG)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _ctrl_c_arrives() -> None:
     """A shell's background job ignores Ctrl-C, and so would every process that a test starts."""
