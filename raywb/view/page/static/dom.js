@@ -150,3 +150,38 @@ export function table(caption, heads, rows) {
 export function empty(text, ...more) {
   return el("p.empty", null, text, ...more);
 }
+
+/** A line without axes: how a value went so far. */
+export function sparkline(values, label) {
+  const numbers = values.filter((one) => Number.isFinite(one));
+  const svg = svgNode("svg", { viewBox: "0 0 100 28", preserveAspectRatio: "none", class: "sparkline", role: "img", "aria-label": label });
+  if (numbers.length < 2) return svg;
+  const low = Math.min(...numbers);
+  const high = Math.max(...numbers);
+  const place = (one, index) => `${((index / (numbers.length - 1)) * 100).toFixed(2)},${(26 - ((one - low) / (high - low || 1)) * 24).toFixed(2)}`;
+  svg.append(svgNode("polyline", { points: numbers.map(place).join(" ") }));
+  return svg;
+}
+
+function svgNode(name, attributes) {
+  const node = document.createElementNS("http://www.w3.org/2000/svg", name);
+  for (const [key, value] of Object.entries(attributes)) node.setAttribute(key, value);
+  return node;
+}
+
+/** Names with their values; what has none is left out. */
+export function facts(pairs) {
+  const known = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
+  return el("dl.facts", null, known.map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, value))));
+}
+
+/** A word with a colour: the word alone says it. */
+export function chip(text, kind = "") {
+  return el(`span.chip${kind ? `.${kind}` : ""}`, null, text);
+}
+
+/** How a run's, a pipeline's or a sink's state is coloured. */
+export function stateChip(state) {
+  const kinds = { running: "on", done: "good", finished: "good", failed: "bad", crashed: "bad", killed: "bad", retrying: "warn", "no key": "warn", opening: "on" };
+  return chip(state, kinds[state] ?? "");
+}
