@@ -121,6 +121,18 @@ class AppendLog:
         names = (_SEGMENT_NAME.fullmatch(name) for name in os.listdir(self.directory))
         return sorted(int(match[1]) for match in names if match)
 
+    def refresh(self) -> None:
+        """Of a log that was opened read-only: it ends where it ends by now.
+
+        Raises:
+            OSError: it cannot be read any more.
+        """
+        start = self._starts()[-1]
+        if start != self._start:
+            self._start, self._size = start, 0
+        with open(self._path(start), "rb") as file:
+            self._size = _end_of_last_record(file.fileno(), self._size)
+
     @property
     def end(self) -> int:
         """Position after the last record."""
@@ -221,13 +233,13 @@ class AppendLog:
                     yield Record(start + offset, view[begin:offset])
 
 
-def _end_of_last_record(fd: int) -> int:
+def _end_of_last_record(fd: int, offset: int = 0) -> int:
+    """Where the last whole record ends; those before ``offset`` are known to be whole."""
     size = os.fstat(fd).st_size
-    if size == 0:
-        return 0
+    if size <= offset:
+        return offset
     with mmap.mmap(fd, size, access=mmap.ACCESS_READ) as view:
-        offset = 0
-        whole_end = 0
+        whole_end = offset
         while offset < size:
             length = _whole_record(view, offset)
             if length is None:

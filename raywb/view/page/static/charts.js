@@ -15,6 +15,10 @@ const REFRESH_MS = 2000;
 const POINTS = 500;
 const POINTS_LARGE = 1500;
 
+/** Height of a drawing, and what of it the names of several lines take, in pixels. */
+const HEIGHT_PX = 180;
+const LEGEND_PX = 44;
+
 const charts = new Set();
 const themed = [];
 let source = null;
@@ -78,7 +82,7 @@ export function chartSpec({ route, number, source: { isReport } }, wanted) {
   const { x, name, range } = axisOf(route, wanted.axis, isReport);
   return {
     run: number,
-    height: 168,
+    height: wanted.lines.length > 1 ? HEIGHT_PX - LEGEND_PX : HEIGHT_PX,
     x,
     axisName: name,
     range,

@@ -6,7 +6,7 @@ import { bytes, count, counted, duration, words } from "raywb/format";
 import { sum } from "raywb/overview";
 
 /** Sources, and runs of stages, that are listed one by one. */
-const LISTED = 50;
+const LISTED = 20;
 
 /** States that this page has seen, thinned by half when there are more. */
 const KEPT = 2000;

@@ -7,7 +7,7 @@ const PROPERTIES = ["onclick", "oninput", "onchange", "onkeydown", "spec"];
  *
  * @param {string} tag name, with classes behind dots: `"p.empty"`
  * @param {object | null} attributes attributes; functions and `spec` are set as properties,
- *     `style` is an object of custom properties; null and false leave one out
+ *     `style` is an object of CSS properties; null leaves one out, and so does false outside ARIA
  * @param {...(Node | string | number | null | false | Array)} children
  */
 export function el(tag, attributes, ...children) {
@@ -15,10 +15,10 @@ export function el(tag, attributes, ...children) {
   const node = document.createElement(name);
   if (classes.length) node.className = classes.join(" ");
   for (const [key, value] of Object.entries(attributes ?? {})) {
-    if (value === null || value === undefined || value === false) continue;
+    if (value === null || value === undefined || (value === false && !key.startsWith("aria-"))) continue;
     if (PROPERTIES.includes(key)) node[key] = value;
     else if (key === "style") for (const [a, b] of Object.entries(value)) node.style.setProperty(a, b);
-    else node.setAttribute(key, value === true ? "" : String(value));
+    else node.setAttribute(key, value === true && !key.startsWith("aria-") ? "" : String(value));
   }
   node.append(...flat(children));
   return node;
@@ -97,6 +97,20 @@ export function say(text) {
   document.getElementById("said").textContent = text;
 }
 
+/** Shapes in a square of 16; no font has all of the signs that they stand for. */
+const ICONS = {
+  link: "M6.5 9.5l3-3M7 4.5l1.2-1.2a3.1 3.1 0 0 1 4.5 4.5L11.5 9M9 11.5l-1.2 1.2a3.1 3.1 0 0 1-4.5-4.5L4.5 7",
+  sun: "M8 5.2a2.8 2.8 0 1 0 0 5.6a2.8 2.8 0 0 0 0-5.6M8 1.5v1.2M8 13.3v1.2M1.5 8h1.2M13.3 8h1.2M3.4 3.4l.9.9M11.7 11.7l.9.9M3.4 12.6l.9-.9M11.7 4.3l.9-.9",
+  moon: "M13 9.6A5.5 5.5 0 0 1 6.4 3a5.5 5.5 0 1 0 6.6 6.6z",
+  close: "M4 4l8 8M12 4l-8 8",
+};
+
+export function icon(name) {
+  const svg = svgNode("svg", { viewBox: "0 0 16 16", class: "icon", "aria-hidden": "true" });
+  svg.append(svgNode("path", { d: ICONS[name] }));
+  return svg;
+}
+
 /** A button that puts an address of this page on the clipboard. */
 export function copyLink(hash, what) {
   const click = async (event) => {
@@ -112,7 +126,7 @@ export function copyLink(hash, what) {
     setTimeout(() => button.classList.remove("done"), 1200);
   };
   const name = `Copy the link to ${what}`;
-  return el("button.icon.copy", { type: "button", title: name, "aria-label": name, onclick: click }, "⧉");
+  return el("button.icon.copy", { type: "button", title: name, "aria-label": name, onclick: click }, icon("link"));
 }
 
 /** A bar that shows a share of 0–1, with its meaning in words. */

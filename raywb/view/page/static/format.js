@@ -11,7 +11,7 @@ export function value(number) {
   if (Number.isInteger(number) && size < 1e6) text = size.toLocaleString("en");
   else if (size >= 1e15 || size < 1e-3) text = size.toExponential(2);
   else if (size >= 1e6) text = compact(size);
-  else text = String(Number(size.toPrecision(4)));
+  else text = Number(size.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
   return number < 0 ? MINUS + text : text;
 }
 
@@ -39,14 +39,16 @@ export function perSecond(number, what = "") {
   return `${value(number)}${what ? ` ${what}` : ""}/s`;
 }
 
-/** A length of time: `4.2 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`. */
+/** A length of time: `41 ms`, `4.2 s`, `3 min 20 s`, `2 h 05 min`, `3 d 4 h`. */
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
   if (seconds < 0) return `${MINUS}${duration(-seconds)}`;
+  if (seconds > 0 && seconds < 0.0995) return `${Number((seconds * 1000).toPrecision(2))} ms`;
+  if (seconds < 1) return `${Number(seconds.toPrecision(2))} s`;
   if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;
   if (seconds < 60) return `${Math.round(seconds)} s`;
   const whole = Math.round(seconds);
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
+  if (whole < 3600) return `${Math.floor(whole / 60)} min${whole % 60 ? ` ${whole % 60} s` : ""}`;
   if (whole < 86400) return `${Math.floor(whole / 3600)} h ${String(Math.floor((whole % 3600) / 60)).padStart(2, "0")} min`;
   return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
 }

@@ -1,7 +1,7 @@
 /** The page's frame: header, views, keyboard, theme, and who is told what when. */
 
 import { openSource } from "raywb/data";
-import { bar, el, morph, morphChildren, outLink, say, table } from "raywb/dom";
+import { bar, el, icon, morphChildren, say, table } from "raywb/dom";
 import { count, counted, moment } from "raywb/format";
 import { currentRoute, linkTo, select, VIEWS } from "raywb/route";
 import { themeChanged, useSource } from "raywb/charts";
@@ -198,7 +198,7 @@ function toggleTheme() {
 
 function themeButton() {
   const isDark = document.documentElement.dataset.theme === "dark";
-  return el("button.icon", { type: "button", title: "Theme (t)", "aria-label": `Use the ${isDark ? "light" : "dark"} theme`, "aria-keyshortcuts": "t", onclick: toggleTheme }, isDark ? "☀" : "☾");
+  return el("button.icon", { type: "button", title: "Theme (t)", "aria-label": `Use the ${isDark ? "light" : "dark"} theme`, "aria-keyshortcuts": "t", onclick: toggleTheme }, icon(isDark ? "sun" : "moon"));
 }
 
 // Keyboard
@@ -223,7 +223,7 @@ function helpButton() {
 function openHelp() {
   const close = () => dialog.close();
   dialog.replaceChildren(
-    el("header", null, el("h2", { id: "dialog-title" }, "Keyboard"), el("button.icon", { type: "button", "aria-label": "Close", onclick: close }, "✕")),
+    el("header", null, el("h2", { id: "dialog-title" }, "Keyboard"), el("button.icon", { type: "button", "aria-label": "Close", onclick: close }, icon("close"))),
     table("Keys", [{ text: "Key" }, { text: "What it does" }], KEYS.map(([key, text]) => [key.split("  ").map((one) => el("kbd", null, one)), text])),
     el("p.hint", null, "In a chart: drag over a range to zoom in; double click for the whole range. A click on its title makes it large."),
   );

@@ -123,7 +123,7 @@ function listing(given) {
 }
 
 function each(names, known, usage, now, live) {
-  const meter = (values, key, label) => (values[key] === undefined ? "–" : el("div.meter", null, bar(values[key] / 100, label, values[key] > 95 ? "hot" : ""), el("span", null, percent(values[key]))));
+  const meter = (values, key, label) => (values[key] === undefined ? "–" : el("div.meter", null, bar(values[key] / 100, label, key.includes("memory") && values[key] > 95 ? "hot" : ""), el("span", null, percent(values[key]))));
   const hasGpus = names.some((name) => sum(known.get(name)?.gpus) || usage.get(name)?.values.gpu_percent !== undefined);
   const heads = [{ text: "Node" }, { text: "CPU" }, { text: "Memory" }, ...(hasGpus ? [{ text: "GPU" }, { text: "GPU memory" }] : []), { text: "What it is" }];
   const rows = names.map((name) => {

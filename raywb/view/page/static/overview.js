@@ -28,8 +28,8 @@ function head({ run, status, overview: { live, now_s: now, ray_dashboard: dashbo
       ["Began", run.started_s && moment(run.started_s, now)],
       [run.ended_s ? "Took" : "For", run.started_s && end && duration(end - run.started_s)],
       ["Rows", count(run.rows)],
-      ["Files", el("code", null, run.dir)],
       ["raywb", version],
+      ["Files", el("code", null, run.dir)],
     ]),
   );
 }

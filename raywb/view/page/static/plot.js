@@ -9,6 +9,9 @@ const MARKED_POINTS = 40;
 /** Narrowest drag that is meant as a zoom, in pixels. */
 const DRAG_PX = 6;
 
+/** Distances of labels on an axis of seconds: whole minutes and hours, not 1,000 s. */
+const DURATIONS = [0.001, 0.01, 0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 432000, 864000, 2592000];
+
 /** How many colours the palette has; further lines begin it anew, dashed. */
 export const COLOURS = 8;
 
@@ -77,14 +80,14 @@ export function makePlot(host, wanted) {
   const options = {
     width: Math.max(80, host.clientWidth),
     height: wanted.height,
-    padding: [8, 10, 0, 0],
+    padding: [8, wanted.kind === "time" ? 24 : 14, 0, 0],
     legend: { show: false },
     scales: {
       x: { time: wanted.kind === "time", ...(wanted.range ? { range: () => [wanted.range.from, wanted.range.to] } : {}) },
       y: wanted.log ? { distr: 3 } : { range: boundsOf(wanted.bounds) },
     },
     axes: [
-      { ...axis, size: 26, gap: 4, space: 56, grid: { show: false }, ...(wanted.kind === "time" ? {} : { values: xLabels(wanted.kind) }) },
+      { ...axis, size: 26, gap: 4, space: 56, grid: { show: false }, values: xLabels(wanted.kind), ...(wanted.kind === "duration" ? { incrs: DURATIONS } : {}) },
       { ...axis, size: ySize, gap: 6, space: 28, values: yLabels(wanted.log) },
     ],
     series: [{}, ...columns.map((column) => column.series)],
@@ -132,7 +135,7 @@ function tableOf({ lines, log, smooth }) {
     const positive = (values) => (log ? values.map((one) => (one > 0 ? one : null)) : values);
     const mean = positive(line.mean);
     const quiet = { stroke: "transparent", width: 0, points: { show: false } };
-    columns.push({ series: { ...quiet }, band: faint(colour, 0.18) }, { series: { ...quiet } });
+    columns.push({ series: { ...quiet }, band: faint(colour, lines.length > 1 ? 0.1 : 0.22) }, { series: { ...quiet } });
     const found = [line.x, positive(line.max), positive(line.min)];
     if (smooth > 0) {
       columns.push({ series: { stroke: faint(colour, 0.35), width: 1, points: { show: false } } });
@@ -161,7 +164,15 @@ function boundsOf(bounds) {
 }
 
 function xLabels(kind) {
-  return (plot, splits) => splits.map((one) => (kind === "duration" ? shortDuration(one) : compact(one)));
+  if (kind === "time") return (plot, splits, axis, space, step) => splits.map((one) => clock(one, step));
+  return (plot, splits) => splits.map(kind === "duration" ? shortDuration : compact);
+}
+
+/** A moment as short as the distance of the labels allows. */
+function clock(seconds, step) {
+  const date = new Date(seconds * 1000);
+  if (step >= 86400) return date.toLocaleDateString("en-GB", { day: "numeric", month: "short" });
+  return date.toLocaleTimeString("en-GB", { hour: "2-digit", minute: "2-digit", ...(step < 60 ? { second: "2-digit" } : {}) });
 }
 
 function shortDuration(seconds) {

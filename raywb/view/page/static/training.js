@@ -9,7 +9,7 @@ import { currentRoute, hashOf, select } from "raywb/route";
 const CHUNK = 12;
 
 /** Height of a chart with its frame, and the gap between two, in pixels; as in the style sheet. */
-const CARD_PX = 226;
+const CARD_PX = 224;
 const GAP_PX = 12;
 
 /** Groups are opened from the first on until so many charts are shown. */
@@ -130,8 +130,8 @@ function groupsOf(given, groups) {
         null,
         el("h2", null, el("button.fold", { type: "button", "aria-expanded": isOpen, onclick: toggle }, name)),
         el("small", null, counted(group.cards.length, "chart")),
-        live ? liveLine(live, given.overview) : null,
         copyLink(hashOf({ view: "training", run: number, stage: group.name }), `stage ${name}`),
+        live ? liveLine(live, given.overview) : null,
       ),
       isOpen ? el("raywb-grid", { spec: specs }) : null,
     );

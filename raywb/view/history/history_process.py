@@ -1,0 +1,156 @@
+"""The process that reads a directory's history, seen from whoever asks it.
+
+It is started at the first question, ends when nobody has asked for some minutes, and is started
+again when it died. Its memory and time are its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import struct
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from raywb.errors import ServiceUnavailable
+from raywb.settings import child_environment, process_environment
+
+__all__ = ["LENGTH", "HistoryProcess"]
+
+#: The length of a message.
+LENGTH = struct.Struct(">I")
+
+#: It is ended when nobody has asked for so long, in seconds.
+IDLE_S = 300.0
+
+#: Longest that an answer may take, in seconds.
+ANSWER_S = 30.0
+
+#: Answers that may be waited for at the same time.
+QUEUE = 64
+
+
+class HistoryProcess:
+    """Asks ``python -m raywb.view.history`` about one service's directory.
+
+    Args:
+        directory: the service's directory.
+        idle_s: see :data:`IDLE_S`.
+    """
+
+    def __init__(self, directory: Path, *, idle_s: float = IDLE_S) -> None:
+        self.directory = directory
+        self._idle_s = idle_s
+        self._child: asyncio.subprocess.Process | None = None
+        self._turn = asyncio.Lock()
+        self._waiting = 0
+        self._idle: asyncio.TimerHandle | None = None
+        self._ending: asyncio.Task[None] | None = None
+        #: How often it was started.
+        self.starts = 0
+
+    @property
+    def pid(self) -> int | None:
+        """The process's id; None while there is none."""
+        child = self._child
+        return child.pid if child is not None and child.returncode is None else None
+
+    async def start(self) -> None:
+        """Start it, if it does not run."""
+        async with self._turn:
+            await self._running()
+
+    async def ask(self, request: msgspec.Struct) -> bytes:
+        """The JSON that answers a request.
+
+        Raises:
+            ServiceUnavailable: there is no answer; the message says why.
+        """
+        if self._waiting >= QUEUE:
+            raise ServiceUnavailable("too many questions at once; ask again in a moment")
+        self._waiting += 1
+        try:
+            async with self._turn:
+                reply = await self._ask(msgspec.json.encode(request))
+        finally:
+            self._waiting -= 1
+        if reply[:1] != b"\1":
+            raise ServiceUnavailable(str(msgspec.json.decode(reply[1:])["error"]))
+        return reply[1:]
+
+    async def tell(self, request: msgspec.Struct) -> Any:
+        """The same, decoded."""
+        return msgspec.json.decode(await self.ask(request))
+
+    async def _ask(self, message: bytes) -> bytes:
+        if self._idle is not None:
+            self._idle.cancel()
+        child = await self._running()
+        try:
+            async with asyncio.timeout(ANSWER_S):
+                assert child.stdin is not None
+                assert child.stdout is not None
+                child.stdin.write(LENGTH.pack(len(message)) + message)
+                await child.stdin.drain()
+                header = await child.stdout.readexactly(LENGTH.size)
+                reply = await child.stdout.readexactly(LENGTH.unpack(header)[0])
+        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
+            await self._end()
+            raise ServiceUnavailable(
+                "the history's process ended or did not answer; it is started again at the next "
+                "question"
+            ) from error
+        except asyncio.CancelledError:
+            # Its answer would be taken for that to the next question.
+            self._kill()
+            raise
+        loop = asyncio.get_running_loop()
+        self._idle = loop.call_later(self._idle_s, self._rest)
+        return reply
+
+    async def _running(self) -> asyncio.subprocess.Process:
+        if self._child is not None and self._child.returncode is None:
+            return self._child
+        self.starts += 1
+        self._child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "raywb.view.history",
+            str(self.directory),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            limit=2**20,
+            env=child_environment(process_environment()),
+        )
+        return self._child
+
+    def _rest(self) -> None:
+        self._ending = asyncio.get_running_loop().create_task(self._rest_if_unused())
+
+    async def _rest_if_unused(self) -> None:
+        if not self._turn.locked():
+            async with self._turn:
+                await self._end()
+
+    def _kill(self) -> None:
+        if self._child is not None and self._child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                self._child.kill()
+        self._child = None
+
+    async def _end(self) -> None:
+        child = self._child
+        self._kill()
+        if child is not None:
+            if child.stdin is not None:
+                child.stdin.close()
+            await child.wait()
+
+    async def close(self) -> None:
+        """End it."""
+        if self._idle is not None:
+            self._idle.cancel()
+        await self._end()

@@ -1,0 +1,139 @@
+"""``raywb ui``: the page of a live service, or of what a run left in a directory."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import signal
+import webbrowser
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import click
+
+from raywb.settings import process_environment
+
+__all__ = ["can_open_browser", "serve_directory"]
+
+#: The port that is taken when it is free.
+DEFAULT_PORT = 8650
+
+
+def can_open_browser(environment: Mapping[str, str]) -> bool:
+    """Whether there is a screen that a browser could appear on."""
+    return bool(environment.get("DISPLAY") or environment.get("WAYLAND_DISPLAY"))
+
+
+def open_browser(url: str, *, wanted: bool | None) -> None:
+    """Show an address in a browser: when asked to, or when there is a screen."""
+    if wanted or (wanted is None and can_open_browser(process_environment())):
+        webbrowser.open(url)
+
+
+def serve_directory(
+    directory: Path,
+    *,
+    host: str,
+    port: int | None,
+    tell: Callable[[list[Path], str], None],
+) -> None:
+    """Serve the page of a run's directory, or of one that holds several, until it is interrupted.
+
+    Args:
+        directory: the service's directory, or one that holds such.
+        host: address to listen on; a token is needed unless it is a loopback address.
+        port: port to listen on; None is any.
+        tell: is told the directories, newest first, and the page's address, once it is served.
+
+    Raises:
+        DirectoryError: there is no run in it.
+        OSError: the address cannot be listened on.
+    """
+    from raywb.view.page.sources import find_directories
+
+    asyncio.run(_serve(find_directories(directory), host, port, tell))
+
+
+async def _serve(
+    directories: list[Path],
+    host: str,
+    port: int | None,
+    tell: Callable[[list[Path], str], None],
+) -> None:
+    from aiohttp import web
+
+    from raywb.view.page.application import Page, is_loopback_address, page_application
+    from raywb.view.page.sources import DirectorySource
+
+    loopback = host == "localhost" or is_loopback_address(host)
+    token = None if loopback else secrets.token_urlsafe(32)
+    source = DirectorySource(directories)
+    page = Page(source, mode=lambda: "loopback" if loopback else "network", token=token)
+    runner = web.AppRunner(page_application(page), access_log=None, shutdown_timeout=2.0)
+    await runner.setup()
+    try:
+        site = await _listen(runner, host, port)
+        shown = f"[{host}]" if ":" in host else host
+        query = f"?token={token}" if token else ""
+        source.begin()
+        tell(directories, f"http://{shown}:{site}/{query}")
+        await _interrupted()
+    finally:
+        await runner.cleanup()
+        await source.close()
+
+
+async def _listen(runner: object, host: str, port: int | None) -> int:
+    """Listen on the port, or without one on the usual one if it is free; returns the port."""
+    from aiohttp import web
+
+    assert isinstance(runner, web.AppRunner)
+    wanted = [DEFAULT_PORT, 0] if port is None else [port]
+    for number in wanted:
+        site = web.TCPSite(runner, host, number)
+        try:
+            await site.start()
+        except OSError:
+            if number == wanted[-1]:
+                raise
+            continue
+        break
+    return int(runner.addresses[0][1])
+
+
+async def _interrupted() -> None:
+    """Wait for Ctrl-C or SIGTERM."""
+    ended = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, ended.set)
+    try:
+        await ended.wait()
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):
+                loop.remove_signal_handler(number)
+
+
+@click.command()
+@click.argument("directory", required=False, type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=int, help=f"Port to listen on; by default {DEFAULT_PORT} if free.")
+@click.option("--open/--no-open", "wanted", default=None, help="Show it in a browser.")
+def ui(directory: Path | None, host: str, port: int | None, wanted: bool | None) -> None:
+    """Show runs in a web page: training, pipelines, nodes, delivery.
+
+    DIRECTORY is a run's (what start() printed as dir) or one that holds several: it is read and
+    left as it is, and no Ray is needed. Without it, the address of the live service's page is
+    printed.
+    """
+    if directory is None:
+        raise click.UsageError("name a directory")
+
+    def tell(directories: list[Path], url: str) -> None:
+        more = f" and {len(directories) - 1} more" if len(directories) > 1 else ""
+        click.echo(f"raywb: showing {directories[0]}{more}\n\n    {url}\n\nCtrl-C ends it.")
+        open_browser(url, wanted=wanted)
+
+    serve_directory(directory.absolute(), host=host, port=port, tell=tell)

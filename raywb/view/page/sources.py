@@ -1,0 +1,134 @@
+"""Where the page's answers come from: a live service, or the files of directories."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from raywb.errors import DirectoryError
+from raywb.service.left import load_left_state
+from raywb.service.state import FILE_NAME
+from raywb.view.history.answers import PointsRequest, SeriesRequest
+from raywb.view.history.directory import DirectoryRequest, is_worked_in, runs_of
+from raywb.view.history.history_process import HistoryProcess
+
+__all__ = ["DirectorySource", "PageSource", "UnknownRun", "find_directories"]
+
+#: Runs of the second directory are numbered from here, those of the third from twice that …:
+#: every service numbers its own from 1.
+NUMBERS_OF_A_DIRECTORY = 100_000_000
+
+
+class UnknownRun(Exception):
+    """There is no run with this number."""
+
+
+class PageSource(Protocol):
+    """Answers what the page asks.
+
+    Whoever answers a request raises :class:`UnknownRun`, or
+    :class:`raywb.errors.RaywbError` when there is no answer now.
+    """
+
+    async def overview(self) -> dict[str, Any]:
+        """The overview, less the present time."""
+        ...
+
+    async def series(self, request: SeriesRequest) -> bytes:
+        """JSON of a run's series."""
+        ...
+
+    async def points(self, request: PointsRequest) -> bytes:
+        """JSON of some series' values."""
+        ...
+
+    async def close(self) -> None:
+        """End what it started."""
+        ...
+
+
+def find_directories(directory: Path) -> list[Path]:
+    """The services' directories in a directory, or itself; newest first.
+
+    Raises:
+        DirectoryError: there is none.
+    """
+    if (directory / FILE_NAME).is_file():
+        return [directory]
+    files = [*directory.glob(f"*/{FILE_NAME}"), *directory.glob(f"*/*/{FILE_NAME}")]
+    if not files:
+        load_left_state(directory)  # says best what is wrong
+        raise DirectoryError(f"there is no run in {directory}")
+    files.sort(key=lambda file: file.stat().st_mtime, reverse=True)
+    return [file.parent for file in files]
+
+
+class DirectorySource:
+    """The runs of directories, from their files.
+
+    Args:
+        directories: the services', those that are to be shown first first.
+    """
+
+    def __init__(self, directories: list[Path]) -> None:
+        self._directories = directories
+        self._processes: dict[int, HistoryProcess] = {}
+        self._beginning: asyncio.Task[None] | None = None
+
+    def begin(self) -> None:
+        """Begin to read the first directory, before anybody asks; in a running loop."""
+        self._beginning = asyncio.get_running_loop().create_task(self._process(0).start())
+
+    def _process(self, number: int) -> HistoryProcess:
+        if number not in self._processes:
+            self._processes[number] = HistoryProcess(self._directories[number])
+        return self._processes[number]
+
+    def _place(self, run: int) -> tuple[HistoryProcess, int]:
+        directory, number = divmod(run, NUMBERS_OF_A_DIRECTORY)
+        if not 0 <= directory < len(self._directories):
+            raise UnknownRun
+        return self._process(directory), number
+
+    async def overview(self) -> dict[str, Any]:
+        """The overview of the first directory, with the runs of all of them."""
+        answer: dict[str, Any] = await self._process(0).tell(DirectoryRequest())
+        for at in range(1, len(self._directories)):
+            answer["runs"] += self._runs_elsewhere(at)
+        return answer
+
+    def _runs_elsewhere(self, at: int) -> list[dict[str, Any]]:
+        directory = self._directories[at]
+        try:
+            state = load_left_state(directory)
+        except DirectoryError:
+            return []
+        runs = runs_of(state, None, live=is_worked_in(directory))
+        return [{**run, "number": run["number"] + at * NUMBERS_OF_A_DIRECTORY} for run in runs]
+
+    async def series(self, request: SeriesRequest) -> bytes:
+        """JSON of a run's series."""
+        process, number = self._place(request.run)
+        return _renumbered(await process.ask(SeriesRequest(number)), number, request.run)
+
+    async def points(self, request: PointsRequest) -> bytes:
+        """JSON of some series' values."""
+        process, number = self._place(request.run)
+        request_there = msgspec.structs.replace(request, run=number)
+        return _renumbered(await process.ask(request_there), number, request.run)
+
+    async def close(self) -> None:
+        """End the processes."""
+        for process in self._processes.values():
+            await process.close()
+
+
+def _renumbered(answer: bytes, number: int, run: int) -> bytes:
+    """The answer begins with the run's number, which is another one for the page."""
+    begin = b'{"run":%d,' % number
+    if number == run or not answer.startswith(begin):
+        return answer
+    return b'{"run":%d,' % run + answer[len(begin) :]
