@@ -38,6 +38,16 @@ class Source extends EventTarget {
     return `${reading?.rows_read ?? 0}/${status?.outbox_rows ?? 0}`;
   }
 
+  /** Bring the overview's present time up to now: it stands still while nothing changes. */
+  tick() {
+    if (this.overview?.live) this.overview.now_s = this._toldAt.now_s + (performance.now() - this._toldAt.at) / 1000;
+  }
+
+  _told(overview) {
+    this.overview = overview;
+    this._toldAt = { now_s: overview.now_s, at: performance.now() };
+  }
+
   _changed(connection, trouble = "") {
     this.connection = connection;
     this.trouble = trouble;
@@ -69,9 +79,10 @@ export class Server extends Source {
     this.#events = events;
     events.addEventListener("overview", (event) => {
       this.#retry = 0;
-      this.overview = JSON.parse(event.data);
+      this._told(JSON.parse(event.data));
       this._changed(this.overview.live ? "live" : "ended");
     });
+    events.addEventListener("trouble", (event) => this._changed("lost", JSON.parse(event.data).error));
     events.onerror = async () => {
       if (events !== this.#events) return;
       const trouble = await this.#reason();
@@ -183,7 +194,7 @@ export class Report extends Source {
   constructor(data) {
     super();
     this.#data = data;
-    this.overview = data.overview;
+    this._told(data.overview);
   }
 
   start() {

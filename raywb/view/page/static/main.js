@@ -3,6 +3,7 @@
 import { openSource } from "raywb/data";
 import { bar, el, icon, morphChildren, say, table } from "raywb/dom";
 import { count, counted, moment } from "raywb/format";
+import { liveOf } from "raywb/live";
 import { currentRoute, linkTo, select, VIEWS } from "raywb/route";
 import { themeChanged, useSource } from "raywb/charts";
 import { delivery, noteDelivery } from "raywb/delivery";
@@ -44,8 +45,7 @@ function context() {
   const number = Number(route.run ?? latest.run);
   const run = latest.runs.find((one) => one.number === number) ?? null;
   const mine = series.run === number;
-  const isShown = (one) => one.run === number;
-  const live = latest.status?.live;
+  const isPresent = latest.status?.run.id === run?.id;
   return {
     source,
     overview: latest,
@@ -55,10 +55,8 @@ function context() {
     number,
     series: mine ? series.list : null,
     seriesTrouble: mine ? series.trouble : "",
-    pipelines: (live?.pipelines ?? []).filter(isShown),
-    stages: (live?.stages ?? []).filter(isShown),
-    nodeUsage: live?.nodes ?? [],
-    allNodes: live?.all_nodes ?? {},
+    isPresent,
+    ...liveOf(latest.status, number, isPresent, mine ? series.list : null),
   };
 }
 
@@ -74,6 +72,7 @@ function draw() {
 
 function drawNow() {
   const route = currentRoute();
+  source.tick();
   if (!source.overview) {
     drawFrame(route, null);
     const wait = source.trouble || CONNECTION[source.connection];
@@ -312,5 +311,6 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the hash is the route's
   main.focus();
 });
+setInterval(() => source.connection === "live" && !document.hidden && draw(), 5000); // ages grow
 draw();
 source.start();

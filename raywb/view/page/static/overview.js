@@ -87,7 +87,7 @@ function pipelineCard(one) {
     el("header", null, el("b.name", null, one.name), el("span.kind", null, "pipeline"), stateChip(one.state)),
     el("div.big", null, percent(one.percent), el("small", null, one.state === "running" ? `${perSecond(one.outputs_per_s)} out` : `in ${duration(one.duration_s)}`)),
     bar(one.percent / 100, `${one.name}: progress`, one.state === "failed" ? "bad" : ""),
-    el("footer", null, one.error ?? (one.state === "running" && bottleneck ? `held up by ${words(bottleneck.name)}` : `${count(one.outputs)} out, ${count(one.inputs_left)} inputs left`)),
+    el("footer", null, one.error ?? (one.state !== "done" && bottleneck ? `held up by ${words(bottleneck.name)}` : `${count(one.outputs)} out, ${count(one.inputs_left)} inputs left`)),
   );
 }
 

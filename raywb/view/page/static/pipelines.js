@@ -59,7 +59,7 @@ function stageBox({ route, number }, pipeline, stage, index) {
   const isSelected = route.stage === id;
   const hash = hashOf({ view: "pipelines", run: number, stage: id });
   const slots = stage.slots_used + stage.slots_empty;
-  const isHeldUp = stage.is_bottleneck && pipeline.state === "running";
+  const isHeldUp = stage.is_bottleneck && pipeline.state !== "done";
   const done = stage.tasks_known ? stage.tasks_completed / stage.tasks_known : 0;
   const lines = [
     ["queue", `${count(stage.queue_in)} in · ${count(stage.queue_out)} out`],
@@ -74,8 +74,8 @@ function stageBox({ route, number }, pipeline, stage, index) {
     { "data-id": id, "aria-current": isSelected ? "true" : null },
     el("header", null, el("span.index", null, index + 1), el("a.name", { href: isSelected ? linkTo("pipelines") : hash, title: stage.name }, words(stage.name).replace(/ stage$/, "")), copyLink(hash, `stage ${stage.name}`)),
     isHeldUp ? chip("bottleneck", "accent") : null,
-    el("div.count", null, el("b", null, count(stage.tasks_completed)), el("span", null, ` of ${count(stage.tasks_known)} tasks`)),
-    bar(done, `${stage.name}: tasks done`),
+    el("div.count", null, el("b", null, count(stage.tasks_completed)), el("span", null, stage.tasks_known === null ? " tasks" : ` of ${count(stage.tasks_known)} tasks`)),
+    stage.tasks_known === null ? null : bar(done, `${stage.name}: tasks done`),
     el("div.slots", { role: "img", "aria-label": `${stage.slots_used} of ${slots} slots in use` }, slotMarks(stage.slots_used, slots)),
     el("dl", null, lines.map(([name, text]) => el("div", null, el("dt", null, name), el("dd", null, text)))),
   );

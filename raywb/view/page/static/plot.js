@@ -84,7 +84,7 @@ export function makePlot(host, wanted) {
     legend: { show: false },
     scales: {
       x: { time: wanted.kind === "time", ...(wanted.range ? { range: () => [wanted.range.from, wanted.range.to] } : {}) },
-      y: wanted.log ? { distr: 3 } : { range: boundsOf(wanted.bounds) },
+      y: wanted.log ? { distr: 3, range: (plot, min, max) => (min === null ? [1, 10] : uPlot.rangeLog(min, max, 10, false)) } : { range: boundsOf(wanted.bounds) },
     },
     axes: [
       { ...axis, size: 26, gap: 4, space: 56, grid: { show: false }, values: xLabels(wanted.kind), ...(wanted.kind === "duration" ? { incrs: DURATIONS } : {}) },
@@ -183,11 +183,14 @@ function shortDuration(seconds) {
 }
 
 function yLabels(log) {
-  return (plot, splits) => splits.map((one) => (one === null ? "" : log && !isRound(one) ? "" : label(one)));
+  return (plot, splits) => {
+    const isWide = log && splits.length > 1 && splits[splits.length - 1] / splits[0] >= 100;
+    return splits.map((one) => (one === null || (isWide && !isPowerOfTen(one)) ? "" : label(one)));
+  };
 }
 
-/** On a logarithmic axis only the powers of ten are named. */
-function isRound(number) {
+/** On a wide logarithmic axis only these are named. */
+function isPowerOfTen(number) {
   const power = Math.log10(number);
   return Math.abs(power - Math.round(power)) < 1e-9;
 }
