@@ -27,10 +27,11 @@ GENERATOR = "raywb report"
 _MARK = f'<meta name="generator" content="{GENERATOR}">'
 
 _STYLE = """
-.report { margin: 0; padding: .5rem 1rem; font: .8125rem/1.45 system-ui, sans-serif;
+.report { margin: 0; padding: .5rem clamp(12px, 2vw, 24px);
+  font: .8125rem/1.45 system-ui, sans-serif;
   border-bottom: 1px solid color-mix(in srgb, currentColor 20%, transparent); }
 .report p, .report ul { margin: 0; overflow-wrap: anywhere; }
-.report ul { padding-left: 1.2rem; }
+.report ul { padding-left: 1.2rem; list-style: disc; font-weight: 600; }
 """
 
 

@@ -60,15 +60,13 @@ def node_heat_maps(bands: Iterable[Band]) -> list[HeatMap]:
         parts = band.key.split("/")
         if band.axis == NODES_AXIS and len(parts) == 3 and parts[2] in _WHAT:
             by_what.setdefault(parts[2], {})[parts[1]] = band
-    maps = (_heat_map(what, by_what[what]) for what in _WHAT if what in by_what)
-    return [one for one in maps if one is not None]
+    return [_heat_map(what, by_what[what]) for what in _WHAT if what in by_what]
 
 
-def _heat_map(what: str, bands: dict[str, Band]) -> HeatMap | None:
-    times = [x for band in bands.values() for x in band.x]
-    from_s, to_s = min(times), max(times)
-    if to_s <= from_s:
-        to_s = from_s + 1.0
+def _heat_map(what: str, bands: dict[str, Band]) -> HeatMap:
+    from_s = min(band.x[0] for band in bands.values())
+    # The last reading holds for a while, too.
+    to_s = max(band.x[-1] + (_pause_s(band) or 1.0) for band in bands.values())
     names = sorted(bands, key=lambda name: (name not in _OF_ALL, name))
     drawn = names[:MOST_NODES]
     return HeatMap(
@@ -82,10 +80,15 @@ def _heat_map(what: str, bands: dict[str, Band]) -> HeatMap | None:
     )
 
 
+def _pause_s(band: Band) -> float:
+    """The usual time between two readings; 0 where there is only one."""
+    pauses = [later - earlier for earlier, later in zip(band.x, band.x[1:], strict=False)]
+    return statistics.median(pauses) if pauses else 0.0
+
+
 def _row(band: Band, from_s: float, to_s: float) -> list[float]:
     """The value that held in the middle of each column."""
-    pauses = [later - earlier for earlier, later in zip(band.x, band.x[1:], strict=False)]
-    longest_s = _HOLDS * statistics.median(pauses) if pauses else math.inf
+    longest_s = _HOLDS * (_pause_s(band) or math.inf)
     row, at = [], 0
     for column in range(_COLUMNS):
         middle_s = from_s + (column + 0.5) * (to_s - from_s) / _COLUMNS

@@ -54,6 +54,8 @@ _STYLE = {
     "ytick.color": "#4a5161",
     "figure.facecolor": "white",
     "figure.constrained_layout.use": True,
+    "figure.constrained_layout.h_pad": 0.1,
+    "figure.constrained_layout.w_pad": 0.1,
     "axes.formatter.useoffset": False,
     "axes.formatter.limits": (-4, 6),
 }
