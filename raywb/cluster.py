@@ -136,6 +136,15 @@ def _present_cluster() -> Cluster:
     )
 
 
+def _dashboard() -> str | None:
+    """Address of Ray's dashboard; None where it has none, or this process does not know it."""
+    node = getattr(ray._private.worker.global_worker, "node", None)
+    address = getattr(node, "webui_url", None)
+    if not address:
+        return None
+    return address if "://" in address else f"http://{address}"
+
+
 def _cluster_id() -> str:
     cluster_id: str = ray._private.worker.global_worker.node.cluster_id.hex()
     return cluster_id
@@ -179,6 +188,7 @@ def make_service(
         settings=settings,
         group=group,
         session_dir=cluster.session_dir,
+        dashboard=_dashboard(),
     )
     return (
         ray.remote(RaywbService)

@@ -16,7 +16,7 @@ from raywb.connection import connection_for, present_connection, source_id_for
 from raywb.errors import NoClusterError, ServiceUnavailable, SettingsError
 from raywb.groups import Group, resolve_group
 from raywb.own_runs import check_own_run, log_metadata, open_own_run
-from raywb.reports import FinishReport, RunInfo, Status
+from raywb.reports import FinishReport, PageAddress, RunInfo, Status
 from raywb.settings import (
     Settings,
     explicit_settings,
@@ -31,6 +31,7 @@ __all__ = [
     "attach_for_callback",
     "attach_own_run",
     "finish",
+    "page_address",
     "running_client",
     "start",
     "status",
@@ -311,6 +312,12 @@ def status(*, timeout_s: float = 15.0) -> Status:
         ServiceUnavailable: no service runs on it, or it does not answer.
     """
     answer: Status = ray_side.call(_service(), "status", timeout_s=timeout_s)
+    return answer
+
+
+def page_address(*, timeout_s: float = 15.0) -> PageAddress:
+    """Where the service shows its page; raises what :func:`status` does."""
+    answer: PageAddress = ray_side.call(_service(), "page_address", timeout_s=timeout_s)
     return answer
 
 

@@ -15,6 +15,7 @@ from raywb.live import Live
 __all__ = [
     "FinishReport",
     "NodeStatus",
+    "PageAddress",
     "RankStatus",
     "RecoveryReport",
     "RunInfo",
@@ -319,6 +320,25 @@ class Status(msgspec.Struct, frozen=True, kw_only=True):
     stages: list[StageStatus] = []
     warnings: list[str] = []
     live: Live = Live()
+
+
+class PageAddress(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a service shows its page. It goes to whoever may call the actor, and is in no status.
+
+    Attributes:
+        mode: who is let in: ``loopback``, ``network`` or ``off``.
+        hostname: the head node's.
+        loopback_port: port on the head node's loopback; None where none could be had.
+        address: ``host:port`` that sources send to, and that the page answers on in the mode
+            ``network``.
+        token: what a viewer shows there; None in the other modes.
+    """
+
+    mode: str
+    hostname: str
+    loopback_port: int | None
+    address: str
+    token: str | None = None
 
 
 class FinishReport(msgspec.Struct, frozen=True, kw_only=True):

@@ -22,6 +22,7 @@ __all__ = ["Mode", "Settings", "find_api_key", "journal_base", "process_environm
 
 Mode = Literal["online", "offline", "disabled"]
 Fsync = Literal["off", "every_second", "each"]
+Ui = Literal["loopback", "network", "off"]
 
 #: Names of variables and what they set, in the order of the README.
 ENVIRONMENT = {
@@ -45,6 +46,7 @@ DEFAULT_BASE_URL = "https://api.wandb.ai"
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "mode": (None, *get_args(Mode)),
     "fsync": get_args(Fsync),
+    "ui": get_args(Ui),
 }
 
 
@@ -87,6 +89,9 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
             its node is brought home.
         node_metrics_interval_s: how often CPU, memory, disk, network and GPU utilization of every
             node are logged; 0 is never.
+        ui: who may open the web page: ``loopback``, whoever is on the head node or forwards a
+            port of it; ``network``, also who comes by the service's address and shows the token
+            that ``raywb ui`` prints; ``off``, nobody.
     """
 
     project: str | None = None
@@ -109,6 +114,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     sink_deadline_s: float = 90.0
     silent_after_s: float = 30.0
     node_metrics_interval_s: float = 15.0
+    ui: Ui = "loopback"
 
     def __post_init__(self) -> None:
         for key in ("project", "entity", "run_id"):

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import os
 import secrets
+import socket
 import threading
 import time
 from collections.abc import Callable, Coroutine
@@ -28,7 +29,14 @@ import msgspec
 from raywb import __version__
 from raywb.errors import ServiceUnavailable, SettingsConflict
 from raywb.groups import Group
-from raywb.reports import FinishReport, RunInfo, StageRunRequest, Status, SweepReport
+from raywb.reports import (
+    FinishReport,
+    PageAddress,
+    RunInfo,
+    StageRunRequest,
+    Status,
+    SweepReport,
+)
 from raywb.rows import PROTOCOL
 from raywb.service.background import Background
 from raywb.service.cluster_nodes import ClusterNodes
@@ -36,6 +44,7 @@ from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
 from raywb.service.inventory import NodeProbes
 from raywb.service.owner import OwnerWatch
+from raywb.service.page_source import ServiceSource, view_token
 from raywb.service.run_settings import describe_run, resolve_mode, settings_of
 from raywb.service.runs import Runs
 from raywb.service.state import (
@@ -49,6 +58,7 @@ from raywb.service.state import (
 from raywb.service.status import make_status
 from raywb.service.sweeps import Nodes, Sweeps
 from raywb.settings import Settings
+from raywb.view.page.application import Page
 
 __all__ = ["Boot", "RaywbService"]
 
@@ -72,6 +82,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
         settings: settings of whoever made the service.
         group: the group of the first run, and where its name came from.
         session_dir: Ray's session directory, when whoever made the service knew it.
+        dashboard: address of Ray's dashboard, when whoever made the service knew it.
     """
 
     directory: str
@@ -81,6 +92,7 @@ class Boot(msgspec.Struct, frozen=True, kw_only=True):
     settings: Settings
     group: Group
     session_dir: str | None = None
+    dashboard: str | None = None
 
 
 class RaywbService:
@@ -178,6 +190,10 @@ class RaywbService:
     def status(self, timeout_s: float = 10.0) -> Status:
         """The service at this moment."""
         return self._call(self._status(), timeout_s)
+
+    def page_address(self, timeout_s: float = 10.0) -> PageAddress:
+        """Where the page is, with what a viewer has to show."""
+        return self._call(self._page_address(), timeout_s)
 
     def finish(
         self, timeout_s: float, exit_code: int, swept: SweepReport | None = None
@@ -291,22 +307,29 @@ class RaywbService:
             delivery.ledger,
             state.token,
             state.cluster_id,
-            self._fsync(state),
+            self._last_settings(state).fsync,
             on_append=self._new_entries.set,
             liveness=delivery.liveness,
             silent_after_s=self._boot.settings.silent_after_s,
             run_closed=self._run_closed,
         )
+        runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
+        source = ServiceSource(self._directory, state, runs, self._status, self._boot.dashboard)
+        page = Page(
+            source,
+            mode=lambda: self._last_settings(state).ui,
+            token=view_token(state.token),
+            on_entitled=ingest.know_page,
+        )
         port = state.port if attempt <= PORT_ATTEMPTS else None
-        state.port = await ingest.listen(self._boot.host, port, delivery.blobs)
+        state.port = await ingest.listen(self._boot.host, port, delivery.blobs, page)
         try:
             save_state(self._directory, state)
         except OSError:
             await ingest.close()  # the next attempt wants the port
             raise
-        runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
         delivery.blobs.on_home = runs.wake
-        self._parts = _Parts(state, delivery, ingest, runs)
+        self._parts = _Parts(state, delivery, ingest, runs, source)
         for source_id, node_id in self._announced.items():
             delivery.liveness.announce(source_id, node_id)
         probes: object = self._nodes
@@ -334,9 +357,9 @@ class RaywbService:
         self._keep_running("the look for a key", background.look_for_key)
         self._up.set()
 
-    def _fsync(self, state: ServiceState) -> str:
-        """The last run's setting; before the first one, that of whoever made the service."""
-        return (settings_of(state.runs[-1]) if state.runs else self._boot.settings).fsync
+    def _last_settings(self, state: ServiceState) -> Settings:
+        """The last run's; before the first one, those of whoever made the service."""
+        return settings_of(state.runs[-1]) if state.runs else self._boot.settings
 
     def _run_closed(self) -> bool:
         runs = self._parts.runs if self._parts is not None else None
@@ -373,7 +396,7 @@ class RaywbService:
     def _begin_run(self, settings: Settings, group: Group, *, provisional: bool) -> RunState:
         parts = self._ready()
         run = parts.runs.begin(settings, group, self._boot.run_id, provisional=provisional)
-        parts.ingest.fsync = self._fsync(parts.state)
+        parts.ingest.fsync = self._last_settings(parts.state).fsync
         self._new_entries.set()
         return run
 
@@ -466,6 +489,17 @@ class RaywbService:
         problem = self._sweeps.problem if self._sweeps else None
         return {"sweeps": problem} if problem else {}
 
+    async def _page_address(self) -> PageAddress:
+        parts = self._ready()
+        mode = self._last_settings(parts.state).ui
+        return PageAddress(
+            mode=mode,
+            hostname=socket.gethostname(),
+            loopback_port=parts.ingest.loopback_port,
+            address=self._address,
+            token=view_token(parts.state.token) if mode == "network" else None,
+        )
+
     async def _outstanding(self) -> list[str] | None:
         await self._up.wait()
         parts = self._ready()
@@ -524,6 +558,7 @@ class RaywbService:
         await asyncio.gather(*self._tasks, return_exceptions=True)
         if self._parts is not None:
             await self._parts.ingest.close()
+            await self._parts.page_source.close()
         if self._delivery is not None:
             self._delivery.close()
         if self._lock_fd is not None:
@@ -537,3 +572,4 @@ class _Parts(NamedTuple):
     delivery: Delivery
     ingest: Ingest
     runs: Runs
+    page_source: ServiceSource

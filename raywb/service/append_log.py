@@ -19,7 +19,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["AppendLog", "Damage", "Record", "sync_and_close"]
+__all__ = [
+    "AppendLog",
+    "Damage",
+    "Record",
+    "Segment",
+    "is_undamaged",
+    "record_bounds",
+    "sync_and_close",
+]
 
 #: Size at which a new segment begins.
 SEGMENT_BYTES = 64 * 1024 * 1024
@@ -45,6 +53,14 @@ class Damage(NamedTuple):
 
     next_position: int
     data: bytes
+
+
+class Segment(NamedTuple):
+    """A file of the log: the position at which it begins, and how much of it belongs to the log."""
+
+    start: int
+    size: int
+    path: Path
 
 
 class AppendLog:
@@ -208,14 +224,18 @@ class AppendLog:
         """Yield the records from ``position`` to the end as it is at the start of the call."""
         return (piece for piece in self.read_all(position) if isinstance(piece, Record))
 
-    def read_all(self, position: int) -> Iterator[Record | Damage]:
-        """Yield the records, as :meth:`read` does, and what is damaged between them."""
+    def segments(self, position: int) -> Iterator[Segment]:
+        """Yield the files that hold what lies behind ``position``, as far as the log goes now."""
         end = self.end
         for start in self._starts():
             path = self._path(start)
             size = min(path.stat().st_size, end - start)
-            if start + size <= position or size <= 0:
-                continue
+            if start + size > position and size > 0:
+                yield Segment(start, size, path)
+
+    def read_all(self, position: int) -> Iterator[Record | Damage]:
+        """Yield the records, as :meth:`read` does, and what is damaged between them."""
+        for start, size, path in self.segments(position):
             with (
                 open(path, "rb") as file,
                 mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as view,
@@ -256,6 +276,26 @@ def sync_and_close(fd: int) -> None:
         os.fdatasync(fd)
     finally:
         os.close(fd)
+
+
+def record_bounds(view: memoryview, offset: int) -> tuple[int, int] | None:
+    """Where the data of the record at ``offset`` begin and end.
+
+    Returns:
+        None when its header is not whole, or is none. Its data may go beyond the view, and are to
+        be checked with :func:`is_undamaged`.
+    """
+    if offset + _HEADER.size > len(view):
+        return None
+    mark, length, _ = _HEADER.unpack_from(view, offset)
+    begin = offset + _HEADER.size
+    return (begin, begin + length) if mark == _MARK else None
+
+
+def is_undamaged(view: memoryview, begin: int, end: int) -> bool:
+    """Whether the data of a record have the checksum that stands in its header before them."""
+    crc: int = _HEADER.unpack_from(view, begin - _HEADER.size)[2]
+    return zlib.crc32(view[begin:end]) == crc
 
 
 def _whole_record(view: mmap.mmap, offset: int) -> int | None:

@@ -39,6 +39,7 @@ from raywb.rows import MAX_ARTIFACT_BYTES, PROTOCOL, is_digest
 from raywb.service.blobs import BlobStore
 from raywb.service.ledger import Ledger
 from raywb.service.liveness import Liveness
+from raywb.view.page.application import Page, is_loopback_address
 
 __all__ = ["MAX_BODY_BYTES", "Ingest"]
 
@@ -59,6 +60,9 @@ BODY_STALL_S = 5.0
 #: these there may be.
 STRANGER_S = 10.0
 MAX_STRANGERS = 500
+
+#: Connections of pages that may stay like those that have shown the token.
+MAX_PAGES = 256
 
 #: Pieces of blobs that are in memory at the same time. Who finds no place is told to come again.
 PIECES_AT_ONCE = 8
@@ -169,7 +173,11 @@ class Ingest:
         self._reading = asyncio.Semaphore(BODIES_AT_ONCE)
         #: Connections that have shown the token.
         self._known: set[RequestHandler] = set()
+        #: Connections on which a page was answered.
+        self._pages: set[RequestHandler] = set()
         self._doorman: asyncio.Task[None] | None = None
+        #: Port on which loopback answers; None where it could not be had.
+        self.loopback_port: int | None = None
         #: When each source was last heard, on the monotonic clock.
         self.heard: dict[str, float] = {}
         #: When each source last had something to give.
@@ -179,13 +187,18 @@ class Ingest:
         #: Why the ledger takes nothing at present, if it does not.
         self.ledger_error: str | None = None
 
-    async def listen(self, host: str, port: int | None, blobs: BlobStore) -> int:
+    async def listen(
+        self, host: str, port: int | None, blobs: BlobStore, page: Page | None = None
+    ) -> int:
         """Begin to listen; returns the port.
+
+        With a page it listens on loopback, too, on the same port if that is free there.
 
         Args:
             host: address of this machine.
             port: the port to take, or None for any free one.
             blobs: where the contents of artifacts go.
+            page: the page, which is served beside the sources.
 
         Raises:
             OSError: the port is taken.
@@ -193,22 +206,37 @@ class Ingest:
         app = web.Application(client_max_size=MAX_BODY_BYTES)
         app.router.add_post("/v1/frames", self._frames)
         app.router.add_put("/v1/blobs/{digest}", functools.partial(self._piece, blobs))
+        if page is not None:
+            page.add_to(app)
         # What is compressed would be as large as it likes in memory; no client of ours does it.
         self._runner = web.AppRunner(
             app, access_log=None, auto_decompress=False, lingering_time=2.0
         )
         await self._runner.setup()
-        listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listener.bind((host, port or 0))
+            bound = await _listen_on(self._runner, host, port or 0)
         except OSError:
-            listener.close()
             await self._runner.cleanup()
             raise
-        await web.SockSite(self._runner, listener).start()
+        if page is not None:
+            self.loopback_port = await self._listen_on_loopback(self._runner, host, bound)
         self._doorman = asyncio.create_task(self._send_strangers_away(self._runner))
-        return int(listener.getsockname()[1])
+        return bound
+
+    async def _listen_on_loopback(self, runner: web.AppRunner, host: str, port: int) -> int | None:
+        if is_loopback_address(host) or host in ("localhost", "0.0.0.0", "::"):
+            return port
+        for wanted in (port, 0):
+            try:
+                return await _listen_on(runner, "127.0.0.1", wanted)
+            except OSError as error:
+                _log.info("raywb: the page cannot listen on 127.0.0.1:%d: %s", wanted, error)
+        return None
+
+    def know_page(self, request: web.Request) -> None:
+        """A page was entitled to ask on this connection: it may stay, within a bound."""
+        if len(self._pages) < MAX_PAGES:
+            self._pages.add(request.protocol)
 
     async def close(self) -> None:
         """Stop listening."""
@@ -225,7 +253,9 @@ class Ingest:
             now = time.monotonic()
             present = set(runner.server.connections if runner.server else ())
             self._known &= present
-            since = {connection: since.get(connection, now) for connection in present - self._known}
+            self._pages &= present
+            strangers = present - self._known - self._pages
+            since = {connection: since.get(connection, now) for connection in strangers}
             by_age = sorted(since, key=since.__getitem__)
             too_many = len(by_age) - MAX_STRANGERS
             for number, connection in enumerate(by_age):
@@ -391,6 +421,23 @@ class Ingest:
         finally:
             self._pieces -= 1
         return web.json_response({"end": end, "whole": whole})
+
+
+async def _listen_on(runner: web.AppRunner, host: str, port: int) -> int:
+    """Listen on an address, too; returns the port.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        await web.SockSite(runner, listener).start()
+    except OSError:
+        listener.close()
+        raise
+    return int(listener.getsockname()[1])
 
 
 async def _read_body(request: web.Request) -> bytes | None:

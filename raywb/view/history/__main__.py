@@ -15,37 +15,44 @@ from pathlib import Path
 
 import msgspec
 
-from raywb.view.history.answers import (
-    PointsRequest,
-    SeriesRequest,
-    answer_points,
-    answer_series,
-)
-from raywb.view.history.directory import DirectoryRequest, LeftRuns
+from raywb.service.live_rows import LiveRows
+from raywb.view.history.answers import answer_points, answer_series
+from raywb.view.history.directory import LeftRuns
 from raywb.view.history.history_process import LENGTH
 from raywb.view.history.outbox_reader import OutboxReader
+from raywb.view.history.requests import (
+    DirectoryRequest,
+    PointsRequest,
+    Progress,
+    ProgressRequest,
+    SeriesRequest,
+)
 
 __all__ = ["main"]
 
 #: How often it is looked whether the outbox has grown, in seconds.
 LOOK_S = 0.5
 
-_requests = msgspec.json.Decoder(SeriesRequest | PointsRequest | DirectoryRequest)
+_requests = msgspec.json.Decoder(SeriesRequest | PointsRequest | DirectoryRequest | ProgressRequest)
 
 
 class _Answering:
     def __init__(self, directory: Path) -> None:
-        self.reader = OutboxReader(directory / "outbox")
-        self._left = LeftRuns(directory, self.reader)
+        live_rows = LiveRows()
+        self.reader = OutboxReader(directory / "outbox", on_item=live_rows.take)
+        self._left = LeftRuns(directory, self.reader, live_rows)
 
     def answer(self, message: bytes) -> bytes:
         """The answer to one request; an error becomes one sentence."""
+        answer: object
         try:
             match _requests.decode(message):
-                case SeriesRequest() as request:
-                    answer = answer_series(self.reader, request)
+                case SeriesRequest() as asked:
+                    answer = answer_series(self.reader, asked)
                 case PointsRequest() as request:
                     answer = answer_points(self.reader, request)
+                case ProgressRequest(run):
+                    answer = Progress(self.reader.reading(run), self.reader.seen())
                 case DirectoryRequest():
                     answer = self._left.describe()
         except Exception as error:  # noqa: BLE001 - whoever asked is told, and others go on
@@ -61,8 +68,10 @@ def main(directory: Path) -> None:
     more = True
     while True:
         ready = select.select([requests], [], [], 0 if more else LOOK_S)[0]
+        # Nobody is answered before there is something, nor with less than there is by now.
+        if not ready or reader.position == 0 or not more:
+            more = (more or reader.look()) and reader.read_some()
         if not ready:
-            more = reader.read_some() if more or reader.look() else False
             continue
         header = _read(requests, LENGTH.size)
         if header is None:

@@ -2,58 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 import numpy as np
 
 from raywb.view.history.columns import Points
 from raywb.view.history.downsampling import downsample
 from raywb.view.history.outbox_reader import OutboxReader
+from raywb.view.history.requests import PointsRequest, SeriesRequest
 from raywb.view.history.run_history import RunHistory
 
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["PointsRequest", "SeriesRequest", "answer_points", "answer_series", "progress"]
-
-
-class SeriesRequest(msgspec.Struct, frozen=True, tag="series"):
-    """Which series a run has."""
-
-    run: int
-
-
-class PointsRequest(msgspec.Struct, frozen=True, tag="points"):
-    """The values of some series.
-
-    Attributes:
-        points: most buckets of each.
-        begin, end: range of x.
-        x: ``axis`` is each series' own step axis, ``time`` seconds since the epoch, ``row``
-            W&B's row number.
-    """
-
-    run: int
-    keys: list[str]
-    points: int = 600
-    begin: float | None = None
-    end: float | None = None
-    x: Literal["axis", "time", "row"] = "axis"
-
-
-def progress(reader: OutboxReader, number: int) -> dict[str, int]:
-    """How many rows of a run were read, and how many there are; a guess until all are read."""
-    run = reader.runs.get(number)
-    rows = run.rows if run is not None else 0
-    total = rows
-    if reader.position < reader.end:
-        total = max(rows + 1, round(rows * reader.end / max(reader.position, 1)))
-    return {
-        "rows_read": rows,
-        "rows_total": total,
-        "rows_thinned": run.thinned_rows if run is not None else 0,
-    }
+__all__ = ["answer_points", "answer_series"]
 
 
 def answer_series(reader: OutboxReader, request: SeriesRequest) -> dict[str, Any]:
@@ -62,7 +24,7 @@ def answer_series(reader: OutboxReader, request: SeriesRequest) -> dict[str, Any
     return {
         "run": request.run,
         "series": [run.summary_of(key) for key in run.keys],
-        **progress(reader, request.run),
+        **reader.reading(request.run),
     }
 
 
@@ -84,7 +46,7 @@ def answer_points(reader: OutboxReader, request: PointsRequest) -> dict[str, Any
             "mean": buckets.mean,
             "points": buckets.points,
         }
-    return {"run": request.run, "x": request.x, "series": series, **progress(reader, request.run)}
+    return {"run": request.run, "x": request.x, "series": series, **reader.reading(request.run)}
 
 
 def _x_of(

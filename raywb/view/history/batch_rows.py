@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     Bools = npt.NDArray[np.bool_]
     Floats = npt.NDArray[np.float64]
 
-__all__ = ["BatchRows", "Items", "Layouts", "pack_items"]
+__all__ = ["BatchRows", "Items", "Layouts", "locate_items"]
 
 #: Fewer rows than this are decoded one by one: to read them in one go would take longer.
 FEWEST_ROWS = 6
@@ -30,14 +30,14 @@ FEWEST_ROWS = 6
 #: Layouts that are tried on rows of one length and first key before they are decoded.
 LAYOUTS_OF_A_KIND = 12
 
+#: Rows of one layout among the samples of one piece.
+SAMPLES = 12
+
 #: Layouts that are kept.
 MAX_LAYOUTS = 5_000
 
 #: Bytes of a row's first key that tell rows apart.
 _HEAD_BYTES = 64
-
-#: What may be looked at behind the last row.
-_PADDING = bytes(256)
 
 #: How many bytes the number of a run has behind its first one, which tells it.
 _RUN_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
@@ -49,15 +49,15 @@ _decoder = msgspec.msgpack.Decoder(Item)
 
 
 class Items(NamedTuple):
-    """The items of some batches, in one piece.
+    """The items of some batches.
 
     Attributes:
-        data: their bytes, and some behind them.
+        data: where they lie, with some bytes behind them.
         offsets, lengths: where each is.
         batch: the number of each one's batch among these.
     """
 
-    data: bytes
+    data: bytearray
     offsets: Ints
     lengths: Ints
     batch: Ints
@@ -68,14 +68,24 @@ class Items(NamedTuple):
         return memoryview(self.data)[begin : begin + int(self.lengths[index])]
 
 
-def pack_items(raw: list[msgspec.Raw], counts: list[int]) -> Items:
-    """Put items together; ``counts`` says how many are of each batch."""
-    lengths = np.fromiter(map(len, raw), np.int64, len(raw))
+def locate_items(data: bytearray, batches: list[tuple[int, int]], lengths: list[int]) -> Items:
+    """Find where items lie that follow each other in batches.
+
+    Args:
+        data: where they lie.
+        batches: where the first item of each batch begins, and how many it has.
+        lengths: of all items.
+    """
+    length = np.array(lengths, np.int64)
+    counts = np.array([count for _, count in batches])
+    behind = np.cumsum(length)
+    first = np.cumsum(counts) - counts
+    shift = np.array([begin for begin, _ in batches]) - (behind - length)[first]
     return Items(
-        data=b"".join([*raw, _PADDING]),
-        offsets=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        batch=np.repeat(np.arange(len(counts)), counts),
+        data=data,
+        offsets=behind - length + np.repeat(shift, counts),
+        lengths=length,
+        batch=np.repeat(np.arange(len(batches)), counts),
     )
 
 
@@ -125,8 +135,7 @@ class BatchRows:
         self._time = np.zeros(count)
         self._logged = np.zeros(count, np.int64)
         self._groups: list[_Group] = []
-        self._decoded: dict[int, OutRow] = {}
-        self._defines: list[tuple[int, OutDefine]] = []
+        self._decoded: dict[int, Item] = {}
         self._kept: Bools = np.ones(count, bool)
 
     def take(self, first_rows: list[dict[int, int]], run: Callable[[int], RunHistory]) -> int:
@@ -142,9 +151,10 @@ class BatchRows:
         bad = self._decode(self._sort())
         if bad:
             self._kept = ~np.isin(self._items.batch, list(bad))
-        for index, define in self._defines:
-            if self._kept[index]:
-                run(define.run).define(define)
+        for index in sorted(self._decoded):
+            item = self._decoded[index]
+            if isinstance(item, OutDefine) and self._kept[index]:
+                run(item.run).define(item)
         for group in self._groups:
             self._time[group.indices] = _column(group.layout.time, group.rows)
             self._logged[group.indices] = _column(group.layout.logged, group.rows)
@@ -158,6 +168,19 @@ class BatchRows:
         for number, some in pieces.items():
             run(number).add(some)
         return len(bad)
+
+    def samples(self) -> Iterator[Item]:
+        """Some of the items in their order: all that were decoded, and of each layout a few rows.
+
+        The last row of each layout is among them. To be called behind :meth:`take`.
+        """
+        chosen = {*self._decoded}
+        for group in self._groups:
+            at = np.linspace(0, len(group.indices) - 1, min(len(group.indices), SAMPLES))
+            chosen.update(group.indices[at.astype(np.intp)].tolist())
+        for index in sorted(chosen):
+            if self._kept[index]:
+                yield self._decoded.get(index) or _decoder.decode(self._items.item(index))
 
     # -- which rows there are -------------------------------------------------------------------
 
@@ -233,12 +256,11 @@ class BatchRows:
                 rest.append(int(left[0]))
                 left, rows = left[1:], rows[1:]
             else:
-                differing = rows.view(np.uint64) ^ layout.words
-                differing &= layout.mask
-                other = differing.any(axis=1)
-                if not other.any():
+                same = (rows.view(np.uint64) & layout.mask) == layout.words
+                if same.all():
                     self._groups.append(_Group(layout, left, rows))
                     return rest
+                other = ~same.all(axis=1)
                 if not other.all():
                     self._groups.append(_Group(layout, left[~other], rows[~other]))
                 left, rows = left[other], rows[other]
@@ -256,15 +278,12 @@ class BatchRows:
             except msgspec.DecodeError:
                 bad.add(int(self._items.batch[index]))
                 continue
+            self._decoded[index] = item
             if isinstance(item, OutRow):
-                self._decoded[index] = item
                 self._is_row[index] = True
                 self._run[index] = item.run
                 self._time[index] = item.time_s
                 self._logged[index] = item.logged
-            elif isinstance(item, OutDefine):
-                self._defines.append((index, item))
-        self._defines.sort(key=lambda one: one[0])
         return bad
 
     # -- their numbers --------------------------------------------------------------------------
@@ -311,8 +330,8 @@ class BatchRows:
             )
         decoded: dict[tuple[int, tuple[str, ...]], list[tuple[int, list[float]]]] = {}
         for index in sorted(self._decoded):
-            if self._kept[index]:
-                row = self._decoded[index]
+            row = self._decoded[index]
+            if isinstance(row, OutRow) and self._kept[index]:
                 numbers = {k: float(v) for k, v in row.metrics.items() if not isinstance(v, str)}
                 of_keys = decoded.setdefault((row.run, tuple(numbers)), [])
                 of_keys.append((index, list(numbers.values())))

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import msgspec
+from typing import TYPE_CHECKING, Any
 
 from raywb import __version__
-from raywb.live import Live
 from raywb.reports import SinkStatus, StageRunStatus, Status
 from raywb.service.left import load_left_state
+from raywb.service.live_rows import LiveRows
 from raywb.service.state import FILE_NAME, RunState, ServiceState
-from raywb.view.history.answers import progress
-from raywb.view.history.outbox_reader import OutboxReader
+from raywb.view.history.requests import Seen
 
-__all__ = ["DirectoryRequest", "LeftRuns", "is_worked_in", "overview_of", "runs_of"]
+if TYPE_CHECKING:
+    from raywb.view.history.outbox_reader import OutboxReader
+
+__all__ = ["LeftRuns", "is_worked_in", "runs_of"]
 
 _LOST = "raywb/lost/"
 
-
-class DirectoryRequest(msgspec.Struct, frozen=True, tag="directory"):
-    """What the directory says as a whole."""
+_NOTHING = Seen(0, 0, None, None)
 
 
 def is_worked_in(directory: Path) -> bool:
@@ -43,24 +42,20 @@ def is_worked_in(directory: Path) -> bool:
     )
 
 
-def runs_of(
-    state: ServiceState, reader: OutboxReader | None, *, live: bool, present: int | None = None
-) -> list[dict[str, Any]]:
+def runs_of(state: ServiceState, seen: Mapping[int, Seen], *, live: bool) -> list[dict[str, Any]]:
     """The runs of one directory in the shape of the page's API.
 
     Args:
         state: what the service wrote down.
-        reader: what was read of the outbox, as far as anything was.
+        seen: what was read of the outbox, by run, as far as anything was.
         live: whether a service works in the directory.
-        present: number of the cluster's present run; by default the last one.
     """
-    present = state.runs[-1].number if state.runs and present is None else present
     cluster_runs = {run.number for run in state.runs}
     found = []
     for run in state.all_runs:
-        history = reader.runs.get(run.number) if reader is not None else None
+        history = seen.get(run.number, _NOTHING)
         report = run.report
-        rows = history.rows if history is not None else 0
+        rows = history.rows
         if report is not None:
             rows = max(rows, report.delivered_rows + report.undelivered_rows)
         found.append(
@@ -76,19 +71,12 @@ def runs_of(
                 "state": _state_of(run, live=live),
                 "dir": run.info.dir,
                 "stage": None if run.number in cluster_runs else run.info.job_type,
-                "started_s": history.first_time_s if history is not None else None,
-                "ended_s": history.last_time_s if history is not None and report else None,
+                "started_s": history.first_time_s,
+                "ended_s": history.last_time_s if report is not None else None,
                 "rows": rows,
             }
         )
     return found
-
-
-def _state_of(run: RunState, *, live: bool) -> str:
-    """How a run stands: as its report says, else as far as the directory tells."""
-    if run.report is not None:
-        return run.report.state
-    return "running" if live else "unfinished"
 
 
 class LeftRuns:
@@ -97,11 +85,13 @@ class LeftRuns:
     Args:
         directory: the service's.
         reader: reads its outbox.
+        live_rows: is fed by the reader.
     """
 
-    def __init__(self, directory: Path, reader: OutboxReader) -> None:
+    def __init__(self, directory: Path, reader: OutboxReader, live_rows: LiveRows) -> None:
         self._directory = directory
         self._reader = reader
+        self._live_rows = live_rows
         self._state: ServiceState | None = None
         self._state_at = (0, 0)
 
@@ -122,101 +112,97 @@ class LeftRuns:
         return self._state
 
     def describe(self) -> dict[str, Any]:
-        """The overview.
+        """The overview in the shape of the page's API, less the present time.
 
         Raises:
             DirectoryError: the service's state cannot be read.
         """
-        live = is_worked_in(self._directory)
-        return overview_of(self.state, self._reader, live=live, snapshot=self._live())
+        state, live = self.state, is_worked_in(self._directory)
+        last = state.runs[-1] if state.runs else None
+        number = last.number if last is not None else 0
+        return {
+            "live": live,
+            "runs": runs_of(state, self._reader.seen(), live=live),
+            "run": number,
+            "status": self._status(state, last, live=live) if last is not None else None,
+            "reading": self._reader.reading(number),
+            "ray_dashboard": None,
+            "version": __version__,
+        }
 
-    def _live(self) -> Live:
-        """What the newest rows say."""
-        return Live()
-
-
-def overview_of(
-    state: ServiceState, reader: OutboxReader, *, live: bool, snapshot: Live
-) -> dict[str, Any]:
-    """The overview of one directory in the shape of the page's API."""
-    last = state.runs[-1] if state.runs else None
-    number = last.number if last is not None else 0
-    return {
-        "live": live,
-        "runs": runs_of(state, reader, live=live),
-        "run": number,
-        "status": _status(state, last, reader, snapshot, live=live) if last is not None else None,
-        "reading": progress(reader, number),
-        "ray_dashboard": None,
-        "version": __version__,
-    }
-
-
-def _status(
-    state: ServiceState, run: RunState, reader: OutboxReader, snapshot: Live, *, live: bool
-) -> Status:
-    history = reader.runs.get(run.number)
-    rows = history.rows if history is not None else 0
-    logged = history.logged if history is not None else 0
-    report = run.report
-    delivered = report.delivered_rows if report is not None else run.closed_rows or 0
-    problems = []
-    if report is None and not live:
-        problems.append(
-            "nobody ended this run, and no service works in its directory on this machine: what "
-            "W&B has of it is not known here; `raywb recover` brings it home"
+    def _status(self, state: ServiceState, run: RunState, *, live: bool) -> Status:
+        seen = self._reader.seen()
+        history = seen.get(run.number, _NOTHING)
+        report = run.report
+        problems = []
+        if report is None and not live:
+            problems.append(
+                "nobody ended this run, and no service works in its directory on this machine: "
+                "what W&B has of it is not known here, and `raywb recover` brings it home"
+            )
+        elif report is not None and report.message:
+            problems.append(report.message)
+        stage_runs = [one for one in state.stage_runs if one.parent in (0, run.number)]
+        return Status(
+            version=__version__,
+            run=run.info,
+            finished=report is not None,
+            address=None,
+            incarnation=state.incarnation,
+            received_rows=max(
+                report.received_rows if report else run.received_rows, history.logged
+            ),
+            outbox_rows=history.rows,
+            backlog_rows=_backlog(run, history),
+            lost=(report.lost if report else run.lost) or self._losses(run.number),
+            rejected=report.rejected if report else run.rejected,
+            after_finish_rows=0,
+            sink=_sink(run, live=live),
+            sources=[],
+            problems=problems,
+            unconfirmed=run.unconfirmed,
+            undelivered_updates=report.undelivered_updates if report else [],
+            stage_runs=[
+                StageRunStatus(
+                    run=one.info,
+                    state=_state_of(one, live=live),
+                    received_rows=seen.get(one.number, _NOTHING).logged,
+                    backlog_rows=_backlog(one, seen.get(one.number, _NOTHING)),
+                    sink=_sink(one, live=live),
+                )
+                for one in stage_runs
+            ],
+            live=self._live_rows.live([run.number, *(one.number for one in stage_runs)]),
         )
-    elif report is not None and report.message:
-        problems.append(report.message)
-    return Status(
-        version=__version__,
-        run=run.info,
-        finished=report is not None,
-        address=None,
-        incarnation=state.incarnation,
-        received_rows=max(report.received_rows if report else run.received_rows, logged),
-        outbox_rows=rows,
-        backlog_rows=report.undelivered_rows if report else max(rows - delivered, 0),
-        lost=(report.lost if report else run.lost) or _losses(reader, run.number),
-        rejected=report.rejected if report else run.rejected,
-        after_finish_rows=0,
-        sink=_sink(run, live=live),
-        sources=[],
-        problems=problems,
-        unconfirmed=run.unconfirmed,
-        undelivered_updates=report.undelivered_updates if report else [],
-        stage_runs=[_stage_run(one, reader, live=live) for one in state.stage_runs],
-        live=snapshot,
-    )
+
+    def _losses(self, number: int) -> dict[str, int]:
+        """What the service has logged of losses into a run; it does so every few seconds."""
+        history = self._reader.runs.get(number)
+        keys = [key for key in history.keys if key.startswith(_LOST)] if history else []
+        found = {key.removeprefix(_LOST): history.last(key) for key in keys} if history else {}
+        return {reason: int(count) for reason, count in found.items() if count > 0}
+
+
+def _state_of(run: RunState, *, live: bool) -> str:
+    """How a run stands: as its report says, else as far as the directory tells."""
+    if run.report is not None:
+        return run.report.state
+    return "running" if live else "unfinished"
+
+
+def _backlog(run: RunState, seen: Seen) -> int:
+    if run.info.mode == "disabled":
+        return 0
+    if run.report is not None:
+        return run.report.undelivered_rows
+    return max(seen.rows - (run.closed_rows or 0), 0)
 
 
 def _sink(run: RunState, *, live: bool) -> SinkStatus:
+    """How W&B's side stood; ``left`` is a run that nobody delivers."""
     report = run.report
     rows = report.delivered_rows if report is not None else run.closed_rows or 0
     state = "finished" if report is not None and report.complete else "running" if live else "left"
     if run.info.mode == "disabled":
         state = "disabled"
     return SinkStatus(state=state, applied_rows=rows, restarts=0, confirmed_rows=rows)
-
-
-def _stage_run(run: RunState, reader: OutboxReader, *, live: bool) -> StageRunStatus:
-    history = reader.runs.get(run.number)
-    rows = history.rows if history is not None else 0
-    report = run.report
-    return StageRunStatus(
-        run=run.info,
-        state=_state_of(run, live=live),
-        received_rows=report.received_rows if report else history.logged if history else 0,
-        backlog_rows=report.undelivered_rows if report else max(rows - (run.closed_rows or 0), 0),
-        sink=_sink(run, live=live),
-    )
-
-
-def _losses(reader: OutboxReader, number: int) -> dict[str, int]:
-    """The losses that the service has logged into a run; they are written every few seconds."""
-    history = reader.runs.get(number)
-    if history is None:
-        return {}
-    keys = [key for key in history.keys if key.startswith(_LOST)]
-    found = {key.removeprefix(_LOST): int(history.summary_of(key)["last"] or 0) for key in keys}
-    return {reason: count for reason, count in found.items() if count}

@@ -63,8 +63,12 @@ class HistoryProcess:
         async with self._turn:
             await self._running()
 
-    async def ask(self, request: msgspec.Struct) -> bytes:
+    async def ask(self, request: msgspec.Struct, *, idle: bool = False) -> bytes:
         """The JSON that answers a request.
+
+        Args:
+            request: one of :mod:`raywb.view.history.requests`.
+            idle: the process may end as if this had not been asked.
 
         Raises:
             ServiceUnavailable: there is no answer; the message says why.
@@ -75,6 +79,8 @@ class HistoryProcess:
         try:
             async with self._turn:
                 reply = await self._ask(msgspec.json.encode(request))
+            if not idle:
+                self._end_later()
         finally:
             self._waiting -= 1
         if reply[:1] != b"\1":
@@ -86,8 +92,6 @@ class HistoryProcess:
         return msgspec.json.decode(await self.ask(request))
 
     async def _ask(self, message: bytes) -> bytes:
-        if self._idle is not None:
-            self._idle.cancel()
         child = await self._running()
         try:
             async with asyncio.timeout(ANSWER_S):
@@ -107,9 +111,12 @@ class HistoryProcess:
             # Its answer would be taken for that to the next question.
             self._kill()
             raise
-        loop = asyncio.get_running_loop()
-        self._idle = loop.call_later(self._idle_s, self._rest)
         return reply
+
+    def _end_later(self) -> None:
+        if self._idle is not None:
+            self._idle.cancel()
+        self._idle = asyncio.get_running_loop().call_later(self._idle_s, self._rest)
 
     async def _running(self) -> asyncio.subprocess.Process:
         if self._child is not None and self._child.returncode is None:
@@ -131,9 +138,8 @@ class HistoryProcess:
         self._ending = asyncio.get_running_loop().create_task(self._rest_if_unused())
 
     async def _rest_if_unused(self) -> None:
-        if not self._turn.locked():
-            async with self._turn:
-                await self._end()
+        async with self._turn:
+            await self._end()
 
     def _kill(self) -> None:
         if self._child is not None and self._child.returncode is None:

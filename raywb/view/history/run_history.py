@@ -157,21 +157,25 @@ class RunHistory:
             return None
         return axis, define.step_sync is not False
 
+    def last(self, key: str) -> float:
+        """The newest value of a series."""
+        newest = max(self._of_key[key], key=lambda table: table.last_row)
+        return float(newest.last[newest.keys.index(key)])
+
     def summary_of(self, key: str) -> Mapping[str, float | int | str | None]:
         """One series in the list of all of them."""
         tables = self._of_key[key]
         columns = [table.keys.index(key) for table in tables]
-        newest = max(range(len(tables)), key=lambda at: tables[at].last_row)
         axis = self.axis_of(key)
         return {
             "key": key,
             "namespace": key.rpartition("/")[0],
             "axis": axis[0] if axis else None,
             "points": sum(table.size for table in tables),
-            "last": float(tables[newest].last[columns[newest]]),
-            "min": float(_least([t.low[c] for t, c in zip(tables, columns, strict=True)])),
-            "max": -float(_least([-t.high[c] for t, c in zip(tables, columns, strict=True)])),
-            "time_s": tables[newest].last_time_s,
+            "last": self.last(key),
+            "min": _least([t.low[c] for t, c in zip(tables, columns, strict=True)]),
+            "max": -_least([-t.high[c] for t, c in zip(tables, columns, strict=True)]),
+            "time_s": max(tables, key=lambda table: table.last_row).last_time_s,
         }
 
     def points(self, key: str) -> Points:

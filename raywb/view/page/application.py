@@ -31,7 +31,7 @@ import msgspec
 from aiohttp import web
 
 from raywb.errors import RaywbError
-from raywb.view.history.answers import PointsRequest, SeriesRequest
+from raywb.view.history.requests import PointsRequest, SeriesRequest
 from raywb.view.page.sources import PageSource, UnknownRun
 
 __all__ = ["Page", "is_loopback_address", "page_application"]

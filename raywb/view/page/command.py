@@ -6,15 +6,18 @@ import asyncio
 import contextlib
 import secrets
 import signal
+import socket
 import webbrowser
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import click
 
+from raywb.errors import ServiceUnavailable, SettingsError
+from raywb.reports import PageAddress
 from raywb.settings import process_environment
 
-__all__ = ["can_open_browser", "serve_directory"]
+__all__ = ["addresses", "can_open_browser", "serve_directory", "ui"]
 
 #: The port that is taken when it is free.
 DEFAULT_PORT = 8650
@@ -116,6 +119,55 @@ async def _interrupted() -> None:
                 loop.remove_signal_handler(number)
 
 
+def _show_live(wanted: bool | None) -> None:
+    from raywb.cli import _connect
+    from raywb.lifecycle import page_address
+
+    _connect()
+    page = page_address()
+    lines, url = addresses(page, socket.gethostname())
+    click.echo("\n".join(lines))
+    if url is not None:
+        open_browser(url, wanted=wanted)
+
+
+def addresses(page: PageAddress, hostname: str) -> tuple[list[str], str | None]:
+    """What a person on this machine is told of a live service's page.
+
+    Args:
+        page: what the service says.
+        hostname: this machine's.
+
+    Returns:
+        Lines, and the address that can be opened from here.
+
+    Raises:
+        SettingsError: the page is switched off.
+        ServiceUnavailable: it has no port.
+    """
+    if page.mode == "off":
+        raise SettingsError(
+            "the page is switched off (ui=off): start the run with ui='loopback' or 'network'"
+        )
+    if page.mode == "network" and page.token is not None:
+        url = f"http://{page.address}/?token={page.token}"
+        return [f"raywb: the page, for whoever has this address:\n\n    {url}\n"], url
+    port = page.loopback_port
+    if port is None:
+        raise ServiceUnavailable(
+            "the page has no port on the head node's loopback: all were taken when the service "
+            "began. Start the run with ui='network'"
+        )
+    url = f"http://localhost:{port}/"
+    if page.hostname == hostname:
+        return [f"raywb: the page, for whoever is on this machine:\n\n    {url}\n"], url
+    return [
+        f"raywb: the page answers on the head node only. Forward its port\n\n"
+        f"    ssh -N -L {port}:127.0.0.1:{port} {page.hostname}\n\n"
+        f"and open\n\n    {url}\n"
+    ], None
+
+
 @click.command()
 @click.argument("directory", required=False, type=click.Path(path_type=Path))
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
@@ -129,7 +181,8 @@ def ui(directory: Path | None, host: str, port: int | None, wanted: bool | None)
     printed.
     """
     if directory is None:
-        raise click.UsageError("name a directory")
+        _show_live(wanted)
+        return
 
     def tell(directories: list[Path], url: str) -> None:
         more = f" and {len(directories) - 1} more" if len(directories) > 1 else ""

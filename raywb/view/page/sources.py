@@ -11,9 +11,9 @@ import msgspec
 from raywb.errors import DirectoryError
 from raywb.service.left import load_left_state
 from raywb.service.state import FILE_NAME
-from raywb.view.history.answers import PointsRequest, SeriesRequest
-from raywb.view.history.directory import DirectoryRequest, is_worked_in, runs_of
+from raywb.view.history.directory import is_worked_in, runs_of
 from raywb.view.history.history_process import HistoryProcess
+from raywb.view.history.requests import DirectoryRequest, PointsRequest, SeriesRequest
 
 __all__ = ["DirectorySource", "PageSource", "UnknownRun", "find_directories"]
 
@@ -106,7 +106,7 @@ class DirectorySource:
             state = load_left_state(directory)
         except DirectoryError:
             return []
-        runs = runs_of(state, None, live=is_worked_in(directory))
+        runs = runs_of(state, {}, live=is_worked_in(directory))
         return [{**run, "number": run["number"] + at * NUMBERS_OF_A_DIRECTORY} for run in runs]
 
     async def series(self, request: SeriesRequest) -> bytes:

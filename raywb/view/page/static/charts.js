@@ -179,7 +179,7 @@ class RaywbChart extends HTMLElement {
   #frame() {
     const { title, sub, opens, height, lines } = this.#spec;
     this.#clear();
-    const host = el("div.plot", { role: "img", style: { height: `${height}px` } });
+    const host = el("div.plot", { role: "img", "aria-label": title, style: { height: `${height}px` } });
     const readout = el("span.readout");
     const name = opens ? el("a.title", { href: hashOf({ ...currentRoute(), key: opens }), title: opens }, title) : el("span.title", { title: lines[0]?.key }, title);
     const legend = lines.length > 1 ? el("ul.legend", null, lines.map((line, index) => el("li", { title: line.key }, el("i", { style: { "--colour": `var(--series-${(index % 8) + 1})` } }), el("span", null, line.label), el("b", null)))) : null;

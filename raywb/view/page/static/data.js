@@ -70,7 +70,7 @@ export class Server extends Source {
     this.#listen();
     addEventListener("pagehide", () => this.#events?.close());
     addEventListener("pageshow", (event) => event.persisted && this.#listen());
-    addEventListener("online", () => this.connection === "refused" && this.#listen());
+    addEventListener("online", () => ["lost", "refused"].includes(this.connection) && this.#listen());
   }
 
   #listen() {

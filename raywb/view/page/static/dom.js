@@ -186,7 +186,7 @@ function svgNode(name, attributes) {
 /** Names with their values; what has none is left out. */
 export function facts(pairs) {
   const known = pairs.filter(([, value]) => value !== null && value !== undefined && value !== "");
-  return el("dl.facts", null, known.map(([name, value]) => el("div", null, el("dt", null, name), el("dd", null, value))));
+  return el("dl.facts", null, known.map(([name, value, kind]) => el(`div${kind ? `.${kind}` : ""}`, null, el("dt", null, name), el("dd", null, value))));
 }
 
 /** A word with a colour: the word alone says it. */

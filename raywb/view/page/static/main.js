@@ -37,6 +37,7 @@ const dialog = document.getElementById("dialog");
 let series = { run: null, list: [], rows_read: 0, rows_total: 0 };
 let shown = "";
 let drawing = false;
+let wantsFilter = false;
 
 /** What every view gets: the overview, the selected run and its series, and what is selected. */
 function context() {
@@ -88,6 +89,10 @@ function drawNow() {
   }
   main.dataset.view = route.view;
   morphChildren(main, given.run ? [RENDER[route.view](given)].flat() : [noRun(given)]);
+  if (wantsFilter && document.getElementById("filter")) {
+    wantsFilter = false;
+    document.getElementById("filter").focus();
+  }
   const name = given.run?.name;
   document.title = `${name ? `${name} · ` : ""}${TITLES[route.view]} · raywb`;
   askForSeries(given.number);
@@ -269,10 +274,9 @@ function nextAxis() {
 }
 
 function focusFilter() {
-  if (!document.getElementById("filter")) {
-    location.hash = linkTo("training");
-  }
-  requestAnimationFrame(() => requestAnimationFrame(() => document.getElementById("filter")?.focus()));
+  wantsFilter = true;
+  if (!document.getElementById("filter")) location.hash = linkTo("training");
+  else draw();
 }
 
 addEventListener("keydown", (event) => {

@@ -125,7 +125,8 @@ function listing(given) {
 function each(names, known, usage, now, live) {
   const meter = (values, key, label) => (values[key] === undefined ? "–" : el("div.meter", null, bar(values[key] / 100, label, key.includes("memory") && values[key] > 95 ? "hot" : ""), el("span", null, percent(values[key]))));
   const hasGpus = names.some((name) => sum(known.get(name)?.gpus) || usage.get(name)?.values.gpu_percent !== undefined);
-  const heads = [{ text: "Node" }, { text: "CPU" }, { text: "Memory" }, ...(hasGpus ? [{ text: "GPU" }, { text: "GPU memory" }] : []), { text: "What it is" }];
+  const isKnown = known.size > 0;
+  const heads = [{ text: "Node" }, { text: "CPU" }, { text: "Memory" }, ...(hasGpus ? [{ text: "GPU" }, { text: "GPU memory" }] : []), ...(isKnown ? [{ text: "What it is" }] : [])];
   const rows = names.map((name) => {
     const node = known.get(name);
     const { values = {}, stale, time_s: time } = usage.get(name) ?? {};
@@ -136,7 +137,7 @@ function each(names, known, usage, now, live) {
       meter(values, "cpu_percent", `${name}: CPU`),
       meter(values, "memory_percent", `${name}: memory`),
       ...(hasGpus ? [meter(values, "gpu_percent", `${name}: GPU`), meter(values, "gpu_memory_percent", `${name}: GPU memory`)] : []),
-      node ? what(node) : "–",
+      ...(isKnown ? [node ? what(node) : "–"] : []),
     ];
   });
   return table("Nodes", heads, rows);

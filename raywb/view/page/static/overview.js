@@ -29,7 +29,7 @@ function head({ run, status, overview: { live, now_s: now, ray_dashboard: dashbo
       [run.ended_s ? "Took" : "For", run.started_s && end && duration(end - run.started_s)],
       ["Rows", count(run.rows)],
       ["raywb", version],
-      ["Files", el("code", null, run.dir)],
+      ["Files", el("code", null, run.dir), "wide"],
     ]),
   );
 }
@@ -71,7 +71,8 @@ export function sum(numbers) {
 function nowRunning(given) {
   const { pipelines, stages, overview: { live, now_s: now } } = given;
   const cards = [...pipelines.slice(0, LISTED).map(pipelineCard), ...stages.slice(0, LISTED).map((one) => stageCard(one, now, live))];
-  const more = Math.max(0, pipelines.length - LISTED) + Math.max(0, stages.length - LISTED);
+  const untold = given.isPresent ? (given.status.live.more_pipelines ?? 0) + (given.status.live.more_stages ?? 0) : 0;
+  const more = Math.max(0, pipelines.length - LISTED) + Math.max(0, stages.length - LISTED) + untold;
   const title = live && given.run.state === "running" ? "Now" : "Last state";
   if (!cards.length) {
     return section(title, { "data-stop": true, tabindex: -1 }, empty("Nothing has logged to this run yet. In a task, actor or driver: ", el("code", null, "raywb.attach(\"training/a\").log({\"loss\": 0.1}, step=1)"), "."));
@@ -101,7 +102,7 @@ function stageCard(one, now, live) {
     { href: linkTo("training", { stage: one.stage }), "data-id": `s ${one.stage}` },
     el("header", null, el("b.name", null, one.stage), el("span.kind", null, age)),
     el("div.big", null, one.step === null ? value(one.metrics[one.main]) : el("span", null, el("small", null, "step "), count(one.step)), el("small", null, one.steps_per_s ? perSecond(one.steps_per_s, "steps") : "")),
-    sparkline(one.history, `${one.main ?? one.stage}, over the run`),
+    one.history.length > 1 ? sparkline(one.history, `${one.main ?? one.stage}, over the run`) : null,
     el("footer", null, [main, ranks, slow].filter(Boolean).join(" · ")),
   );
 }

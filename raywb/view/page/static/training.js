@@ -84,11 +84,12 @@ function toolbar({ route, source }, shown, all) {
 export function grouped(series) {
   const groups = new Map();
   const families = new Map();
+  const axes = new Set(series.map((one) => one.axis));
   for (const one of series) {
     const rank = /^(.+)\/rank_(\d+)$/.exec(one.key);
     const base = rank ? rank[1] : one.key;
     const namespace = rank ? base.slice(0, Math.max(0, base.lastIndexOf("/"))) : one.namespace;
-    if (one.key === one.axis) continue; // its own axis: a straight line
+    if (axes.has(one.key)) continue; // over itself it is a straight line
     if (!groups.has(namespace)) groups.set(namespace, { name: namespace, cards: [] });
     const name = namespace && base.startsWith(`${namespace}/`) ? base.slice(namespace.length + 1) : base;
     const line = { key: one.key, label: rank ? `rank ${rank[2]}` : name };
