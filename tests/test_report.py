@@ -7,12 +7,14 @@ import math
 import os
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import Tab, chromium
 from click.testing import CliRunner, Result
 from local_service import LocalService, local_service
 
@@ -20,8 +22,6 @@ from raywb.cli import EXIT_DIRECTORY, main
 from raywb.service.outbox import Cursor, Outbox, OutRow
 from raywb.view.report import pictures
 from raywb.view.report.contents import MOST_POINTS, MOST_SERIES, collect
-
-CHROMIUM = shutil.which("chromium")
 
 STEPS = 1_500
 
@@ -51,23 +51,24 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 def log_everything(service: LocalService) -> None:
-    clients = {stage: service.client(stage) for stage in ("training/a", "xenna", "nodes", None)}
+    clients = {stage: service.client(stage) for stage in ("training/a", "nodes", None)}
     training = clients["training/a"]
     for step in range(STEPS):
         training.log({"loss": 5 * math.exp(-step / 300), "spike": float(step == 777)}, step=step)
         if step % 100 == 50:
             training.log({"valid/accuracy": step / STEPS}, step=step)
-    pipeline = clients["xenna"]
-    pipeline.define_metric("*", step_metric="pipeline_duration_s")
+    pipeline = clients[None].open_series("xenna", label="mine", axis="pipeline_duration_s")
+    of_a_stage = ("tasks_completed", "queue_in", "queue_out", "slots_used", "slots_empty")
+    of_a_stage += ("actors_ready", "actors_pending", "speed_tasks_per_s")
     for second in (number + 0.1234567 for number in range(20)):
-        stage = {f"stage/plan_stage/{key}": second for key in ("queue_in", "speed_tasks_per_s")}
         row = {"pipeline_duration_s": second, "progress": 5.0 * second, "outputs_per_s": 2.0}
-        pipeline.log(row | stage)
+        row |= {"num_input_remaining": 9, "num_outputs": 5, "main_loop_rate_hz": 9.5}
+        pipeline.log(row | {f"stage/plan_stage/{key}": int(second) for key in of_a_stage})
     nodes = clients["nodes"]
     nodes.define_metric("*", step_metric="time_s")
     for second in range(0, 150, 15):
         hosts = {f"host-{n}/cpu_percent": 10.0 * n + second / 3 for n in range(3)}
-        nodes.log({"time_s": second} | hosts)
+        nodes.log({"time_s": second, "alive": 3, "answered": 3} | hosts)
     for key in HOSTILE:
         clients[None].log({key: 1.0})
         clients[None].log({key: 2.0})
@@ -108,51 +109,23 @@ def number_of(text: str) -> float:
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    """A headless browser, for all tests of this module."""
-    playwright = pytest.importorskip("playwright.sync_api") if not os.environ.get("CI") else None
-    if playwright is None:
-        import playwright.sync_api as playwright
-    if CHROMIUM is None:
-        assert not os.environ.get("CI"), "Debian's chromium is not installed"
-        pytest.skip("Debian's chromium is not installed")
-    with playwright.sync_playwright() as driver:
-        launched = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield launched
-        launched.close()
+    with chromium() as started:
+        yield started
 
 
-class Page:
-    """A report in a browser, and everything that it asked for or complained of."""
+def open_report(browser: Any, path: Path, view: str) -> Tab:
+    """A view of the file in a tab."""
+    tab = Tab(browser, f"file://{path}")
+    tab.page.on("dialog", lambda dialog: tab.errors.append(f"dialog {dialog.message}"))
+    tab.show(view)
+    return tab
 
-    def __init__(self, browser: Any, path: Path, hash_: str = "") -> None:
-        self.path = path
-        self.complaints: list[str] = []
-        self.requests: list[str] = []
-        self.tab = browser.new_page(viewport={"width": 1280, "height": 900})
-        self.tab.on("console", lambda said: self.complaints.append(f"{said.type}: {said.text}"))
-        self.tab.on("pageerror", lambda error: self.complaints.append(str(error)))
-        self.tab.on("dialog", lambda dialog: self.complaints.append(f"dialog {dialog.message}"))
-        self.tab.on("request", lambda request: self.requests.append(request.url))
-        self.tab.goto(f"file://{path}{hash_}")
 
-    def show(self, hash_: str) -> None:
-        """Go to a view by its address."""
-        self.tab.evaluate("hash => { location.hash = hash }", hash_)
-
-    def readout(self, key: str) -> str:
-        """The value that is shown beside a chart's title."""
-        found = self.tab.locator(f'raywb-chart:has(.title[title="{key}"]) .readout b')
-        found.wait_for()
-        self.tab.wait_for_function("e => e.textContent.trim() !== ''", arg=found.element_handle())
-        return str(found.inner_text())
-
-    def close(self) -> None:
-        """Close it; nothing but the file itself was asked for, and nothing went wrong."""
-        outside = [
-            url for url in self.requests if not url.startswith(("data:", f"file://{self.path}"))
-        ]
-        self.tab.close()
-        assert (outside, self.complaints) == ([], [])
+def readout(tab: Tab, key: str) -> str:
+    """The value that is shown beside a chart's title."""
+    found = tab.page.locator(f'raywb-chart:has(.title[title="{key}"]) .readout b')
+    tab.page.wait_for_function("e => e.textContent.trim() !== ''", arg=found.element_handle())
+    return str(found.inner_text())
 
 
 def test_the_file_shows_what_the_outbox_holds(finished: Path, browser: Any, tmp_path: Path) -> None:
@@ -177,13 +150,16 @@ def test_the_file_shows_what_the_outbox_holds(finished: Path, browser: Any, tmp_
     assert points["training/a/loss"]["x"] == list(range(STEPS))
     assert points["xenna/progress"]["x"] == wanted["xenna/pipeline_duration_s"]
 
-    page = Page(browser, path, "#/training")
-    shown = page.readout("training/a/loss")
+    tab = open_report(browser, path, "training")
+    shown = readout(tab, "training/a/loss")
     assert number_of(shown) == pytest.approx(wanted["training/a/loss"][-1], rel=1e-3)
-    page.show("#/delivery")
-    page.tab.get_by_text(f"{len(rows):,}").first.wait_for()
-    assert page.tab.locator("#report").inner_text().startswith("Report of sky/1 </title>, written ")
-    page.close()
+    about = tab.page.locator("#report").inner_text()
+    assert about.startswith("Report of sky/1 </title>, written ")
+    tab.show("delivery").get_by_text(f"{len(rows):,}").first.wait_for()
+    tab.show("pipelines").get_by_text("19 of 66 tasks").first.wait_for()
+    tab.show("nodes").get_by_text("host-2").first.wait_for()
+    assert (tab.foreign_requests, tab.errors) == ([], [])
+    tab.close()
 
 
 def test_hostile_names_do_nothing(finished: Path, browser: Any, tmp_path: Path) -> None:
@@ -194,18 +170,17 @@ def test_hostile_names_do_nothing(finished: Path, browser: Any, tmp_path: Path) 
     assert len(re.findall("<script", text)) == len(re.findall("</script>", text)) == 3
     assert text.count("</title>") == 1
     assert "\u2028" not in text
-    page = Page(browser, path, "#/training")
+    tab = open_report(browser, path, "training")
     for key in HOSTILE[:4]:
         quoted = key.replace("\\", "\\\\").replace('"', '\\"')
-        page.tab.locator(f'.title[title="{quoted}"]').wait_for()
-    page.show("#/overview")
-    page.tab.get_by_role("heading", name="sky/1 </title>").wait_for()
-    assert page.tab.evaluate("document.querySelectorAll('img').length") == 0
+        tab.page.locator(f'.title[title="{quoted}"]').wait_for()
+    tab.show("overview").get_by_role("heading", name="sky/1 </title>").wait_for()
+    assert tab.page.evaluate("document.querySelectorAll('img').length") == 0
     tried = "fetch('data:,x').then(() => 'went', () => 'refused')"
-    assert page.tab.evaluate(tried) == "refused"
-    assert [said for said in page.complaints if "Content Security Policy" not in said] == []
-    page.complaints.clear()
-    page.close()
+    assert tab.page.evaluate(tried) == "refused"
+    assert [said for said in tab.errors if "Content Security Policy" not in said] == []
+    assert tab.foreign_requests == []
+    tab.close()
 
 
 def test_pictures_are_drawn(finished: Path, tmp_path: Path) -> None:
@@ -233,6 +208,18 @@ def test_pictures_are_drawn(finished: Path, tmp_path: Path) -> None:
     assert (directory / "pipeline_xenna.png").stat().st_mtime_ns > before
     assert "no picture of raywb's" in done.output
     assert (directory / "training-a.png").read_bytes() == b"somebody's own"
+
+
+def test_pictures_without_matplotlib(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is written all the same, and the message names the extra."""
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    path = tmp_path / "r.html"
+    done = write_report(finished, "--output", path, "--png", tmp_path / "pictures", code=1)
+    assert "pip install 'raywb[report]'" in done.output
+    assert path.exists()
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_what_is_replaced(finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

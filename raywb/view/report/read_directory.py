@@ -9,14 +9,11 @@ from typing import Any
 import msgspec
 
 from raywb.errors import DirectoryError
-from raywb.view.history.answers import (
-    PointsRequest,
-    SeriesRequest,
-    answer_points,
-    answer_series,
-)
+from raywb.service.live_rows import LiveRows
+from raywb.view.history.answers import answer_points, answer_series
 from raywb.view.history.directory import LeftRuns
 from raywb.view.history.outbox_reader import OutboxReader
+from raywb.view.history.requests import PointsRequest, SeriesRequest
 
 __all__ = ["ReadDirectory"]
 
@@ -32,13 +29,13 @@ class ReadDirectory:
     """
 
     def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._reader = OutboxReader(directory / "outbox")
-        self._left = LeftRuns(directory, self._reader)
+        live_rows = LiveRows()
+        self._reader = OutboxReader(directory / "outbox", on_item=live_rows.take)
+        left = LeftRuns(directory, self._reader, live_rows)
         try:
             while self._reader.read_some():
                 pass
-            self._overview: dict[str, Any] = _plain(self._left.describe())
+            self._overview: dict[str, Any] = _plain(left.describe())
         except OSError as error:
             raise DirectoryError(f"{directory} cannot be read: {error}") from error
 
