@@ -1,8 +1,12 @@
-"""The history of a run's series: what is read in columns is what the outbox holds, row by row."""
+"""The history of a run's series: what is read in columns is what the outbox holds, row by row.
+
+``RAYWB_LONG=1`` tries many more rows.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -19,6 +23,8 @@ from raywb.view.history.columns import THINNING, Points
 from raywb.view.history.downsampling import downsample
 from raywb.view.history.outbox_reader import OutboxReader
 from raywb.view.history.requests import PointsRequest, SeriesRequest
+
+LONG = bool(os.environ.get("RAYWB_LONG"))
 
 Series = dict[tuple[int, str], list[tuple[int, float, float]]]
 
@@ -94,7 +100,7 @@ def series_of_rows(draw: st.DrawFn) -> list[Any]:
     return draw(st.lists(st.one_of(rows, rows, rows, others), min_size=1, max_size=20))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3000 if LONG else 60, deadline=None)
 @given(data=st.data(), read_bytes=st.sampled_from([64, 2000, 1 << 20]))
 def test_columns_hold_what_the_outbox_gives(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, read_bytes: int
@@ -236,8 +242,11 @@ def test_buckets_keep_least_and_greatest(pairs: list[tuple[float, float]], limit
             assert math.isnan(mean) or least <= mean <= most
 
 
-def test_memory_is_bounded_and_extremes_stay(tmp_path: Path) -> None:
+def test_memory_is_bounded_and_extremes_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Beyond its limit the oldest rows are thinned, the answer says so, and no extreme is lost."""
+    monkeypatch.setattr("raywb.view.history.columns.BLOCK_ROWS", (64, 512))
     filled(tmp_path, 60_000, 1000)
     outbox = Outbox(tmp_path)
     for _ in outbox.recover():

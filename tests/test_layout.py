@@ -72,12 +72,19 @@ def test_only_the_hook_and_the_recipes_touch_xenna() -> None:
 def test_client_and_service_do_not_import_each_other() -> None:
     """They share rows, journals on disk, reports and settings.
 
-    Only raywb.cluster knows both, to make the actor; the command works without a cluster, too.
+    Only raywb.cluster knows both, to make the actor; the command works without a cluster, and the
+    page reads what the service wrote.
     """
-    assert {name for name in importers("raywb.service") if "/service/" not in name} == {
+    importing = {name for name in importers("raywb.service") if "/service/" not in name}
+    assert {name for name in importing if "/view/" not in name} == {
         "raywb/cli.py",
         "raywb/cluster.py",
     }
+    assert all(
+        name.startswith(("raywb/view/history/", "raywb/view/page/"))
+        for name in importing
+        if "/view/" in name
+    )
     client_side = {f"raywb.{name}" for name in ("client", "connection", "shipping")}
     client_side |= {"raywb.cluster", "raywb.lifecycle", "raywb.orphans", "raywb.sweep"}
     for path in modules("raywb/service"):

@@ -26,7 +26,7 @@ from raywb.service.blobs import BlobStore
 from raywb.service.delivery import Delivery
 from raywb.service.runs import Runs
 from raywb.service.sink_process import SinkProcess
-from raywb.service.state import RunState, ServiceState, load_state, lock_directory
+from raywb.service.state import RunState, load_left_state, lock_directory
 
 __all__ = [
     "Homecoming",
@@ -58,31 +58,6 @@ class Step(NamedTuple):
 
 #: Is told each step; it may be told the same one often.
 Tell = Callable[[Step], None]
-
-
-def load_left_state(directory: Path) -> ServiceState:
-    """What a service wrote down of itself in its directory.
-
-    Raises:
-        DirectoryError: the directory is not a service's, or its state cannot be read.
-    """
-    if not directory.is_dir():
-        raise DirectoryError(f"there is no directory {directory}")
-    try:
-        state = load_state(directory)
-    except (OSError, msgspec.DecodeError) as error:
-        raise DirectoryError(
-            f"{directory / 'service.json'} cannot be read ({error}): without it nobody knows which "
-            "runs the rows beside it belong to"
-        ) from error
-    if state is None:
-        inner = sorted(path.parent for path in directory.glob("*/service.json"))
-        hint = f"Did you mean {inner[0]}?" if inner else "It is what start() printed as dir"
-        raise DirectoryError(
-            f"{directory} is not the directory of a raywb service, there is no service.json in it. "
-            f"{hint}"
-        )
-    return state
 
 
 class LeftDirectory:

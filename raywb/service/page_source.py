@@ -59,7 +59,7 @@ class ServiceSource:
         self._runs = runs
         self._status = status
         self._dashboard = dashboard
-        self._process = HistoryProcess(directory)
+        self._process = HistoryProcess(directory, background=True)
         self._progress: Progress | None = None
         self._asking: asyncio.Task[None] | None = None
 

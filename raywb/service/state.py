@@ -16,6 +16,7 @@ from typing import Any
 
 import msgspec
 
+from raywb.errors import DirectoryError
 from raywb.groups import Group
 from raywb.reports import FinishReport, RunInfo, UnconfirmedSource
 
@@ -23,6 +24,7 @@ __all__ = [
     "Origin",
     "RunState",
     "ServiceState",
+    "load_left_state",
     "load_state",
     "lock_directory",
     "replace_file",
@@ -153,6 +155,31 @@ def load_state(directory: Path) -> ServiceState | None:
     if damage is not None:
         raise damage
     return None
+
+
+def load_left_state(directory: Path) -> ServiceState:
+    """What a service wrote down of itself in its directory.
+
+    Raises:
+        DirectoryError: the directory is not a service's, or its state cannot be read.
+    """
+    if not directory.is_dir():
+        raise DirectoryError(f"there is no directory {directory}")
+    try:
+        state = load_state(directory)
+    except (OSError, msgspec.DecodeError) as error:
+        raise DirectoryError(
+            f"{directory / 'service.json'} cannot be read ({error}): without it nobody knows which "
+            "runs the rows beside it belong to"
+        ) from error
+    if state is None:
+        inner = sorted(path.parent for path in directory.glob("*/service.json"))
+        hint = f"Did you mean {inner[0]}?" if inner else "It is what start() printed as dir"
+        raise DirectoryError(
+            f"{directory} is not the directory of a raywb service, there is no service.json in it. "
+            f"{hint}"
+        )
+    return state
 
 
 def _decode(path: Path) -> ServiceState:

@@ -1,8 +1,8 @@
 """``python -m tests.bench [PART …] [--quick]``: measure raywb against its peers, print a table.
 
-Parts: log, ingest, sink, latency, sources, import, memory, probes, training; all by default. Every
-part starts what it needs (service processes, W&B's real client, a real Ray cluster) and ends it.
-Timings on a busy machine are a busy machine's: the table says what the load was.
+Parts: log, ingest, sink, latency, sources, import, memory, probes, training, views; all by default.
+Every part starts what it needs (service processes, W&B's real client, a real Ray cluster) and ends
+it. Timings on a busy machine are a busy machine's: the table says what the load was.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ def main() -> int:
         "memory",
         "probes",
         "training",
+        "views",
     )
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(names))
     parser.add_argument("--quick", action="store_true", help="fewer rows and shorter times")
@@ -64,6 +65,7 @@ def main() -> int:
             start_up,
             throughput,
             training,
+            views,
         )
         from tests.bench.table import Line, machine, show
 
@@ -78,6 +80,7 @@ def main() -> int:
             "memory": lambda: memory.measure(quick=quick),
             "probes": lambda: probes.measure(quick=quick),
             "training": lambda: training.measure(directory / "training", quick=quick),
+            "views": lambda: views.measure(directory / "views", quick=quick),
         }
         before = machine()
         lines: list[Line] = []

@@ -1,4 +1,4 @@
-"""``python -m raywb.view.history DIR``: reads a service's directory and answers who started it.
+"""``python -m raywb.view.history [--background] DIR``: reads a directory, answers its parent.
 
 Requests come on the standard input, answers leave on the standard output, each four bytes of
 length (big endian) and a message: a request is JSON, an answer a byte that is 1 when all went
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import sys
 from pathlib import Path
 
@@ -65,7 +66,7 @@ def main(directory: Path) -> None:
     answering = _Answering(directory)
     reader = answering.reader
     requests, answers = sys.stdin.fileno(), sys.stdout.buffer
-    more = True
+    more = reader.look()
     while True:
         ready = select.select([requests], [], [], 0 if more else LOOK_S)[0]
         # Nobody is answered before there is something, nor with less than there is by now.
@@ -96,5 +97,8 @@ def _read(fd: int, length: int) -> bytes | None:
 
 
 if __name__ == "__main__":
-    os.nice(10)
-    main(Path(sys.argv[1]))
+    # Ctrl-C is for whoever started it, and ends its input.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "--background" in sys.argv[1:-1]:
+        os.nice(10)
+    main(Path(sys.argv[-1]))

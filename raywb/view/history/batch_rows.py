@@ -37,13 +37,23 @@ SAMPLES = 12
 MAX_LAYOUTS = 5_000
 
 #: Bytes of a row's first key that tell rows apart.
-_HEAD_BYTES = 64
+_HEAD_BYTES = 48
+
+#: Bytes behind a row that may be looked at.
+_BEHIND = 80
 
 #: How many bytes the number of a run has behind its first one, which tells it.
 _RUN_BYTES = {0xCC: 1, 0xCD: 2, 0xCE: 4, 0xCF: 8}
 
+#: By length of a first key, which of a head's bits belong to it.
+_HEAD_MASKS = np.array(
+    [[255] * length + [0] * (_HEAD_BYTES - length) for length in range(_HEAD_BYTES + 1)], np.uint8
+).view(np.uint64)
+
 #: Odd factors, so that different heads have different sums.
-_FACTORS = np.random.default_rng(1).integers(1, 2**63, _HEAD_BYTES // 8 + 2, np.uint64) | 1
+_FACTORS = np.array(
+    [pow(0x9E3779B97F4A7C15, 2 * n + 1, 1 << 64) for n in range(_HEAD_BYTES // 8 + 2)], np.uint64
+)
 
 _decoder = msgspec.msgpack.Decoder(Item)
 
@@ -52,12 +62,12 @@ class Items(NamedTuple):
     """The items of some batches.
 
     Attributes:
-        data: where they lie, with some bytes behind them.
+        data: where they lie.
         offsets, lengths: where each is.
         batch: the number of each one's batch among these.
     """
 
-    data: bytearray
+    data: memoryview
     offsets: Ints
     lengths: Ints
     batch: Ints
@@ -65,10 +75,10 @@ class Items(NamedTuple):
     def item(self, index: int) -> memoryview:
         """The bytes of one item."""
         begin = int(self.offsets[index])
-        return memoryview(self.data)[begin : begin + int(self.lengths[index])]
+        return self.data[begin : begin + int(self.lengths[index])]
 
 
-def locate_items(data: bytearray, batches: list[tuple[int, int]], lengths: list[int]) -> Items:
+def locate_items(data: memoryview, batches: list[tuple[int, int]], lengths: list[int]) -> Items:
     """Find where items lie that follow each other in batches.
 
     Args:
@@ -204,16 +214,15 @@ class BatchRows:
         data = self._data
         at = self._map_at[rows]
         key_at = at + np.choose((data[at] == 0xDE) + 2 * (data[at] == 0xDF), [1, 3, 5])
-        last = len(data) - _HEAD_BYTES
-        heads = sliding_window_view(data, _HEAD_BYTES)[np.minimum(key_at, last)]
-        first, second = heads[:, 0], heads[:, 1].astype(np.int64)
-        key_bytes = np.where(
-            (first >= 0xA0) & (first <= 0xBF),
-            (first & 0x1F).astype(np.int64) + 1,
-            np.where(first == 0xD9, second + 2, _HEAD_BYTES),
-        )
-        heads[np.arange(_HEAD_BYTES) >= key_bytes[:, None]] = 0
-        kinds: Words = (heads.view(np.uint64) * _FACTORS[:-2]).sum(axis=1, dtype=np.uint64)
+        heads = sliding_window_view(data, _HEAD_BYTES)[key_at]
+        first = heads[:, 0]
+        key_bytes = np.where((first >= 0xA0) & (first <= 0xBF), (first & 0x1F) + 1, _HEAD_BYTES)
+        long = np.flatnonzero(first == 0xD9)
+        key_bytes[long] = np.minimum(heads[long, 1].astype(np.int64) + 2, _HEAD_BYTES)
+        words = heads.view(np.uint64)
+        words &= _HEAD_MASKS[key_bytes]
+        words *= _FACTORS[:-2]
+        kinds: Words = words.sum(axis=1, dtype=np.uint64)
         kinds += self._items.lengths[rows].astype(np.uint64) * _FACTORS[-1]
         kinds += self._run[rows].astype(np.uint64) * _FACTORS[-2]
         return kinds
@@ -222,6 +231,10 @@ class BatchRows:
         """Find the rows that are of one layout; returns the items that are to be decoded."""
         rest: list[int] = np.flatnonzero(~self._is_row).tolist()
         rows = np.flatnonzero(self._is_row)
+        # Of the last ones more is looked at than there is.
+        near = self._items.offsets[rows] + self._items.lengths[rows] > len(self._data) - _BEHIND
+        rest += rows[near].tolist()
+        rows = rows[~near]
         if not len(rows):
             return rest
         kinds = self._kinds(rows)

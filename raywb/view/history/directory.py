@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from raywb import __version__
 from raywb.reports import SinkStatus, StageRunStatus, Status
-from raywb.service.left import load_left_state
 from raywb.service.live_rows import LiveRows
-from raywb.service.state import FILE_NAME, RunState, ServiceState
+from raywb.service.state import FILE_NAME, RunState, ServiceState, load_left_state
 from raywb.view.history.requests import Seen
 
 if TYPE_CHECKING:

@@ -39,10 +39,14 @@ class HistoryProcess:
     Args:
         directory: the service's directory.
         idle_s: see :data:`IDLE_S`.
+        background: it gives way to everything else on the machine.
     """
 
-    def __init__(self, directory: Path, *, idle_s: float = IDLE_S) -> None:
+    def __init__(
+        self, directory: Path, *, idle_s: float = IDLE_S, background: bool = False
+    ) -> None:
         self.directory = directory
+        self._options = ["--background"] if background else []
         self._idle_s = idle_s
         self._child: asyncio.subprocess.Process | None = None
         self._turn = asyncio.Lock()
@@ -126,6 +130,7 @@ class HistoryProcess:
             sys.executable,
             "-m",
             "raywb.view.history",
+            *self._options,
             str(self.directory),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,

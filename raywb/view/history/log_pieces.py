@@ -1,4 +1,4 @@
-"""Large pieces of a log, one after the other, in memory that is used again for each.
+"""Large pieces of a log, one after the other, as they lie in the system's memory.
 
 :meth:`raywb.service.append_log.AppendLog.read` copies every record; of a whole run that takes
 longer than to make columns of it. What is damaged is left to it.
@@ -6,27 +6,24 @@ longer than to make columns of it. What is damaged is left to it.
 
 from __future__ import annotations
 
-import os
+import mmap
 from typing import NamedTuple
 
 from raywb.service.append_log import AppendLog, Segment, is_undamaged, record_bounds
 
-__all__ = ["SPARE_BYTES", "LogPieces", "Piece"]
-
-#: Bytes behind a piece that may be looked at, and mean nothing.
-SPARE_BYTES = 256
+__all__ = ["LogPieces", "Piece"]
 
 
 class Piece(NamedTuple):
     """Records that follow each other.
 
     Attributes:
-        data: where they lie, until the next piece is read.
+        data: where they lie.
         records: where the data of each begin and end there.
         next_position: where the log goes on behind them.
     """
 
-    data: bytearray
+    data: memoryview
     records: list[tuple[int, int]]
     next_position: int
 
@@ -40,7 +37,6 @@ class LogPieces:
 
     def __init__(self, log: AppendLog) -> None:
         self._log = log
-        self._data = bytearray()
 
     def read(self, position: int, length: int) -> Piece:
         """Read on.
@@ -54,37 +50,33 @@ class LogPieces:
         """
         segment = next(self._log.segments(position), None)
         if segment is None:
-            return Piece(self._data, [], self._log.end)
+            return Piece(memoryview(b""), [], self._log.end)
         offset = max(position - segment.start, 0)
         while True:
-            got = self._fill(segment, offset, length)
-            records = _records_in(memoryview(self._data)[:got])
+            data = _map(segment, offset, length)
+            records = _records_in(data)
             if records:
-                return Piece(self._data, records, segment.start + offset + records[-1][1])
-            if offset + got >= segment.size:
+                return Piece(data, records, segment.start + offset + records[-1][1])
+            if offset + len(data) >= segment.size:
                 return self._behind_damage(segment.start + offset)
             length *= 4  # a record that is longer, or damage that says so
-
-    def _fill(self, segment: Segment, offset: int, length: int) -> int:
-        length = min(length, segment.size - offset)
-        if len(self._data) < length + SPARE_BYTES:
-            self._data = bytearray(length + SPARE_BYTES)
-        with open(segment.path, "rb") as file:
-            file.seek(offset)
-            view = memoryview(self._data)[:length]
-            got = 0
-            while got < length and (more := file.readinto(view[got:])):
-                got += more
-            os.posix_fadvise(file.fileno(), offset + got, length, os.POSIX_FADV_WILLNEED)
-        return got
 
     def _behind_damage(self, position: int) -> Piece:
         """The next record that is whole, wherever it begins."""
         record = next(self._log.read(position), None)
         if record is None:
-            return Piece(self._data, [], self._log.end)
-        data = bytearray(record.data + bytes(SPARE_BYTES))
-        return Piece(data, [(0, len(record.data))], record.next_position)
+            return Piece(memoryview(b""), [], self._log.end)
+        return Piece(memoryview(record.data), [(0, len(record.data))], record.next_position)
+
+
+def _map(segment: Segment, offset: int, length: int) -> memoryview:
+    """Part of a file, all of it at once: to come upon its pages one by one takes longer."""
+    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
+    end = min(offset + length, segment.size)
+    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
+    with open(segment.path, "rb") as file:
+        mapped = mmap.mmap(file.fileno(), end - begin, flags, mmap.PROT_READ, offset=begin)
+    return memoryview(mapped)[offset - begin :]
 
 
 def _records_in(view: memoryview) -> list[tuple[int, int]]:

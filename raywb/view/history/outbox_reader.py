@@ -153,10 +153,9 @@ class OutboxReader:
         lengths: list[int] = []
         batches: list[tuple[int, int]] = []
         first_rows: list[dict[int, int]] = []
-        view = memoryview(piece.data)
         for begin, end in piece.records:
             try:
-                batch = self._batches.decode(view[begin:end])
+                batch = self._batches.decode(piece.data[begin:end])
             except msgspec.DecodeError:
                 self.undecodable += 1
                 continue

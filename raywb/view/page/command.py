@@ -10,12 +10,18 @@ import socket
 import webbrowser
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
 from raywb.errors import ServiceUnavailable, SettingsError
 from raywb.reports import PageAddress
 from raywb.settings import process_environment
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+    from raywb.view.page.sources import PageSource
 
 __all__ = ["addresses", "can_open_browser", "serve_directory", "ui"]
 
@@ -64,14 +70,25 @@ async def _serve(
     port: int | None,
     tell: Callable[[list[Path], str], None],
 ) -> None:
+    from raywb.view.page.sources import DirectorySource
+
+    source = DirectorySource(directories)
+    try:
+        await source.begin()  # it reads while this process still loads what it serves with
+        await _serve_source(source, host, port, lambda url: tell(directories, url))
+    finally:
+        await source.close()
+
+
+async def _serve_source(
+    source: PageSource, host: str, port: int | None, tell: Callable[[str], None]
+) -> None:
     from aiohttp import web
 
     from raywb.view.page.application import Page, is_loopback_address, page_application
-    from raywb.view.page.sources import DirectorySource
 
     loopback = host == "localhost" or is_loopback_address(host)
     token = None if loopback else secrets.token_urlsafe(32)
-    source = DirectorySource(directories)
     page = Page(source, mode=lambda: "loopback" if loopback else "network", token=token)
     runner = web.AppRunner(page_application(page), access_log=None, shutdown_timeout=2.0)
     await runner.setup()
@@ -79,19 +96,16 @@ async def _serve(
         site = await _listen(runner, host, port)
         shown = f"[{host}]" if ":" in host else host
         query = f"?token={token}" if token else ""
-        source.begin()
-        tell(directories, f"http://{shown}:{site}/{query}")
+        tell(f"http://{shown}:{site}/{query}")
         await _interrupted()
     finally:
         await runner.cleanup()
-        await source.close()
 
 
-async def _listen(runner: object, host: str, port: int | None) -> int:
+async def _listen(runner: web.AppRunner, host: str, port: int | None) -> int:
     """Listen on the port, or without one on the usual one if it is free; returns the port."""
     from aiohttp import web
 
-    assert isinstance(runner, web.AppRunner)
     wanted = [DEFAULT_PORT, 0] if port is None else [port]
     for number in wanted:
         site = web.TCPSite(runner, host, number)
@@ -189,4 +203,9 @@ def ui(directory: Path | None, host: str, port: int | None, wanted: bool | None)
         click.echo(f"raywb: showing {directories[0]}{more}\n\n    {url}\n\nCtrl-C ends it.")
         open_browser(url, wanted=wanted)
 
-    serve_directory(directory.absolute(), host=host, port=port, tell=tell)
+    try:
+        serve_directory(directory.absolute(), host=host, port=port, tell=tell)
+    except OSError as error:
+        raise click.ClickException(
+            f"{host} cannot be listened on ({error.strerror or error}): choose another --port"
+        ) from error

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
 from raywb.errors import DirectoryError
-from raywb.service.left import load_left_state
-from raywb.service.state import FILE_NAME
+from raywb.service.state import FILE_NAME, load_left_state
 from raywb.view.history.directory import is_worked_in, runs_of
 from raywb.view.history.history_process import HistoryProcess
 from raywb.view.history.requests import DirectoryRequest, PointsRequest, SeriesRequest
@@ -76,11 +74,12 @@ class DirectorySource:
     def __init__(self, directories: list[Path]) -> None:
         self._directories = directories
         self._processes: dict[int, HistoryProcess] = {}
-        self._beginning: asyncio.Task[None] | None = None
+        #: What other directories said of their runs, and when their state was written.
+        self._elsewhere: dict[int, tuple[int, list[dict[str, Any]]]] = {}
 
-    def begin(self) -> None:
-        """Begin to read the first directory, before anybody asks; in a running loop."""
-        self._beginning = asyncio.get_running_loop().create_task(self._process(0).start())
+    async def begin(self) -> None:
+        """Begin to read the first directory, before anybody asks."""
+        await self._process(0).start()
 
     def _process(self, number: int) -> HistoryProcess:
         if number not in self._processes:
@@ -103,11 +102,16 @@ class DirectorySource:
     def _runs_elsewhere(self, at: int) -> list[dict[str, Any]]:
         directory = self._directories[at]
         try:
-            state = load_left_state(directory)
-        except DirectoryError:
-            return []
-        runs = runs_of(state, {}, live=is_worked_in(directory))
-        return [{**run, "number": run["number"] + at * NUMBERS_OF_A_DIRECTORY} for run in runs]
+            written = (directory / FILE_NAME).stat().st_mtime_ns
+            if at not in self._elsewhere or self._elsewhere[at][0] != written:
+                state = load_left_state(directory)
+                runs = runs_of(state, {}, live=is_worked_in(directory))
+                offset = at * NUMBERS_OF_A_DIRECTORY
+                runs = [{**run, "number": run["number"] + offset} for run in runs]
+                self._elsewhere[at] = written, runs
+        except (OSError, DirectoryError):
+            return []  # removed since, or damaged: shown when it is opened by itself
+        return self._elsewhere[at][1]
 
     async def series(self, request: SeriesRequest) -> bytes:
         """JSON of a run's series."""
