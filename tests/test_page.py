@@ -56,15 +56,16 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalService]:
                 client.log({f"layer_{n // 20:03}/v{n % 20}": n + step for n in range(MANY)})
             assert client.flush(20.0)
             assert local.service.finish(60.0, 0).complete
-            local.start(name="world-models-v2", mode="disabled")
+            local.start(name="world-models-v2")
             log_run(local)
             yield local
 
 
 @pytest.fixture(scope="module")
-def url(service: LocalService) -> Iterator[str]:
-    with served(service.directory) as address:
-        yield address
+def url(service: LocalService) -> str:
+    """The page of the service itself, on loopback."""
+    assert service.service is not None
+    return f"http://127.0.0.1:{service.service.page_address().loopback_port}/"
 
 
 @pytest.fixture(scope="module")
@@ -169,13 +170,21 @@ def test_nodes_show_each_node_and_its_newest_values(service: LocalService, tab: 
     assert page.locator("table").first.locator("tbody tr").count() == len(NODES)
 
 
-def test_delivery_shows_the_ledgers_count(service: LocalService, tab: Tab) -> None:
-    """Rows in and finished rows are those of the service."""
+def test_delivery_shows_how_far_the_rows_are(service: LocalService, tab: Tab) -> None:
+    """Rows in, finished rows, those in W&B's files, and each source are as the service says."""
+    status = service.wait_for(lambda status: status.backlog_rows == 0)
     page = tab.show("delivery")
-    status = service.status()
-    text = page.locator(".numbers").first.inner_text().replace("\n", " ")
-    assert f"Rows in {status.received_rows:,}" in text
-    assert f"Finished rows {status.outbox_rows:,}" in text
+    wanted = {
+        "Rows in": status.received_rows,
+        "Finished rows": status.outbox_rows,
+        "In W&B's files": status.sink.applied_rows,
+        "Waiting": 0,
+    }
+    for name, number in wanted.items():
+        cell = page.locator(".numbers > div", has_text=name)
+        cell.get_by_text(f"{number:,}", exact=True).wait_for()
+    sources = page.get_by_role("region", name="Processes that log").locator("tbody tr")
+    assert sources.count() == len(status.sources)
     assert page.get_by_text("Nothing is lost.").count() == 1
 
 
@@ -220,6 +229,20 @@ def test_a_finished_run_says_so(tab: Tab) -> None:
     page.wait_for_selector(".connection[data-state=ended]")
     assert page.locator(".connection").inner_text() == "finished"
     assert "5 points" in described(page, "loss")
+
+
+def test_a_directory_shows_the_same(service: LocalService, browser: Any) -> None:
+    """`raywb ui DIR` shows what the service shows: the same series, flow and nodes."""
+    with served(service.directory) as address:
+        tab = Tab(browser, address)
+        page = tab.show("training?key=training/sft/loss")
+        assert f"{STEPS} points" in described(page, "loss", ".focus")
+        page = tab.show("pipelines")
+        page.wait_for_selector(".stage.bottleneck")
+        page = tab.show("nodes")
+        page.wait_for_selector("raywb-heat-map canvas[aria-label*=Newest]")
+        tab.close()
+    assert tab.errors == []
 
 
 def test_names_and_keys_are_never_markup(tab: Tab) -> None:
@@ -293,6 +316,7 @@ def test_everything_can_be_done_with_the_keyboard(tab: Tab) -> None:
     page.keyboard.press("l")
     page.wait_for_url("**log=1*")
     page.keyboard.press("1")
+    page.wait_for_selector("main[data-view=overview]")
     page.keyboard.press("j")
     assert page.evaluate("document.activeElement.getAttribute('aria-label')") == "Run"
     page.keyboard.press("j")
@@ -369,7 +393,8 @@ def test_every_control_has_a_name(tab: Tab) -> None:
         page = tab.show(view)
         page.wait_for_function("!document.querySelector('main > .empty')")
         nameless = page.evaluate(
-            """() => [...document.querySelectorAll('a, button, input, select, [role=img], [role=meter], section')]
+            """() => [...document.querySelectorAll(
+                    'a, button, input, select, [role=img], [role=meter], section')]
                 .filter((one) => !(one.getAttribute('aria-label') || one.textContent.trim()
                     || one.labels?.length || one.title)).map((one) => one.outerHTML)"""
         )

@@ -45,6 +45,8 @@ def log_run(service: LocalService, seed: int = 7) -> None:
         rows += STEPS
     alone = service.client()
     clients.append(alone)
+    alone.log({HOSTILE: 1.0, f"{HOSTILE}/loss": 2.0, "_timestamp": began_s})
+    rows += 1
     pipeline = alone.open_series("xenna", label="pretrain", axis="pipeline_duration_s")
     for row in _pipeline_rows(source, began_s):
         pipeline.log(row)
@@ -54,7 +56,6 @@ def log_run(service: LocalService, seed: int = 7) -> None:
     for row in _node_rows(source, began_s):
         alone.log(row)
         rows += 1
-    alone.log({HOSTILE: 1.0, f"{HOSTILE}/loss": 2.0})
     for client in clients:
         assert client.flush(30.0)
     service.wait_for(lambda status: status.outbox_rows >= rows)

@@ -47,13 +47,13 @@ function numbers({ run }, of, isPresent) {
   const cells = [
     ["Rows in", count(of.received_rows)],
     ...(isPresent ? [["Finished rows", count(of.outbox_rows)]] : []),
-    [run.mode === "online" ? "With W&B" : run.mode === "disabled" ? "Delivered" : "In W&B's files", count(deliveredOf(run.mode, of.sink))],
-    ["Waiting", count(of.backlog_rows)],
+    ...(run.mode === "disabled" ? [] : [[run.mode === "online" ? "With W&B" : "In W&B's files", count(deliveredOf(run.mode, of.sink))], ["Waiting", count(of.backlog_rows)]]),
     ...(isPresent ? [["Lost", count(sum(of.lost)), sum(of.lost) > 0], ["Values refused", count(of.rejected), of.rejected > 0]] : []),
     ...(isPresent && of.after_finish_rows ? [["After finish()", count(of.after_finish_rows), true]] : []),
   ];
+  const disabled = run.mode === "disabled" ? el("p.hint", null, "W&B is disabled: the rows stay in ", el("code", null, run.dir), ".") : null;
   const note = run.mode === "offline" ? el("p.hint", null, "Offline: the rows lie in ", el("code", null, run.dir), "; ", el("code", null, "raywb sync"), " takes them to W&B.") : null;
-  return el("section.panel", { "aria-label": "Rows", "data-stop": true, tabindex: -1 }, el("div.numbers", null, cells.map(([name, text, isBad]) => el("div", null, el("span", null, name), el(`b${isBad ? ".bad" : ""}`, null, text)))), note);
+  return el("section.panel", { "aria-label": "Rows", "data-stop": true, tabindex: -1 }, el("div.numbers", null, cells.map(([name, text, isBad]) => el("div", null, el("span", null, name), el(`b${isBad ? ".bad" : ""}`, null, text)))), note, disabled);
 }
 
 function chartsOf(given) {
@@ -109,7 +109,8 @@ function sinks({ run, sink, stage_runs: stageRuns, backlog_rows: backlog }) {
   return section("Sinks", { "data-stop": true, tabindex: -1 }, table("W&B's side of each run", heads, rows), open.length > LISTED ? el("p.hint", null, `and ${open.length - LISTED} more runs of stages`) : null);
 }
 
-function sources({ sources: all, silence_s: silence }) {
+function sources({ address, sources: all, silence_s: silence }) {
+  if (!all.length && !address) return null; // what lies in a directory does not tell of processes
   if (!all.length) return section("Sources", { "data-stop": true, tabindex: -1 }, empty("No process has attached yet: ", el("code", null, "raywb.attach()"), " in a task, actor or driver."));
   const stateOf = (one) => (one.ended ? (one.killed ? "killed" : "ended") : one.heard_ago_s !== null && one.heard_ago_s <= silence ? "live" : "silent");
   const states = {};

@@ -37,7 +37,9 @@ export function morph(old, fresh) {
     if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
   }
   for (const { name, value } of fresh.attributes) {
-    if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+    if (old.getAttribute(name) === value) continue;
+    if (name === "style") old.style.cssText = value; // as an attribute the page's policy forbids it
+    else old.setAttribute(name, value);
   }
   for (const name of PROPERTIES) {
     if (old[name] !== fresh[name]) old[name] = fresh[name] ?? null;

@@ -2,22 +2,26 @@
 
 const MINUS = "−";
 
+/** Made once: a formatter costs more than what it formats. */
+const WHOLE = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
+const FOUR_DIGITS = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+
 /** A value of a series: four figures that matter. */
 export function value(number) {
   if (number === null || number === undefined || !Number.isFinite(number)) return "–";
   if (number === 0) return "0";
   const size = Math.abs(number);
   let text;
-  if (Number.isInteger(number) && size < 1e6) text = size.toLocaleString("en");
+  if (Number.isInteger(number) && size < 1e6) text = WHOLE.format(size);
   else if (size >= 1e15 || size < 1e-3) text = size.toExponential(2);
   else if (size >= 1e6) text = compact(size);
-  else text = Number(size.toPrecision(4)).toLocaleString("en", { maximumSignificantDigits: 4 });
+  else text = FOUR_DIGITS.format(size);
   return number < 0 ? MINUS + text : text;
 }
 
 /** A count: all of its digits, in groups of three. */
 export function count(number) {
-  return number === null || number === undefined ? "–" : Math.round(number).toLocaleString("en");
+  return number === null || number === undefined ? "–" : WHOLE.format(number);
 }
 
 /** A number in four characters or so: 12.3k, 4.56M. */
@@ -43,6 +47,7 @@ export function perSecond(number, what = "") {
 export function duration(seconds) {
   if (seconds === null || seconds === undefined || !Number.isFinite(seconds)) return "–";
   if (seconds < 0) return `${MINUS}${duration(-seconds)}`;
+  if (seconds > 0 && seconds < 0.001) return "< 1 ms";
   if (seconds > 0 && seconds < 0.0995) return `${Number((seconds * 1000).toPrecision(2))} ms`;
   if (seconds < 1) return `${Number(seconds.toPrecision(2))} s`;
   if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;

@@ -51,8 +51,7 @@ function deliveryLine({ run, status }) {
   const delivered = run.mode === "online" ? of.sink.confirmed_rows : of.sink.applied_rows;
   const parts = [
     [count(of.received_rows), "rows in"],
-    [count(delivered), run.mode === "online" ? "with W&B" : run.mode === "disabled" ? "delivered" : "in W&B's files"],
-    [count(of.backlog_rows), "waiting"],
+    ...(run.mode === "disabled" ? [["", "W&B is disabled"]] : [[count(delivered), run.mode === "online" ? "with W&B" : "in W&B's files"], [count(of.backlog_rows), "waiting"]]),
     ...(of.lostRows === undefined ? [] : [[count(of.lostRows), "lost", of.lostRows > 0]]),
     ...(status.unconfirmed.length ? [[count(status.unconfirmed.length), status.unconfirmed.length === 1 ? "source unconfirmed" : "sources unconfirmed", true]] : []),
   ];
@@ -100,7 +99,7 @@ function stageCard(one, now, live) {
   return el(
     "a.card",
     { href: linkTo("training", { stage: one.stage }), "data-id": `s ${one.stage}` },
-    el("header", null, el("b.name", null, one.stage), el("span.kind", null, age)),
+    el("header", null, el("b.name", null, one.stage || "(no namespace)"), el("span.kind", null, age)),
     el("div.big", null, one.step === null ? value(one.metrics[one.main]) : el("span", null, el("small", null, "step "), count(one.step)), el("small", null, one.steps_per_s ? perSecond(one.steps_per_s, "steps") : "")),
     one.history.length > 1 ? sparkline(one.history, `${one.main ?? one.stage}, over the run`) : null,
     el("footer", null, [main, ranks, slow].filter(Boolean).join(" · ")),
