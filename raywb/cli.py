@@ -14,6 +14,7 @@ from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
 from raywb.view.page.command import ui
+from raywb.view.report.command import report
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -241,6 +242,7 @@ main.add_command(charts)
 main.add_command(doctor)
 main.add_command(fleet)
 main.add_command(ui)
+main.add_command(report)
 
 
 if __name__ == "__main__":

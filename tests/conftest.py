@@ -1,4 +1,4 @@
-"""What all tests share: an environment that says nothing, and a Ray cluster per module."""
+"""What all tests share: an environment that says nothing, and a Ray cluster."""
 
 from __future__ import annotations
 
@@ -13,10 +13,30 @@ import pytest
 pytest.register_assert_rewrite("online_service", "left_behind", "ray_cluster", "local_service")
 
 from local_service import LocalService, local_service  # noqa: E402
-from ray_cluster import FOREIGN, RayCluster  # noqa: E402
+from ray_cluster import FOREIGN, RayCluster, SharedCluster  # noqa: E402
 
 #: Of Ray's many variables, those that say where a cluster is and which job this would be.
 _WHERE = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
+
+
+#: Files that take longer than 20 s without a cluster of Ray; see pytest_collection_modifyitems.
+LONG = (
+    *("test_wandb_misbehaves", "test_service", "test_recipe_data_prep", "test_fleet_wandb"),
+    *("test_recipe_sft_data_prep", "test_killed_online", "test_layout", "test_sync", "test_owner"),
+    *("test_recover", "test_slurm", "test_cluster_yaml", "test_training_run_record"),
+)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Several processes take the files in the order that is set here, not by number of tests."""
+    if config.pluginmanager.hasplugin("xdist"):
+        config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files that take long begin first, so that no process is left with one when all are done."""
+    long = {item.path for item in items if item.get_closest_marker("ray")}
+    items.sort(key=lambda item: item.path not in long and item.path.stem not in LONG)
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -45,8 +65,15 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
         yield local
 
 
+@pytest.fixture(scope="session")
+def _shared_cluster() -> Iterator[SharedCluster]:
+    shared = SharedCluster()
+    yield shared
+    shared.close()
+
+
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
+def cluster(_shared_cluster: SharedCluster) -> Iterator[RayCluster]:
     """A cluster that a module's tests share; ``finish`` and ``start`` part their runs."""
-    with RayCluster.start(num_cpus=4) as started:
-        yield started
+    with _shared_cluster.lent() as lent:
+        yield lent

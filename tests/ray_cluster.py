@@ -40,6 +40,7 @@ import psutil
 __all__ = [
     "Driver",
     "RayCluster",
+    "SharedCluster",
     "clean_environment",
     "driver_alone",
     "report",
@@ -360,16 +361,60 @@ class RayCluster:
         ends = [*self._nodes, *(driver._process for driver in self._drivers)]
         _end([*ends, *(process for end in ends for process in _descendants(end))])
 
-    def close(self) -> None:
-        """End drivers and cluster, all that they started, and their directories."""
+    def end_drivers(self) -> None:
+        """End every driver that was started, and what it started."""
         for driver in self._drivers:
             driver.close()
+
+    def close(self) -> None:
+        """End drivers and cluster, all that they started, and their directories."""
+        self.end_drivers()
         started = [process for node in self._nodes for process in _descendants(node)]
         for node in reversed(self._nodes):
             with contextlib.suppress(psutil.NoSuchProcess):
                 node.terminate()
         _end([*self._nodes, *started], grace_s=1.0)
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+class SharedCluster:
+    """One cluster for a process's test modules: to start one takes longer than most tests.
+
+    A module finds it as if nobody had used raywb on it before.
+    """
+
+    def __init__(self) -> None:
+        self._stack = contextlib.ExitStack()
+        self._cluster: RayCluster | None = None
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[RayCluster]:
+        """Lend it to a module; one that does not work any more is replaced."""
+        if self._cluster is not None:
+            try:
+                self._cluster.run_driver(_CLEAR)
+            except (AssertionError, TimeoutError, psutil.TimeoutExpired) as error:
+                print(f"{error}\nthe shared cluster does not work any more: another one")
+                self.close()
+        if self._cluster is None:
+            self._cluster = self._stack.enter_context(RayCluster.start(num_cpus=4))
+        try:
+            yield self._cluster
+        finally:
+            self._cluster.end_drivers()
+
+    def close(self) -> None:
+        """End it, if it was ever asked for."""
+        self._cluster = None
+        self._stack.close()
+
+
+_CLEAR = """
+    import ray
+    from ray_cluster import without_service
+    ray.init()
+    without_service()
+"""
 
 
 @contextlib.contextmanager

@@ -44,7 +44,7 @@ def table(directory: Path, run: WandbRun, key: str) -> tuple[list, list]:
 
 
 @pytest.mark.ray
-def test_both_columns_write_the_same(tmp_path: Path) -> None:
+def test_both_columns_write_the_same(cluster: RayCluster, tmp_path: Path) -> None:
     """Config, points on their axes, summary, table, artifact, alert and the runs' own names."""
     pytest.importorskip("tensorboardX", reason="ray[train] is not installed")
     left, right, below = blocks()
@@ -53,9 +53,8 @@ def test_both_columns_write_the_same(tmp_path: Path) -> None:
     run_client("".join(left), tmp_path).check_returncode()
     ours = tmp_path / "ours"
     ours.mkdir()
-    with RayCluster.start(num_cpus=2) as cluster:
-        script = GIVEN + "\n".join([*body, *below, end]) + ASKED
-        callbacks = cluster.run_driver(script, {"RAYWB_DIR": str(ours), "WANDB_MODE": "offline"})
+    script = GIVEN + "\n".join([*body, *below, end]) + ASKED
+    callbacks = cluster.run_driver(script, {"RAYWB_DIR": str(ours), "WANDB_MODE": "offline"})
     assert callbacks == [["training/pretrain", True], ["tune", False]]
     theirs = {run.job_type: run for run in read_runs(tmp_path / "wandb").values()}
     mine = {run.job_type: run for run in read_runs(ours).values()}

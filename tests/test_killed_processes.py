@@ -25,6 +25,9 @@ pytestmark = pytest.mark.ray
 LONG = bool(os.environ.get("RAYWB_LONG"))
 SEED = os.environ.get("RAYWB_SEED")
 
+#: Who writes to W&B: our child process, and W&B's own.
+SINK, CORE = "raywb.service.wandb_sink", "wandb-core"
+
 
 def test_rows_of_killed_workers_and_drivers_are_in_the_run(cluster: RayCluster) -> None:
     """Actors, a task and a driver kill themselves after log() returned; no row is missing."""
@@ -171,12 +174,14 @@ class Round:
         driver.tell(burst_rows)
         self.run: dict[str, Any] = driver.next_report()
 
-    def wait_for_rows(self) -> None:
-        """Wait until W&B's file has rows of this run, so that what is killed is at work."""
+    def wait_for_rows(self, segments: int = 1) -> None:
+        """Wait until W&B's so-manieth file has rows of this run: what is killed is at work."""
 
         def found() -> bool:
             run = read_runs(self.run["dir"]).get(self.run["id"])
-            return run is not None and bool(run.history)
+            if run is None or len(run.segments) < segments:
+                return False
+            return bool(read_run(run.segments[-1]).history)
 
         until("rows in W&B's file", found)
 
@@ -234,27 +239,40 @@ def check_rows(run: WandbRun, rows: dict[str, int]) -> None:
     assert ended == [None] * len(ended), "a sink that lost its service ended the run"
 
 
+@pytest.fixture(scope="module")
+def streaming(cluster: RayCluster) -> Iterator[Driver]:
+    """A driver and its workers, for all rounds of this module."""
+    driver = cluster.driver(STREAMS)
+    yield driver
+    driver.tell(None)
+    driver.succeed()
+
+
+#: How often the service is killed in each round, and whether its finish is among that.
+KILLS = [(1, False), (2, False), (1, True)] * 7 if LONG else [(1, False), (2, True)]
+
+
 @pytest.mark.timeout(1800 if LONG else 300)
-def test_the_service_is_killed(cluster: RayCluster, dice: random.Random) -> None:
+def test_the_service_is_killed(cluster: RayCluster, streaming: Driver, dice: random.Random) -> None:
     """The service comes back by itself with the same run and group, and loses and repeats nothing.
 
     It is killed while rows stream, twice in a row, and while a finish is under way.
     """
-    driver = cluster.driver(STREAMS)
-    for number in range(20 if LONG else 3):
-        # In every third round the sink has more than it can write when the service is killed;
-        # in the others it may still be opening the run.
-        this = Round(cluster, driver, burst_rows=0 if number % 3 else 8000)
-        if number % 3 == 0:
+    for number, (kills, in_finish) in enumerate(KILLS):
+        # In some rounds the sink has more than it can write when the service is killed; in the
+        # others it may still be opening the run.
+        has_burst = number % len(set(KILLS)) == 0
+        this = Round(cluster, streaming, burst_rows=8000 if has_burst else 0)
+        if has_burst:
             this.wait_for_rows()
         time.sleep(dice.uniform(0.0, 2.0))
         until("the service", cluster.service).kill()
         this.killed()
-        if number % 3 == 1:
+        if kills == 2:
             until("the service to come back", cluster.service)
             time.sleep(dice.uniform(0.0, 2.0))
             this.kill_service()
-        if number % 3 == 2:
+        if in_finish:
             time.sleep(dice.uniform(0.0, 2.0))
             until("the service", cluster.service)
             moment = dice.uniform(0.0, 1.0)
@@ -266,22 +284,23 @@ def test_the_service_is_killed(cluster: RayCluster, dice: random.Random) -> None
             this.end(kill_in_finish)
         else:
             this.end()
-    driver.tell(None)
-    driver.succeed()
+
+
+#: Who is killed in each round; several at once, or each when the one before was replaced.
+VICTIMS = [[SINK], [CORE], [SINK, CORE]] * 6 if LONG else [[SINK, CORE]]
 
 
 @pytest.mark.timeout(1800 if LONG else 300)
-def test_the_writer_to_wandb_is_killed(cluster: RayCluster, dice: random.Random) -> None:
+def test_the_writer_to_wandb_is_killed(
+    cluster: RayCluster, streaming: Driver, dice: random.Random
+) -> None:
     """A sink that dies, or loses W&B's own process, is replaced behind the last row in the file."""
-    sink, core = "raywb.service.wandb_sink", "wandb-core"
-    driver = cluster.driver(STREAMS)
-    for victims in [[sink], [core], [sink, core]] * 6 if LONG else [[sink], [core]]:
-        this = Round(cluster, driver)
-        this.wait_for_rows()
-        time.sleep(dice.uniform(0.0, 2.0))
-        for victim in victims:
+    for victims in VICTIMS:
+        this = Round(cluster, streaming)
+        for killed, victim in enumerate(victims):
+            if not LONG or not killed:
+                this.wait_for_rows(segments=killed + 1)
+                time.sleep(dice.uniform(0.0, 2.0))
             this.kill(victim)
         this.killed()
         this.end()
-    driver.tell(None)
-    driver.succeed()

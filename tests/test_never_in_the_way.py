@@ -9,6 +9,7 @@ from ray_cluster import RayCluster, driver_alone
 from wandb_file import read_runs
 
 #: Ends workers in each graceful way that Ray has, and says whose exit handlers came to their end.
+#: Some of them, as a control, have nothing to do with raywb.
 #: `attach` before or after the handler is registered decides which of the two runs first.
 LEAVING = """
     import atexit, os, pathlib, signal, time
@@ -16,7 +17,7 @@ LEAVING = """
     from msgspec import to_builtins
     from ray_cluster import report, told, until, without_service
 
-    WITH_RAYWB, SERVICE_LIVES, TRIES = told()
+    SERVICE_LIVES, TRIES, CONTROLS = told()
     marks = pathlib.Path.cwd() / "marks"
     marks.mkdir()
 
@@ -26,7 +27,7 @@ LEAVING = """
         (marks / f"{name}.done").touch()
 
     def prepare(name, number):
-        if not WITH_RAYWB:
+        if name.startswith("control"):
             atexit.register(leave_slowly, name)
             return None
         if number % 2:
@@ -63,12 +64,11 @@ LEAVING = """
 
     ray.init()
     without_service()
-    if WITH_RAYWB:
-        raywb.start(project="leaving")
+    raywb.start(project="leaving")
     workers, pids = {}, {}
-    for number in range(TRIES):
+    for number in range(-CONTROLS, TRIES):
         way = ["exit_actor", "terminate", "out_of_scope", "sigterm", "max_calls"][number % 5]
-        name = f"{way}_{number}"
+        name = f"{way}_{number}" if number >= 0 else f"control_{way}"
         if way == "max_calls":
             pids[name] = task.remote(name, number)
         else:
@@ -79,13 +79,13 @@ LEAVING = """
         raywb.lifecycle.stop_service()
     for name in list(workers):
         worker = workers.pop(name)
-        if name.startswith("exit_actor"):
+        if "exit_actor" in name:
             worker.log_and_leave.remote()
         else:
             ray.get(worker.log.remote())
-        if name.startswith("terminate"):
+        if "terminate" in name:
             worker.__ray_terminate__.remote()
-        if name.startswith("sigterm"):
+        if "sigterm" in name:
             os.kill(pids[name], signal.SIGTERM)
     del worker
 
@@ -98,7 +98,7 @@ LEAVING = """
     until("the workers to leave", lambda: all(gone(pid) for pid in pids.values()))
     report({name: [(marks / f"{name}.{mark}").exists() for mark in ("begun", "done")]
             for name in pids})
-    if SERVICE_LIVES and WITH_RAYWB:
+    if SERVICE_LIVES:
         report(to_builtins(raywb.finish()))
 """
 
@@ -106,10 +106,10 @@ LEAVING = """
 WHOLE = [True, True]
 
 
-def leave(cluster: RayCluster, *, with_raywb: bool, service_lives: bool, tries: int) -> list[Any]:
+def leave(cluster: RayCluster, *, service_lives: bool, tries: int, controls: int = 0) -> list[Any]:
     """Run ``LEAVING``; returns all that it reports."""
     driver = cluster.driver(LEAVING)
-    driver.tell([with_raywb, service_lives, tries])
+    driver.tell([service_lives, tries, controls])
     reports = [driver.next_report()]
     if last := driver.succeed():
         reports.append(last)
@@ -119,9 +119,11 @@ def leave(cluster: RayCluster, *, with_raywb: bool, service_lives: bool, tries: 
 @pytest.mark.ray
 def test_exit_handlers_of_workers_complete(cluster: RayCluster) -> None:
     """A worker's own exit handler of one second ends as without us, in each of ten tries."""
-    (control,) = leave(cluster, with_raywb=False, service_lives=True, tries=5)
-    assert set(map(tuple, control.values())) == {tuple(WHOLE)}, "Ray itself ran these handlers"
-    handlers, report = leave(cluster, with_raywb=True, service_lives=True, tries=10)
+    found, report = leave(cluster, service_lives=True, tries=10, controls=5)
+    control = {name: found[name] for name in found if name.startswith("control")}
+    assert control == dict.fromkeys(control, WHOLE), "Ray itself ran these handlers"
+    assert len(control) == 5
+    handlers = {name: found[name] for name in found if name not in control}
     assert handlers == dict.fromkeys(handlers, WHOLE)
     run = read_runs(report["run"]["dir"])[report["run"]["id"]]
     for name in handlers:
@@ -132,7 +134,7 @@ def test_exit_handlers_of_workers_complete(cluster: RayCluster) -> None:
 @pytest.mark.ray
 def test_exit_handlers_complete_when_the_service_is_gone(cluster: RayCluster) -> None:
     """The same handlers complete when there is nobody to flush to."""
-    (handlers,) = leave(cluster, with_raywb=True, service_lives=False, tries=4)
+    (handlers,) = leave(cluster, service_lives=False, tries=4)
     assert handlers == dict.fromkeys(handlers, WHOLE)
     assert len(handlers) == 4
 

@@ -337,7 +337,7 @@ def test_sources_keep_to_what_they_were_told() -> None:
 
 
 @pytest.mark.ray
-def test_a_stopped_rank_is_named_within_30_seconds() -> None:
+def test_a_stopped_rank_is_named_within_30_seconds(cluster: RayCluster) -> None:
     """Of real processes on Ray one is stopped, while all wait for each other at every step.
 
     Everything is 2.5 times as fast as with the default of ``silent_after_s``.
@@ -388,26 +388,25 @@ def test_a_stopped_rank_is_named_within_30_seconds() -> None:
         time.sleep(1)
         report([w for w in raywb.status().warnings if w.startswith("train: ")])
     """
-    with RayCluster.start(num_cpus=2) as cluster:
-        driver = cluster.driver(script)
-        pids = driver.next_report()
-        driver.next_report()
-        stopped = psutil.Process(pids[1])
-        began = time.monotonic()
-        stopped.send_signal(signal.SIGSTOP)
-        try:
-            warnings, slow, number = driver.next_report()
-            took_s = time.monotonic() - began
-        finally:
-            stopped.send_signal(signal.SIGCONT)
-        print(f"named after {took_s:.1f} s: {warnings}")
-        assert [one[:2] for one in slow] == [[1, pids[1]]]
-        assert f"rank 1 ({stopped_host()} pid {pids[1]})" in warnings[0]
-        assert took_s < 30 / 2.5
-        assert number > slow[0][2] - 1
-        driver.tell()
-        assert driver.next_report() == []
-        until("the driver's end", lambda: driver.wait() == 0)
+    driver = cluster.driver(script)
+    pids = driver.next_report()
+    driver.next_report()
+    stopped = psutil.Process(pids[1])
+    began = time.monotonic()
+    stopped.send_signal(signal.SIGSTOP)
+    try:
+        warnings, slow, number = driver.next_report()
+        took_s = time.monotonic() - began
+    finally:
+        stopped.send_signal(signal.SIGCONT)
+    print(f"named after {took_s:.1f} s: {warnings}")
+    assert [one[:2] for one in slow] == [[1, pids[1]]]
+    assert f"rank 1 ({stopped_host()} pid {pids[1]})" in warnings[0]
+    assert took_s < 30 / 2.5
+    assert number > slow[0][2] - 1
+    driver.tell()
+    assert driver.next_report() == []
+    until("the driver's end", lambda: driver.wait() == 0)
 
 
 def stopped_host() -> str:

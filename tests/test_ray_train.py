@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +21,6 @@ HEAD = """
     raywb.start(project="trains", mode="offline", run_id=RUN_ID, node_metrics_interval_s=0)
     where = os.path.abspath("storage")
 """
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[RayCluster]:
-    with RayCluster.start(num_cpus=4) as started:
-        yield started
 
 
 def run_driver(cluster: RayCluster, run_id: str, script: str) -> tuple[Any, dict[str, WandbRun]]:

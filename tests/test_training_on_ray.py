@@ -20,6 +20,10 @@ pytest.importorskip("torch", reason="the lane for the newest cosmos-xenna has no
 
 STEPS = 60
 
+#: The controller of Ray Train asks its workers for reports every two seconds otherwise, and each
+#: worker waits with its next one.
+OFTEN = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}
+
 #: The same command each time, as far as the pretraining is concerned.
 DRIVER = """
 from pathlib import Path
@@ -39,7 +43,7 @@ def rows_of(run: WandbRun, stage: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.ray
-def test_killed_worker_and_killed_cluster(tmp_path: Path) -> None:
+def test_killed_worker_and_killed_cluster(cluster: RayCluster, tmp_path: Path) -> None:
     """Training goes on from the newest checkpoint in the same run: nothing twice, no row missing.
 
     First a worker is killed, then the whole cluster with the driver; the same command on another
@@ -57,7 +61,7 @@ def test_killed_worker_and_killed_cluster(tmp_path: Path) -> None:
 
     script = DRIVER.format(root=str(root), steps=STEPS)
     with RayCluster.start() as first:
-        driver = first.driver(script)
+        driver = first.driver(script, OFTEN)
         until("a checkpoint", lambda: step_reached(10))
         workers = first.processes("RayTrainWorker")
         random.Random(seed).choice(workers).kill()
@@ -70,11 +74,10 @@ def test_killed_worker_and_killed_cluster(tmp_path: Path) -> None:
         again_from_step = step_reached(from_step + 20)
         assert again_from_step is not None
         print(driver.output)
-        with RayCluster.start() as second:
-            driver = second.driver(script + script.splitlines()[-1])
-            done, nothing = (driver.next_report() for _ in range(2))
-            assert driver.wait() == 0
-            print(driver.output)
+        driver = cluster.driver(script + script.splitlines()[-1], OFTEN)
+        done, nothing = (driver.next_report() for _ in range(2))
+        assert driver.wait() == 0
+        print(driver.output)
         runs = read_runs(done["dir"])
 
     assert done["report"] == nothing["report"] == {"complete": True, "lost": {}}
@@ -127,7 +130,11 @@ def check_training(
 
 JOINS = """
 from pathlib import Path
-from ray_cluster import report, told
+import ray
+from ray_cluster import report, told, without_service
+ray.init()
+if {anew}:
+    without_service()
 from recipes.run_record import RunFile
 from recipes.tracking import WandbSettings, tracked
 settings = WandbSettings(enabled=True, project="t", entity=None, group=None, mode=None)
@@ -141,19 +148,18 @@ with tracked(settings, "s", finish={finish}, announce=print, run_file=file) as r
 
 
 @pytest.mark.ray
-def test_killed_driver(tmp_path: Path) -> None:
+def test_killed_driver(cluster: RayCluster, tmp_path: Path) -> None:
     """The driver is killed and its cluster lives: the same command joins the run, and ends it."""
     path = str(tmp_path / "run.json")
-    with RayCluster.start() as cluster:
-        first = cluster.driver(JOINS.format(path=path, finish=False))
-        run_id, directory = first.next_report()
-        psutil.Process(first.pid).kill()
-        first.wait()
-        second = cluster.driver(JOINS.format(path=path, finish=True))
-        assert second.next_report() == [run_id, directory]
-        second.tell()
-        second.succeed()
-        (run,) = read_runs(directory).values()
+    first = cluster.driver(JOINS.format(path=path, anew=True, finish=False))
+    run_id, directory = first.next_report()
+    psutil.Process(first.pid).kill()
+    first.wait()
+    second = cluster.driver(JOINS.format(path=path, anew=False, finish=True))
+    assert second.next_report() == [run_id, directory]
+    second.tell()
+    second.succeed()
+    (run,) = read_runs(directory).values()
     assert sorted(run.values("s/x")) == sorted([*range(20), *range(20)])
     assert (run.run_id, run.exit_code) == (run_id, 0)
     assert run.steps == list(range(len(run.history)))

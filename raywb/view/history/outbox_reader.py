@@ -81,6 +81,11 @@ class OutboxReader:
         """Where the log ended at the last look."""
         return self._log.end if self._log is not None else 0
 
+    @property
+    def damaged(self) -> int:
+        """Stretches that cannot be read, among those that were looked at."""
+        return self.undecodable + (self._log.damaged if self._log is not None else 0)
+
     def run(self, number: int) -> RunHistory:
         """The history of one run."""
         if number not in self.runs:
