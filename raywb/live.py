@@ -126,10 +126,11 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
         pipelines: those that run first, then the latest to end.
         stages: by time of their newest row, the latest first.
         nodes: by name; empty on clusters so large that rows hold means only.
-        all_nodes: what rows say of all nodes together: ``cpu_percent/mean`` … by the key behind
-            ``nodes/``.
+        all_nodes: what rows say of all nodes together: ``mean/cpu_percent``, ``answered`` … by
+            the key behind ``nodes/``.
         series: how many series there are.
-        untracked_series: series beyond the limit that are in W&B, and not in here.
+        untracked_series: series beyond the limit that are in W&B, and not in here; at least.
+        more_pipelines, more_stages: how many there are beside those that are listed.
     """
 
     pipelines: list[PipelineProgress] = []
@@ -138,3 +139,5 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     all_nodes: dict[str, float] = {}
     series: int = 0
     untracked_series: int = 0
+    more_pipelines: int = 0
+    more_stages: int = 0

@@ -14,6 +14,7 @@ from raywb.rows import ROW_TAG, TABLE_TAG, Frame, scan
 from raywb.service.blobs import BlobStore
 from raywb.service.fold import Fold
 from raywb.service.ledger import Entry, Ledger
+from raywb.service.live_rows import LiveRows
 from raywb.service.liveness import Liveness
 from raywb.service.merge import Merge, Source
 from raywb.service.outbox import Batch, Item, Outbox
@@ -40,6 +41,7 @@ class Delivery:
         position: everything in the ledger before it was read; rows that wait for other ranks are
             in no batch yet.
         folds: what each run amounts to, by run number.
+        live_rows: what the newest rows say, for those who watch.
         began_s: when this was made, on the monotonic clock.
 
     Raises:
@@ -55,6 +57,7 @@ class Delivery:
         self.merge = Merge()
         self.merge.stages.known |= set(stage_runs)
         self.folds: dict[int, Fold] = {}
+        self.live_rows = LiveRows()
         self.position = 0
         self._unwritten: Batch | None = None
         #: Rows that wait for a run: from which position, up to which, and how many.
@@ -75,12 +78,14 @@ class Delivery:
 
     def _take(self, batch: Batch) -> None:
         self.position = max(self.position, batch.ledger_position)
+        take = self.live_rows.take
         for run, items in itertools.groupby(batch.items, _run_of):
             fold = self.folds.get(run)
             if fold is None:
                 fold = self.folds[run] = Fold()
             for item in items:
                 fold.apply(item)
+                take(item)
 
     def open_run(self, number: int) -> None:
         """Rows from here on belong to run ``number``."""

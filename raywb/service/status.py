@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 from raywb import __version__
+from raywb.live import Live
 from raywb.reports import RunInfo, SourceStatus, Status
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
@@ -72,7 +73,17 @@ def make_status(
         stage_runs=runs.stages.status(),
         stages=stages,
         warnings=[one.warning for one in stages if one.warning],
+        live=_live(delivery, runs),
     )
+
+
+def _live(delivery: Delivery, runs: Runs) -> Live:
+    """What the newest rows of the last run say, and those of the runs that stages have in it."""
+    run = runs.last
+    if run is None:
+        return Live()
+    numbers = [run.number, *(one.number for one in runs.stages.of(run))]
+    return delivery.live_rows.live(numbers)
 
 
 def _damage(delivery: Delivery) -> list[str]:
