@@ -28,7 +28,8 @@ from collections.abc import Awaitable, Callable, Hashable
 from typing import Protocol
 
 from raywb.reports import Status
-from raywb.service.status_samples import METRICS, Sample, Subject, subjects_of
+from raywb.service.series_names import METRICS
+from raywb.service.status_samples import Sample, Subject, subjects_of
 
 __all__ = ["MAX_SERIES", "Gauge", "Gauges", "RayGauges", "RayMetricsSink", "clean_label"]
 
