@@ -13,6 +13,7 @@ from raywb.charts.command import charts
 from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
+from raywb.view.grafana.command import grafana
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -223,6 +224,7 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
 main.add_command(charts)
 main.add_command(doctor)
 main.add_command(fleet)
+main.add_command(grafana)
 
 
 if __name__ == "__main__":
