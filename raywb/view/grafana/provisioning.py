@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from raywb.errors import DirectoryError
 from raywb.settings import process_environment
 
-__all__ = ["RayGrafana", "find_grafana", "provisioned", "write_dashboard"]
+__all__ = ["RayGrafana", "find_grafana", "nothing_here", "provisioned", "write_dashboard"]
+
+
+#: The one line of Ray's file that says where dashboards lie.
+_FOLDER = re.compile(r"^\s*path:\s*[\"']?(.+?)[\"']?\s*$", re.MULTILINE)
 
 
 class RayGrafana(NamedTuple):
@@ -40,27 +45,36 @@ def find_grafana() -> RayGrafana:
     import ray
 
     node = ray._private.worker.global_worker.node
-    here = ray.get_runtime_context().get_node_id()
     head = next(
         (one for one in ray.nodes() if "node:__internal_head__" in one["Resources"]),
-        {"NodeID": "", "NodeManagerAddress": "unknown"},
+        {"NodeID": "", "NodeManagerAddress": "its head"},
     )
-    if node is not None:
-        root = process_environment().get("RAY_METRICS_OUTPUT_ROOT")
+    root = process_environment().get("RAY_METRICS_OUTPUT_ROOT")
+    if node is not None:  # else this process is outside of the cluster
         session = Path(node.get_session_dir_path())
         found = provisioned(Path(root) if root else session / "metrics")
         if found is not None:
             return found
-    if node is None or here != head["NodeID"]:
-        raise DirectoryError(
+    here = ray.get_runtime_context().get_node_id() if node is not None else None
+    raise nothing_here(str(head["NodeManagerAddress"]) if here != head["NodeID"] else None)
+
+
+def nothing_here(head: str | None) -> DirectoryError:
+    """Why there is nothing of Ray's for Grafana on this machine.
+
+    Args:
+        head: where the head is; None where it is this machine.
+    """
+    otherwise = "or write the dashboard to a file with --output FILE, and import it in Grafana"
+    if head is not None:
+        return DirectoryError(
             "this machine is not the head of the Ray cluster, where Grafana's dashboards are kept: "
-            f"call `raywb grafana` on {head['NodeManagerAddress']}, or write the dashboard to a "
-            "file with --output FILE and import it in Grafana"
+            f"call `raywb grafana` on {head}, {otherwise}"
         )
-    raise DirectoryError(
-        f"Ray keeps no dashboards for Grafana in {session}: its dashboard does not run (`ray "
-        "start --head --include-dashboard=true`), or it writes elsewhere (RAY_METRICS_OUTPUT_ROOT "
-        "of the head). With --output FILE the dashboard is written where you say"
+    return DirectoryError(
+        "Ray keeps no dashboards for Grafana on this head: start it with its dashboard (`ray start "
+        "--head --include-dashboard=true`), call this with the RAY_METRICS_OUTPUT_ROOT that Ray "
+        f"was started with, if it was, {otherwise}"
     )
 
 
@@ -70,20 +84,20 @@ def provisioned(root: Path) -> RayGrafana | None:
     Raises:
         DirectoryError: what lies there cannot be understood.
     """
-    from omegaconf import OmegaConf
-    from yaml import YAMLError
-
     provider = root / "grafana" / "provisioning" / "dashboards" / "default.yml"
     try:
-        configured: Any = OmegaConf.to_container(OmegaConf.load(provider))
-        dashboards = Path(configured["providers"][0]["options"]["path"])
+        text = provider.read_text()
     except FileNotFoundError:
         return None
-    except (OSError, YAMLError, LookupError, TypeError) as error:
+    except OSError as error:
+        raise DirectoryError(f"{provider} cannot be read: {error.strerror or error}") from error
+    folder = _FOLDER.search(text)
+    if folder is None:
         raise DirectoryError(
-            f"{provider} does not name a folder of dashboards ({error}): write the dashboard to a "
-            "file with --output FILE and import it in Grafana"
-        ) from error
+            f"{provider} names no folder of dashboards: write the dashboard to a file with "
+            "--output FILE and import it in Grafana"
+        )
+    dashboards = Path(folder[1])
     return RayGrafana(
         dashboards=dashboards,
         grafana_config=root / "grafana" / "grafana.ini",
