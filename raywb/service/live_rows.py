@@ -19,6 +19,7 @@ from raywb.rows import Scalar
 from raywb.service.live_pipeline import PIPELINE_KEYS, describe_pipeline
 from raywb.service.live_stage import LiveStage, RowsAlike
 from raywb.service.outbox import Item, OutDefine, OutRow
+from raywb.service.stage_runs import FIRST_STAGE_RUN
 
 __all__ = ["LiveRows"]
 
@@ -247,7 +248,7 @@ class LiveRows:
             prefix = namespace + "/" if namespace else ""
             parts.append(self._pipeline_rows(row.run, run, namespace))
             rest = [key for key in rest if not key.startswith(prefix)]
-        for namespace, found in self._namespaces(run, rest).items():
+        for namespace, found in sorted(self._namespaces(run, rest).items()):
             if (alike := self._stage_rows(run, namespace, found, row)) is not None:
                 parts.append(alike)
         run.known[keys] = parts
@@ -267,13 +268,18 @@ class LiveRows:
                 run.untracked.add(zlib.crc32(key.encode()))
 
     def _make_room(self, row: OutRow) -> None:
-        """Forget runs that rest, the one that does for longest first; by the rows' own time."""
-        resting = {
-            number: time_s
-            for number, run in self._runs.items()
-            if number != row.run and (time_s := run.time_s) < row.time_s - RESTING_S
-        }
-        for number in sorted(resting, key=resting.__getitem__):
+        """Forget runs that rest, the one that does for longest first; by the rows' own time.
+
+        The cluster's runs follow one another, so all but the latest rest.
+        """
+        latest = max((n for n in (*self._runs, row.run) if n < FIRST_STAGE_RUN), default=0)
+        times_s = {number: run.time_s for number, run in self._runs.items() if number != row.run}
+        resting = [
+            number
+            for number, time_s in times_s.items()
+            if number < latest or time_s < row.time_s - RESTING_S
+        ]
+        for number in sorted(resting, key=times_s.__getitem__):
             if self._series + len(row.metrics) <= MAX_SERIES:
                 return
             self._series -= len(self._runs.pop(number).keys)
@@ -305,12 +311,15 @@ class LiveRows:
         self, run: _Run, namespace: str, keys: list[str], row: OutRow
     ) -> RowsAlike | None:
         stage = run.stages.get(namespace)
+        tracked = [key for key in keys if key in run.keys]
         if stage is None:
-            if len(run.stages) >= MAX_STAGES:
+            if len(run.stages) >= MAX_STAGES or not tracked:
                 return None
+            if namespace:
+                self._drop_within(run, namespace)
             stage = run.stages[namespace] = LiveStage(namespace)
         stage.axis = run.axes.get(namespace, stage.axis)
-        return stage.rows_alike([key for key in keys if key in run.keys], row)
+        return stage.rows_alike(tracked, row)
 
     def _namespaces(self, run: _Run, keys: list[str]) -> dict[str, list[str]]:
         """Which stage each key of a row belongs to.
@@ -332,9 +341,6 @@ class LiveRows:
             own = common or key.rpartition("/")[0]
             namespace = _within(own + "/", run.stages) if own else ""
             found.setdefault(own if namespace is None else namespace, []).append(key)
-        for namespace in found:
-            if namespace and namespace not in run.stages:
-                self._drop_within(run, namespace)
         return found
 
 

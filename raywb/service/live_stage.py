@@ -97,7 +97,7 @@ class LiveStage:
 
     def rows_alike(self, keys: list[str], row: OutRow) -> RowsAlike:
         """Rows with these keys will come; the first of them is given."""
-        own = {self.axis, *(self.prefix + key for key in (_RANKS, _SLOWEST, _SPREAD))}
+        own = self._own_keys()
         fresh = [key for key in keys if key not in self._keys and key not in own]
         self._keys |= dict.fromkeys(fresh)
         numbers = [key for key in fresh if _is_number(row.metrics[key])]
@@ -105,6 +105,10 @@ class LiveStage:
         alike = RowsAlike(self, has_main=self._main in row.metrics)
         self._alike.append(alike)
         return alike
+
+    def _own_keys(self) -> set[str]:
+        """Keys that are no metrics: its axis, and what is said of its ranks."""
+        return {self.axis, *(self.prefix + key for key in (_RANKS, _SLOWEST, _SPREAD))}
 
     def _choose_main(self, fresh: list[str]) -> None:
         """Its loss, where it has one: the key of that name, else one that has it in it."""
@@ -148,15 +152,17 @@ class LiveStage:
 
     def absorb(self) -> None:
         """Keep the newest values without the combinations of keys that they came in."""
-        self._values = self._newest()
-        self._alike.clear()
+        if self._alike:
+            self._values = self._newest()
+            self._alike.clear()
 
     def _newest(self) -> dict[str, Scalar]:
         values = dict(self._values)
         for alike in sorted(self._alike, key=lambda one: one.number):
             if alike.row is not None:
                 values.update(alike.row.metrics)
-        return {key: values[key] for key in self._keys if key in values}
+        own = self._own_keys()
+        return {key: values[key] for key in self._keys if key in values and key not in own}
 
     def _steps_per_s(self, row: OutRow, step: float | None) -> float | None:
         if not self._marks or step is None:
