@@ -29,7 +29,7 @@ from typing import Protocol
 
 from raywb.reports import Status
 from raywb.service.series_names import METRICS
-from raywb.service.status_samples import Sample, Subject, subjects_of
+from raywb.service.status_samples import Sample, Subject, is_over, subjects_of
 
 __all__ = ["MAX_SERIES", "Gauge", "Gauges", "RayGauges", "RayMetricsSink", "clean_label"]
 
@@ -178,18 +178,18 @@ class RayMetricsSink:
             changes: is another value whenever something has come; costs nothing.
         """
         seen: Hashable = None
-        shown_at, is_over = -math.inf, False
+        shown_at, at_rest = -math.inf, False
         pause_s = round_s = self.round_s
         while True:
             await asyncio.sleep(pause_s)
             present = changes()
-            if present == seen and (is_over or self._clock() - shown_at < RENEW_S):
+            if present == seen and (at_rest or self._clock() - shown_at < RENEW_S):
                 continue
             began = time.perf_counter()
             found = await status()
             pause_s = max(round_s, (time.perf_counter() - began) / LOOP_SHARE)
             seen, shown_at = present, self._clock()
-            is_over = found.finished
+            at_rest = is_over(found)
             self.show(found)
 
     @property

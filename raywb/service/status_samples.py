@@ -14,7 +14,7 @@ from typing import NamedTuple
 from raywb.live import PipelineProgress, PipelineStageProgress, StageProgress
 from raywb.reports import RunInfo, SinkStatus, Status
 
-__all__ = ["Sample", "Subject", "subjects_of"]
+__all__ = ["Sample", "Subject", "is_over", "subjects_of"]
 
 #: A pipeline or a stage of which nothing was heard for this long is over, in seconds, even where
 #: nobody said so.
@@ -48,6 +48,11 @@ class Subject(NamedTuple):
     samples: list[Sample]
 
 
+def is_over(status: Status) -> bool:
+    """Nothing is at work: the run was ended, or nobody has it any more, and its sink rests."""
+    return status.finished or status.sink.state == "resting"
+
+
 def subjects_of(status: Status, now_s: float) -> list[Subject]:
     """All that the status says in numbers.
 
@@ -55,8 +60,7 @@ def subjects_of(status: Status, now_s: float) -> list[Subject]:
         status: the service at one moment.
         now_s: that moment, in seconds since the epoch.
     """
-    # Nobody has a run any more whose sink rests, though nobody ended it.
-    over = status.finished or status.sink.state == "resting"
+    over = is_over(status)
     runs = {one.run.epoch: one.run for one in status.stage_runs} | {status.run.epoch: status.run}
     ended_runs = {one.run.epoch for one in status.stage_runs if one.state != "running"}
     is_at_work = _stages_at_work(status)
@@ -68,19 +72,19 @@ def subjects_of(status: Status, now_s: float) -> list[Subject]:
             return str(number), name
         return run.id, name or run.job_type or run.name
 
-    def is_over(number: int, time_s: float) -> bool:
+    def has_ended(number: int, time_s: float) -> bool:
         return over or number in ended_runs or now_s - time_s > SILENT_S
 
     found = [Subject(("service",), now_s, over, list(_service(status)))]
     found += _runs(status, now_s, over)
     for pipeline in status.live.pipelines:
         labels = labels_of(pipeline.run, pipeline.name)
-        ended = pipeline.state != "running" or is_over(pipeline.run, pipeline.time_s)
+        ended = pipeline.state != "running" or has_ended(pipeline.run, pipeline.time_s)
         samples = list(_pipeline(pipeline, labels))
         found.append(Subject(("pipeline", *labels), pipeline.time_s, ended, samples))
     for stage in status.live.stages:
         labels = labels_of(stage.run, stage.stage)
-        ended = not is_at_work(labels[1]) or is_over(stage.run, stage.time_s)
+        ended = not is_at_work(labels[1]) or has_ended(stage.run, stage.time_s)
         samples = list(_stage(stage, labels))
         found.append(Subject(("stage", *labels), stage.time_s, ended, samples))
     found += _ranks(status, now_s, over, is_at_work)
