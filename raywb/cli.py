@@ -94,6 +94,22 @@ def status(as_json: bool) -> None:
 
 
 @main.command()
+@click.option(
+    "--interval-s",
+    type=click.FloatRange(min=0.2),
+    default=2.0,
+    show_default=True,
+    help="How often the service is asked.",
+)
+@click.option("--feed", is_flag=True, hidden=True, help="Write statuses for another process.")
+def watch(interval_s: float, feed: bool) -> None:
+    """Show pipelines, stages, nodes and delivery as they go on, until q or Ctrl-C."""
+    from raywb.view.watch import watch_command
+
+    watch_command(click.get_current_context().obj, _connect, interval_s, feed=feed)
+
+
+@main.command()
 @click.option("--timeout-s", default=300.0, show_default=True, help="Longest that it may take.")
 @click.option("--exit-code", default=0, show_default=True, help="Not 0: the run failed.")
 @click.option("--stop", is_flag=True, help="End the service's actor, too.")

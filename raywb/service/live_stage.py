@@ -17,7 +17,7 @@ from raywb.service.outbox import OutRow
 __all__ = ["LiveStage", "RowsAlike"]
 
 #: Values of a history: thinned to the first number when there would be more than the second.
-HISTORY_VALUES = 120
+HISTORY_VALUES = 60
 MOST_HISTORY_VALUES = 2 * HISTORY_VALUES
 
 #: Metrics of a stage that are named one by one.

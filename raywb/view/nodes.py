@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raywb.reports import NodeStatus
+from raywb.view.drawing import plain
 
 __all__ = ["render_nodes"]
 
@@ -34,16 +35,16 @@ def render_nodes(nodes: Sequence[NodeStatus]) -> RenderableType:
     if len(alive) <= LISTED_NODES:
         for node in alive:
             name = f"{node.name} (head)" if node.is_head else node.name
-            table.add_row(name, *_what(node))
+            table.add_row(*map(Text, map(plain, (name, *_what(node)))))
     else:
         kinds = Counter(_what(node) for node in alive)
         for what, count in kinds.most_common(LISTED_NODES):
-            table.add_row(str(count), *what)
+            table.add_row(*map(Text, map(plain, (str(count), *what))))
         if (others := len(alive) - sum(n for _, n in kinds.most_common(LISTED_NODES))) > 0:
             table.add_row(str(others), "of other kinds", "", "", "", "")
     parts: list[RenderableType] = [table]
     if left := [node for node in nodes if node.left_s is not None]:
-        parts.append(Text(_left(left), style="dim"))
+        parts.append(Text(plain(_left(left)), style="dim"))
     return Group(*parts)
 
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from raywb.reports import StageStatus
+from raywb.view.drawing import plain
 
 __all__ = ["render_stages"]
 
@@ -32,6 +33,6 @@ def render_stages(stages: Sequence[StageStatus]) -> RenderableType:
         slow = ", ".join(str(rank.rank) for rank in one.slow)
         if one.slow_ranks > len(one.slow):
             slow += f" and {one.slow_ranks - len(one.slow)} more"
-        table.add_row(one.stage, ranks, step, last, slow or "none")
+        table.add_row(Text(plain(one.stage)), ranks, step, last, slow or "none")
     more = len(stages) - LISTED_STAGES
     return Group(table, Text(f"and {more} more")) if more > 0 else table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -14,13 +16,21 @@ from raywb.reports import (
     SyncReport,
     UnconfirmedSource,
 )
+from raywb.view.delivery import losses
+from raywb.view.drawing import Lines, Pen, plain
 from raywb.view.nodes import render_nodes
+from raywb.view.pipelines import pipeline_lines
 from raywb.view.stages import render_stages
+from raywb.view.training import training_lines
+from raywb.view.usage import usage_lines
 
 __all__ = ["render_recovery", "render_report", "render_status", "render_sync"]
 
 #: Sources that are listed one by one; with more of them, those heard last.
 LISTED_SOURCES = 20
+
+#: Lines of pipelines, of stages and of nodes in a status; with more of them they are summed up.
+LIVE_LINES = 16
 
 
 def _facts(rows: list[tuple[str, str]]) -> Table:
@@ -28,8 +38,13 @@ def _facts(rows: list[tuple[str, str]]) -> Table:
     table.add_column(style="dim", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in rows:
-        table.add_row(name, value)
+        table.add_row(name, Text("\n".join(map(plain, value.split("\n")))))
     return table
+
+
+def _add_row(table: Table, *cells: str) -> None:
+    """Names come from users: nothing in them is markup, or for the terminal to obey."""
+    table.add_row(*(Text(plain(cell)) for cell in cells))
 
 
 def _run_facts(run: RunInfo) -> list[tuple[str, str]]:
@@ -40,13 +55,6 @@ def _run_facts(run: RunInfo) -> list[tuple[str, str]]:
     if run.began_offline:
         facts.append(("began", f"offline; those files are set aside in {run.dir}/superseded"))
     return [*facts, ("files", run.dir)]
-
-
-def _losses(lost: dict[str, int], rejected: int) -> str:
-    parts = [f"{count} {reason}" for reason, count in sorted(lost.items())]
-    if rejected:
-        parts.append(f"{rejected} values rejected")
-    return ", ".join(parts) or "none"
 
 
 def _unconfirmed(sources: list[UnconfirmedSource]) -> list[tuple[str, str]]:
@@ -64,8 +72,13 @@ def _unconfirmed(sources: list[UnconfirmedSource]) -> list[tuple[str, str]]:
     return [("unconfirmed", "\n".join(lines))] if lines else []
 
 
-def render_status(status: Status) -> RenderableType:
-    """The run, its delivery, its sources, and what is wrong."""
+def render_status(status: Status, now_s: float | None = None) -> RenderableType:
+    """The run, its delivery, what it does, its sources, and what is wrong.
+
+    Args:
+        status: what is shown.
+        now_s: the present, in seconds since the epoch; the clock's by default.
+    """
     state = "finished" if status.finished else "open"
     if status.run.provisional and not status.finished:
         state = "open, provisional (no start() has brought settings)"
@@ -82,23 +95,38 @@ def render_status(status: Status) -> RenderableType:
         ("service", f"{status.address}, raywb {status.version}, start {status.incarnation}"),
         ("rows", f"{status.received_rows} received, {status.backlog_rows} waiting for W&B"),
         ("W&B", sink),
-        ("lost", _losses(status.lost, status.rejected)),
+        ("lost", losses(status.lost, status.rejected)),
     ]
     if status.undelivered_updates:
         facts.append(("not with W&B", "; ".join(status.undelivered_updates)))
     if status.after_finish_rows:
         facts.append(("waiting", f"{status.after_finish_rows} rows came after finish()"))
     facts += _unconfirmed(status.unconfirmed)
-    parts: list[RenderableType] = [_facts(facts), Text(), _sources(status)]
+    parts: list[RenderableType] = [_facts(facts), Text()]
+    parts += [_live(status, time.time() if now_s is None else now_s), _sources(status)]
     if status.stages:
         parts += [Text(), render_stages(status.stages)]
     if status.stage_runs:
         parts += [Text(), _stage_runs(status)]
     if status.nodes:
         parts += [Text(), render_nodes(status.nodes)]
-    parts += [Text(f"! {warning}", style="yellow") for warning in status.warnings]
-    parts += [Text(f"! {problem}", style="bold red") for problem in status.problems]
+    parts += [Text(f"! {plain(warning)}", style="yellow") for warning in status.warnings]
+    parts += [Text(f"! {plain(problem)}", style="bold red") for problem in status.problems]
     return Group(*parts)
+
+
+def _live(status: Status, now_s: float) -> Lines:
+    """What runs, as in ``raywb watch``; the rest of the status is said in full elsewhere."""
+
+    def draw(pen: Pen) -> list[Text]:
+        parts = (
+            pipeline_lines(status.live, pen, LIVE_LINES),
+            training_lines(status, pen, LIVE_LINES),
+            usage_lines(status, pen, LIVE_LINES) if status.live.all_nodes else [],
+        )
+        return [line for part in parts if part for line in (*part, Text())]
+
+    return Lines(draw, now_s)
 
 
 def _stage_runs(status: Status) -> RenderableType:
@@ -114,7 +142,7 @@ def _stage_runs(status: Status) -> RenderableType:
         if one.sink.last_error and one.backlog_rows:
             state += f" ({one.sink.last_error})"
         rows, waiting = str(one.received_rows), str(one.backlog_rows)
-        table.add_row(f"{one.run.name} ({one.run.id})", state, rows, waiting)
+        _add_row(table, f"{one.run.name} ({one.run.id})", state, rows, waiting)
     more = len(status.stage_runs) - LISTED_SOURCES
     return Group(table, Text(f"and {more} more")) if more > 0 else table
 
@@ -136,7 +164,7 @@ def _sources(status: Status) -> RenderableType:
         else:
             heard = f"{source.heard_ago_s:.0f} s ago"
         stages = ", ".join(source.stages) or "-"
-        table.add_row(source.hostname, str(source.pid), stages, str(source.received_rows), heard)
+        _add_row(table, source.hostname, str(source.pid), stages, str(source.received_rows), heard)
     more = len(status.sources) - LISTED_SOURCES
     return Group(table, Text(f"and {more} more")) if more > 0 else table
 
@@ -151,7 +179,7 @@ def render_report(report: FinishReport) -> RenderableType:
         *_run_facts(report.run),
         ("state", report.state),
         ("rows", f"{report.received_rows} received, {report.delivered_rows} with W&B"),
-        ("lost", _losses(report.lost, report.rejected)),
+        ("lost", losses(report.lost, report.rejected)),
         *_unconfirmed(report.unconfirmed),
     ]
     for one in report.stage_runs:
@@ -161,7 +189,7 @@ def render_report(report: FinishReport) -> RenderableType:
         facts.append(("upload", f"wandb sync {report.run.dir}/wandb/offline-run-*"))
     parts: list[RenderableType] = [_facts(facts)]
     if report.message:
-        parts.append(Text(f"! {report.message}", style="bold red"))
+        parts.append(Text(plain(f"! {report.message}"), style="bold red"))
     return Group(*parts)
 
 
@@ -184,7 +212,7 @@ def render_recovery(report: RecoveryReport) -> RenderableType:
         parts += [Text(), render_report(run)]
     for source_id, reason in report.failed.items():
         text = f"! the journal of source {source_id[:8]} is not home: {reason}"
-        parts.append(Text(text, style="bold red"))
+        parts.append(Text(plain(text), style="bold red"))
     if report.nothing_to_do:
         parts.append(Text("There is nothing to do: every run is with W&B."))
     return Group(*parts)
@@ -202,9 +230,11 @@ def render_sync(report: SyncReport) -> RenderableType:
     table.add_column("page", overflow="fold")
     for run in report.runs:
         numbers = map(str, (run.rows, run.rows_before, run.rows_sent))
-        table.add_row(f"{run.run.name} ({run.run.id})", run.state, *numbers, run.run.url or "-")
+        _add_row(table, f"{run.run.name} ({run.run.id})", run.state, *numbers, run.run.url or "-")
     parts: list[RenderableType] = [table]
     parts += [
-        Text(f"! {run.run.name}: {run.error}", style="bold red") for run in report.runs if run.error
+        Text(plain(f"! {run.run.name}: {run.error}"), style="bold red")
+        for run in report.runs
+        if run.error
     ]
     return Group(*parts)
