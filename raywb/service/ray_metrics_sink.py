@@ -141,6 +141,7 @@ class RayMetricsSink:
         self._published: set[tuple[str, tuple[str, ...]]] = set()
         self._shown: set[tuple[str, ...]] = set()
         self._ended_at: dict[tuple[str, ...], float] = {}
+        #: By name; replaced as a whole, since others read it while the thread works.
         self._dropped: Counter[str] = Counter()
         self._failures = 0
         self._reason = ""
@@ -153,10 +154,10 @@ class RayMetricsSink:
     def warnings(self) -> list[str]:
         """What is not in Ray's metrics, in a sentence each."""
         found = []
-        if count := self._dropped.total():
-            name = max(self._dropped, key=self._dropped.__getitem__)
+        if dropped := self._dropped:
+            name = max(dropped, key=dropped.__getitem__)
             found.append(
-                f"{count} series are beyond the {MAX_SERIES} that Ray's metrics are given, most of "
+                f"{dropped.total()} series are beyond the {MAX_SERIES} that Ray's metrics are given, most of "
                 f"them of {name}; W&B has them"
             )
         if self._failures:
@@ -280,8 +281,8 @@ class RayMetricsSink:
 
     def _within_the_limit(self, samples: list[Sample]) -> list[Sample]:
         """As many as Ray is given: the values of stages go first, and new ones before old ones."""
-        self._dropped = Counter()
         if len(samples) + 2 <= MAX_SERIES:
+            self._dropped = Counter()
             return samples
 
         def place(sample: Sample) -> tuple[bool, bool]:
