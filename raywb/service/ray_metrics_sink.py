@@ -155,10 +155,10 @@ class RayMetricsSink:
         """What is not in Ray's metrics, in a sentence each."""
         found = []
         if dropped := self._dropped:
-            name = max(dropped, key=dropped.__getitem__)
+            count, name = dropped.total(), max(dropped, key=dropped.__getitem__)
             found.append(
-                f"{dropped.total()} series are beyond the {MAX_SERIES} that Ray's metrics are given, most of "
-                f"them of {name}; W&B has them"
+                f"{count} series are beyond the {MAX_SERIES} that Ray's metrics are given, "
+                f"most of them of {name}; W&B has them"
             )
         if self._failures:
             found.append(
