@@ -10,6 +10,7 @@ import pytest
 from local_service import LocalService
 
 from raywb.service import shown_name as module
+from raywb.service.actor import RaywbService
 from raywb.service.shown_name import shown_name
 from raywb.service.state import FILE_NAME
 from raywb.settings import Settings
@@ -45,6 +46,11 @@ def test_a_restarted_service_shows_the_present_run(service: LocalService) -> Non
     shown = shown_name(service.directory, settings, "new00001")
     assert shown == f"raywb other/new00001 offline {service.directory}"
     assert repr(again).startswith(f"raywb demo/{second.id} second")
+
+
+def test_a_service_that_was_never_begun_has_a_name() -> None:
+    """Ray asks for it when it tells that the actor cannot be made; it must not ask in vain."""
+    assert repr(RaywbService.__new__(RaywbService)) == "raywb"
 
 
 def test_nothing_on_the_disk_keeps_the_service_from_starting(

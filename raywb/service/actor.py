@@ -126,7 +126,11 @@ class RaywbService:
         self._thread.start()
 
     def __repr__(self) -> str:
-        return shown_name(self._directory, self._boot.settings, self._boot.run_id)
+        # Ray asks for it, too, when it tells that __init__ could not even be called.
+        boot: Boot | None = getattr(self, "_boot", None)
+        if boot is None:
+            return "raywb"
+        return shown_name(Path(boot.directory), boot.settings, boot.run_id)
 
     # -- what callers reach ---------------------------------------------------------------------
 
