@@ -15,6 +15,7 @@ from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnav
 from raywb.fleet.command import fleet
 from raywb.view.page.command import ui
 from raywb.view.report.command import report
+from raywb.view.grafana.command import grafana
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -243,6 +244,7 @@ main.add_command(doctor)
 main.add_command(fleet)
 main.add_command(ui)
 main.add_command(report)
+main.add_command(grafana)
 
 
 if __name__ == "__main__":

@@ -176,6 +176,7 @@ def make_service(
 ) -> Any:
     """Make the service on the head node, or find the one that somebody else just made."""
     from raywb.service.actor import Boot, RaywbService
+    from raywb.service.ray_metrics_sink import RayGauges
     from raywb.service.run_settings import new_run_id
     from raywb.sweep import RayNodes
 
@@ -203,7 +204,7 @@ def make_service(
             max_restarts=-1,
             max_concurrency=MAX_CONCURRENCY,
         )
-        .remote(boot, api_key, RayNodes())
+        .remote(boot, api_key, RayNodes(), RayGauges())
     )
 
 

@@ -3,7 +3,8 @@
 The class is plain Python, so it is tested without Ray; ``raywb.cluster`` makes an actor of it.
 Everything happens on one event loop in a thread of its own. The methods below are what callers
 reach through Ray: they hand a coroutine to that loop and wait for it. Nothing here ever calls
-Ray, but for the sweeps of silent nodes and the probes of new ones, each in a thread of its own.
+Ray, but for the sweeps of silent nodes, the probes of new ones, and Ray's metrics, each in a
+thread of its own.
 
 ``__init__`` cannot fail and waits for nothing: Ray would not restart an actor whose
 ``__init__`` raised once. A full disk or a taken port becomes a problem in the status, and is
@@ -45,8 +46,10 @@ from raywb.service.ingest import Ingest
 from raywb.service.inventory import NodeProbes
 from raywb.service.owner import OwnerWatch
 from raywb.service.page_source import ServiceSource, view_token
+from raywb.service.ray_metrics_sink import Gauges, RayMetricsSink
 from raywb.service.run_settings import describe_run, resolve_mode, settings_of
 from raywb.service.runs import Runs
+from raywb.service.shown_name import shown_name
 from raywb.service.state import (
     Origin,
     RunState,
@@ -103,10 +106,18 @@ class RaywbService:
         api_key: W&B's key, when only the driver has it; it stays in memory.
         nodes: the way to the journals of other nodes; without it nobody looks after silent ones
             before the run's end.
+        gauges: makes Ray's metrics; without it there are none.
     """
 
-    def __init__(self, boot: Boot, api_key: str | None = None, nodes: Nodes | None = None) -> None:
+    def __init__(
+        self,
+        boot: Boot,
+        api_key: str | None = None,
+        nodes: Nodes | None = None,
+        gauges: Gauges | None = None,
+    ) -> None:
         self._boot = boot
+        self._metrics = RayMetricsSink(gauges) if gauges is not None else None
         self._nodes = nodes
         self._sweeps: Sweeps | None = None
         self._cluster_nodes: ClusterNodes | None = None
@@ -125,6 +136,13 @@ class RaywbService:
         self._new_entries = asyncio.Event()
         self._thread = threading.Thread(target=self._run_loop, name="raywb-service", daemon=True)
         self._thread.start()
+
+    def __repr__(self) -> str:
+        # Ray asks for it, too, when it tells that __init__ could not even be called.
+        boot: Boot | None = getattr(self, "_boot", None)
+        if boot is None:
+            return "raywb"
+        return shown_name(Path(boot.directory), boot.settings, boot.run_id)
 
     # -- what callers reach ---------------------------------------------------------------------
 
@@ -341,6 +359,12 @@ class RaywbService:
         runs.resume()
         if runs.last is None:
             self._keep_running("the first run's opening", lambda: self._open_provisional(runs))
+        self._begin_background(delivery, ingest, runs, state)
+        self._up.set()
+
+    def _begin_background(
+        self, delivery: Delivery, ingest: Ingest, runs: Runs, state: ServiceState
+    ) -> None:
         background = Background(delivery, ingest, runs, self._problems, self._new_entries)
         self._keep_running("the merge", background.merge)
         if self._nodes is not None:
@@ -355,7 +379,10 @@ class RaywbService:
         self._keep_running("the look at the run's driver", lambda: background.watch_owner(watch))
         self._keep_running("the sync", background.sync)
         self._keep_running("the look for a key", background.look_for_key)
-        self._up.set()
+        if (metrics := self._metrics) is not None:
+            self._keep_running(
+                "what Ray's metrics say", lambda: metrics.serve(self._status, self._changes)
+            )
 
     def _last_settings(self, state: ServiceState) -> Settings:
         """The last run's; before the first one, those of whoever made the service."""
@@ -483,7 +510,19 @@ class RaywbService:
             restored=parts.state.restored,
             problems=self._problems | self._sweep_problem(),
         )
-        return self._cluster_nodes.add_to(status) if self._cluster_nodes else status
+        if self._cluster_nodes is not None:
+            status = self._cluster_nodes.add_to(status)
+        if self._metrics is not None and (missing := self._metrics.warnings):
+            warnings = [*status.warnings, *missing]
+            status = msgspec.structs.replace(status, warnings=warnings)
+        return status
+
+    def _changes(self) -> tuple[int, int, int, bool]:
+        """Another value whenever rows came, or a run began or ended."""
+        _, delivery, _, runs = self._ready()
+        last = runs.last
+        ended = last is not None and last.report is not None
+        return delivery.ledger.end, delivery.outbox.end, last.number if last else 0, ended
 
     def _sweep_problem(self) -> dict[str, str]:
         problem = self._sweeps.problem if self._sweeps else None
@@ -556,6 +595,8 @@ class RaywbService:
         for task in list(self._tasks):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._metrics is not None:
+            await asyncio.to_thread(self._metrics.close)
         if self._parts is not None:
             await self._parts.ingest.close()
             await self._parts.page_source.close()

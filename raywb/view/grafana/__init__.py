@@ -1,0 +1,1 @@
+"""The Grafana dashboard for what the service gives Ray's metrics, and the way to Ray's Grafana."""

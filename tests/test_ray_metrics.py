@@ -1,0 +1,252 @@
+"""Ray's metrics on a real cluster: scraped by a real Prometheus, asked as Grafana's panels ask."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from nvml_stub import StubGpu, build_nvml
+from prometheus_server import DISCOVERY_FILE, Prometheus, lint, require_prometheus
+from ray_cluster import Driver, RayCluster, until
+
+from raywb.service.ray_metrics_sink import MAX_SERIES
+from raywb.view.grafana.dashboard import dashboard
+
+pytestmark = pytest.mark.ray
+
+#: Exports of Ray's workers, in seconds; ten times as fast as by default, so that ends come soon.
+EXPORT_S = 1.0
+
+#: Labels that Ray adds to every series.
+RAYS_LABELS = re.compile(r'(Component|NodeAddress|SessionName|Version|WorkerId)="[^"]*",?')
+
+#: Two pipelines, a stage of two ranks, one with a run of its own, nodes, and a loss.
+WORK = """
+import threading, time
+import ray, raywb
+from ray_cluster import report, told
+
+ray.init()
+run = raywb.start(project="demo", name="tidy", mode="offline", node_metrics_interval_s=1.0)
+hook = raywb.attach()
+gone = raywb.attach()
+gone.close()
+gone.log({"late": 1})
+ranks = [raywb.attach("training/a", rank=rank, world_size=2) for rank in range(2)]
+alone = raywb.attach("classify", own_run=True, run_id="own00001")
+progress = {"xenna": 40.0, "xenna/sft_2": 10.0}
+
+def pipeline(name, seconds):
+    stage = {"actors_ready": 2, "actors_pending": 1, "tasks_completed": seconds, "queue_in": 3,
+             "queue_out": 1, "slots_used": 3, "slots_empty": 1, "speed_tasks_per_s": 2.5,
+             "resource/cpu_util_pct": 150.0, "resource/mem_gb": 2.0}
+    row = {"pipeline_duration_s": seconds, "main_loop_rate_hz": 1.0, "progress": progress[name],
+           "num_input_remaining": 5, "num_outputs": seconds, "inputs_processed_per_s": 1.5,
+           "outputs_per_s": 1.25, "bottleneck_stage_index": 1}
+    row |= {f"stage/{part}/{key}": value for part in ("plan_stage", "download_stage")
+            for key, value in stage.items()}
+    return {f"{name}/{key}": value for key, value in row.items()}
+
+def work():
+    seconds = 0
+    while True:
+        time.sleep(0.3)
+        seconds += 1
+        for name in list(progress):
+            hook.log(pipeline(name, seconds))
+            if progress[name] == 100.0:
+                del progress[name]
+        for rank, client in enumerate(ranks):
+            client.log({"loss": 1.0 / seconds, "lérning rate": 0.5}, step=seconds)
+        alone.log({"accuracy": 0.75}, step=seconds)
+
+threading.Thread(target=work, daemon=True).start()
+report(run.id)
+while asked := told():
+    if asked == "pipeline":
+        progress["xenna"] = 100.0
+    elif asked == "many":
+        for stage in range(60):
+            hook.log({f"many/{stage:02}/{key:02}": 1.0 for key in range(64)})
+        hook.flush()
+    status = raywb.status()
+    report([status.warnings, status.problems])
+"""
+
+
+class Watched(NamedTuple):
+    cluster: RayCluster
+    prometheus: Prometheus
+    driver: Driver
+    run_id: str
+
+    def ask(self, query: str) -> list[tuple[dict[str, str], float]]:
+        return self.prometheus.ask(query)
+
+    def tell(self, what: str) -> Any:
+        self.driver.tell(what)
+        return self.driver.next_report()
+
+    def exposed(self) -> str:
+        """raywb's lines of what the agents of all nodes answer."""
+        [listed] = json.loads((self.cluster.root / "ray" / DISCOVERY_FILE).read_text())
+        found = []
+        for target in listed["targets"]:
+            with urllib.request.urlopen(f"http://{target}/metrics", timeout=10) as answer:
+                found += answer.read().decode().splitlines(keepends=True)
+        return "".join(line for line in found if "ray_raywb_" in line)
+
+    def actors(self) -> list[dict[str, Any]]:
+        """What ``ray list actors`` and the dashboard show."""
+        url = f"{self.cluster.dashboard_address}/api/v0/actors?detail=1"
+        with urllib.request.urlopen(url, timeout=30) as answer:
+            found: list[dict[str, Any]] = json.load(answer)["data"]["result"]["result"]
+        return [one for one in found if one["name"] == "raywb" and one["state"] == "ALIVE"]
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    """A head with a GPU, as far as NVIDIA's driver is concerned, at work, and watched."""
+    require_prometheus()
+    gpus = build_nvml(tmp_path_factory.mktemp("nvml"), [StubGpu()])
+    environment = {
+        "LD_LIBRARY_PATH": str(gpus),
+        "RAY_metrics_report_interval_ms": str(int(1e3 * EXPORT_S)),
+    }
+    directory = tmp_path_factory.mktemp("prometheus")
+    with RayCluster.start(num_cpus=2, dashboard=True, environment=environment) as cluster:
+        discovery = cluster.root / "ray" / DISCOVERY_FILE
+        with Prometheus.start(directory, discovery=discovery) as prometheus:
+            driver = cluster.driver(WORK)
+            yield Watched(cluster, prometheus, driver, driver.next_report())
+
+
+def substituted(query: str, metric: str = "loss") -> str:
+    """A panel's query as Grafana sends it when everything is chosen."""
+    values = {"SessionName": ".*", "run": ".*", "metric": metric, "__rate_interval": "10s"}
+    for name, value in values.items():
+        query = query.replace(f"${name}", value)
+    assert "$" not in query
+    return query
+
+
+def panels() -> list[Any]:
+    return [
+        pytest.param(target["expr"], id=f"{panel['title']} {target['refId']}")
+        for panel in dashboard()["panels"]
+        for target in panel.get("targets", [])
+    ]
+
+
+@pytest.mark.parametrize("query", panels())
+def test_every_query_of_the_dashboard_returns_data(watched: Watched, query: str) -> None:
+    """Each panel has something to show while there is work of its kind."""
+    until(query, lambda: watched.ask(substituted(query)), timeout_s=30)
+
+
+def test_every_variable_of_the_dashboard_has_values(watched: Watched) -> None:
+    """There is a session, a run and a value to choose above the panels."""
+    for variable in dashboard()["templating"]["list"]:
+        if variable["type"] == "query":
+            series, label = re.fullmatch(
+                r"label_values\((.+), (\w+)\)", variable["definition"]
+            ).groups()
+            assert watched.prometheus.labels(label, substituted(series)), variable["name"]
+
+
+def test_values_and_labels_are_those_of_the_rows(watched: Watched) -> None:
+    """Prometheus has the pipelines' and the stages' own numbers, under labels that Ray takes."""
+    prefix = f'ray_raywb_pipeline_stage_queue{{run="{watched.run_id}", pipeline="xenna/sft_2"'
+    queue = watched.ask(f'{prefix}, stage="download_stage", side="in"}}')
+    assert [value for _, value in queue] == [3]
+    [(labels, memory)] = watched.ask(
+        'ray_raywb_pipeline_stage_memory_bytes{pipeline="xenna", stage="plan_stage"}'
+    )
+    assert memory == 2 * 2**30
+    bottleneck = watched.ask('ray_raywb_pipeline_stage_bottleneck{pipeline="xenna"} == 1')
+    assert [labels["stage"] for labels, _ in bottleneck] == ["download_stage"]
+    ranks = watched.ask('ray_raywb_stage_ranks{stage="training/a", state="attached"}')
+    assert [value for _, value in ranks] == [2]
+    # A stage with a run of its own has no prefix among its keys, so its name comes from the run.
+    own = watched.ask('ray_raywb_stage_value{run="own00001", metric="accuracy"}')
+    assert [(labels["stage"], value) for labels, value in own] == [("classify", 0.75)]
+    metrics = watched.prometheus.labels("metric", 'ray_raywb_stage_value{stage="training/a"}')
+    assert [re.sub("~[0-9a-f]{8}$", "~", name) for name in metrics] == ["lerning rate~", "loss"]
+    [(info, _)] = watched.ask(f'ray_raywb_run_info{{run="{watched.run_id}"}}')
+    assert (info["name"], info["project"], info["mode"]) == ("tidy", "demo", "offline")
+    assert {"SessionName", "WorkerId"} <= labels.keys()
+
+
+def test_names_follow_prometheus_conventions(watched: Watched) -> None:
+    """promtool finds nothing to say of what Ray's agent exposes."""
+    exposed = watched.exposed()
+    assert "# HELP ray_raywb_rows_received" in exposed
+    # Ray's own labels are not in snake case, which is no fault of ours.
+    assert lint(RAYS_LABELS.sub("", exposed)) == ""
+
+
+def test_a_finished_pipeline_ends(watched: Watched) -> None:
+    """Its last state is seen, then its series end; those of the other one go on."""
+    of_it = 'ray_raywb_pipeline_percent{pipeline="xenna"}'
+    watched.tell("pipeline")
+    until("its series to end", lambda: not watched.ask(of_it), timeout_s=30)
+    assert [value for _, value in watched.ask(f"max_over_time({of_it}[1m])")] == [100]
+    assert not watched.ask('{__name__=~"ray_raywb_pipeline_.*", pipeline="xenna"}')
+    assert [value for _, value in watched.ask("ray_raywb_pipeline_percent")] == [10]
+
+
+def test_series_beyond_the_limit_are_counted(watched: Watched) -> None:
+    """Ray gets so many and no more; the status and a gauge say how many others there are."""
+    watched.tell("many")
+    exported = f"ray_raywb_series_exported == {MAX_SERIES} and ray_raywb_series_dropped > 1000"
+    until("the limit to be reached", lambda: watched.ask(exported), timeout_s=30)
+    assert watched.exposed().count("\nray_raywb_") <= MAX_SERIES
+    assert watched.ask("ray_raywb_rows_received"), "what matters most stays"
+    warnings, problems = watched.tell("status")
+    assert [one for one in warnings if "most of them of raywb_stage_value" in one]
+    assert problems == []
+
+
+def test_raywb_grafana_writes_where_grafana_looks(watched: Watched) -> None:
+    """The dashboard lies among Ray's own; what an earlier run left there is replaced."""
+    [folder] = watched.cluster.root.glob("ray/session_2*/metrics/grafana/dashboards")
+    others = {path: path.read_text() for path in folder.iterdir()}
+    ours = folder / "raywb_grafana_dashboard.json"
+    ours.write_text("that of an older version")
+    done = subprocess.run(
+        [sys.executable, "-m", "raywb", "grafana"],
+        env=watched.cluster.environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"✓ replaced {ours}" in done.stdout
+    assert json.loads(ours.read_text())["uid"] == "raywb"
+    ours.unlink()
+    assert {path: path.read_text() for path in folder.iterdir()} == others
+    config = re.findall(r"--config[ .](?:file=)?(\S+)", done.stdout)
+    assert len(config) == 2
+    assert all(Path(path).exists() for path in config)
+
+
+def test_a_service_that_was_killed_goes_on_with_the_same_lines(watched: Watched) -> None:
+    """The actor shows its run, also after a restart, and a panel's line does not split."""
+    [before] = watched.actors()
+    assert before["repr_name"].startswith(f"raywb demo/{watched.run_id} tidy offline /")
+    process = watched.cluster.service()
+    assert process is not None
+    process.kill()
+    query = "max by (run) (ray_raywb_service_starts) == 2"
+    until("the next incarnation", lambda: watched.ask(query), timeout_s=30)
+    assert len(watched.ask("max by (run, pipeline) (ray_raywb_pipeline_percent)")) == 1
+    [after] = watched.actors()
+    assert (after["num_restarts"], after["repr_name"]) == ("1", before["repr_name"])
