@@ -16,6 +16,7 @@
     │   ├── ProjectUnknown     there is no such project, or the key may not see it
     │   ├── FleetTimeout       not everything was there within the time limit
     │   └── SecretMissing      a key, an entity or a project is to be had nowhere
+    ├── LaunchError            a machine cannot be started or ended
     └── SinkError              W&B's side could not take what it was given
         └── KeyMissing         a run is online, and the service has no key of W&B's
 
@@ -35,6 +36,7 @@ __all__ = [
     "FrameError",
     "KeyMissing",
     "KeyRefused",
+    "LaunchError",
     "MetricTypeError",
     "NoClusterError",
     "ProjectUnknown",
@@ -110,6 +112,10 @@ class FleetTimeout(FleetError):
 
 class SecretMissing(FleetError):
     """Raised when a key, an entity or a project is to be had nowhere."""
+
+
+class LaunchError(RaywbError):
+    """Raised when a machine, or what takes its place, cannot be started or ended."""
 
 
 class SinkError(RaywbError):
