@@ -61,6 +61,8 @@ class VastInstance:
         try:
             answer = client.destroy_instance(self._id)
         except (requests.RequestException, ValueError) as error:
+            if self._is_gone(client):
+                return f"Vast.ai has destroyed instance {self._id}; its answer was lost"
             raise EndFailed(f"Vast.ai did not destroy instance {self._id}: {error}") from error
         if not (isinstance(answer, dict) and answer.get("success") is True):
             said = answer.get("msg") or answer if isinstance(answer, dict) else answer
@@ -68,16 +70,11 @@ class VastInstance:
         return f"Vast.ai has accepted to destroy instance {self._id}"
 
     def has_ended(self, timeout_s: float) -> bool:
-        """See :class:`raywb.launch.places.Place`.
-
-        The key of an instance is gone with it, so a refusal of one that was let in before says
-        that the instance is gone, as "no such instance" does.
-        """
+        """See :class:`raywb.launch.places.Place`."""
         client = self._client()
         deadline = time.monotonic() + timeout_s
         while True:
-            seen = self._look(client)
-            if seen == "gone" or (seen == "refused" and self._was_seen):
+            if self._is_gone(client):
                 return True
             if time.monotonic() + LOOK_PAUSE_S > deadline:
                 return False
@@ -100,6 +97,15 @@ class VastInstance:
             ) from error
         vast.client.timeout = REQUEST_TIMEOUT_S
         return vast
+
+    def _is_gone(self, client: Any) -> bool:
+        """Whether Vast shows that it is gone.
+
+        The key of an instance is gone with it: where it was let in before, its refusal says the
+        same as "no such instance".
+        """
+        seen = self._look(client)
+        return self._was_seen and seen in ("gone", "refused")
 
     def _look(self, client: Any) -> Literal["there", "gone", "refused", "unknown"]:
         """How the instance is, as far as Vast tells this key; never raises."""
