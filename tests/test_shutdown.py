@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from local_service import local_service
+from left_behind import LeftBehind
 from ray_cluster import RayCluster, clean_environment, until
 from vast_server import VastInstance, VastServer
 from wandb_client import API_KEY
@@ -230,10 +230,10 @@ def test_what_vast_does_not_show_gone_is_not_gone(vast: VastServer) -> None:
     place = VastPlace(on(instance, vast))
     place.end()
     assert not place.has_ended(0.0)
+    vast.misbehave("show", None)
+    other = {"CONTAINER_ID": "9", "CONTAINER_API_KEY": vast.api_key}
     with pytest.raises(EndFailed, match="knows no instance 9"):
-        VastPlace(
-            {**on(instance, vast), "CONTAINER_ID": "9", "CONTAINER_API_KEY": vast.api_key}
-        ).end()
+        VastPlace(on(instance, vast) | other).end()
 
 
 class Scripted:
@@ -316,33 +316,28 @@ def test_outputs_are_off_the_machine_or_keep_it(tmp_path: Path) -> None:
 
 
 def test_what_a_cluster_that_is_gone_left_is_delivered_first(
-    vast: VastServer, alone: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vast: VastServer, alone: dict[str, str], tmp_path: Path
 ) -> None:
-    """A service died with rows of an online run: they are at W&B's server before the instance is
-    destroyed."""
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with WandbServer() as server, local_service(tmp_path / "raywb" / "project") as service:
-        server.refuse()
-        service.up()
-        service.start(mode="online", base_url=server.url, api_key=API_KEY)
-        client = service.client("s")
-        for number in range(50):
-            client.log({"x": number}, step=number)
-        client.close()
-        service.down()
-        server.listen_again()
+    """A service and a worker were killed: their rows are at W&B's server before the instance is
+    destroyed; without a key it stays."""
+    with WandbServer() as server, LeftBehind(tmp_path) as left:
+        left.begin(mode="online", base_url=server.url, api_key=API_KEY)
+        logged = left.kill()
         instance = vast.launch()
-        environment = alone | on(instance, vast) | {"WANDB_API_KEY": API_KEY}
-        environment |= {"RAYWB_JOURNAL_DIR": str(tmp_path / "journals")}
+        environment = alone | left.environment | on(instance, vast)
+        environment |= {"RAYWB_DIR": str(left.directory)}
         code, said = ended(shutdown(environment, "--grace-s=0"))
+        assert (code, vast.destroyed) == (outcomes.EXIT_ROWS, [])
+        assert "no W&B key is to be had here" in said
+        code, said = ended(shutdown(environment | {"WANDB_API_KEY": API_KEY}, "--grace-s=0"))
         assert (code, vast.destroyed) == (0, [instance.id])
         assert "Bringing home what a cluster that is gone left" in said
         (run,) = server.runs.values()
-        assert run.values("s/x") == list(range(50))
+        assert run.values("s/x")[:logged] == list(range(logged))
 
 
 DRIVER = """
-    import sys, raywb
+    import raywb
     raywb.start(project="shutdown", **{settings!r})
     client = raywb.attach("s")
     for number in range({rows}):
