@@ -53,13 +53,13 @@ def online(server: WandbServer) -> Iterator[RayCluster]:
 
 #: A driver that logs until it is told to end, and a handler of its own that notes what it logged.
 LOGGING = """
-    import os, signal, sys, threading
+    import signal, threading
     import raywb
     from raywb.launch.drain.on_signal import flush_on_signal
 
     told = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: told.set())
-    raywb.start(project="drain", run_id=sys.argv[1] if sys.argv[1:] else "{run_id}")
+    raywb.start(project="drain", run_id="{run_id}")
+    signal.signal(signal.SIGTERM, lambda *_: told.set())  # Ray's own is there since it connected
     client = raywb.attach("s")
     print("attached", flush=True)
     logged = 0
