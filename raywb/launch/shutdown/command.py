@@ -49,7 +49,8 @@ def _help() -> str:
     type=click.Choice(PLACES),
     default="auto",
     show_default=True,
-    help="What is to end; auto takes the first that the environment names, in this order.",
+    help="What is to end; auto takes the first of them that this is, in this order, and a "
+    "--command before all.",
 )
 @click.option("--command", metavar="CMD", help="Ends the place: a line for /bin/sh.")
 @click.option(
