@@ -13,6 +13,7 @@ from raywb.charts.command import charts
 from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
+from raywb.launch.vast.command import vast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -223,6 +224,7 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
 main.add_command(charts)
 main.add_command(doctor)
 main.add_command(fleet)
+main.add_command(vast)
 
 
 if __name__ == "__main__":
