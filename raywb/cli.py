@@ -13,6 +13,7 @@ from raywb.charts.command import charts
 from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
+from raywb.launch.shutdown.command import shutdown
 from raywb.launch.vast.command import vast
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def main(address: str | None) -> None:
 
     Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 no Ray cluster, 4 no service on it or
     no answer, 5 rows are not with W&B, 6 a directory is no service's or is in use, 7 `raywb doctor`
-    found trouble.
+    found trouble; `raywb shutdown` has more of them.
     """
     click.get_current_context().obj = address or "auto"
 
@@ -224,6 +225,7 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
 main.add_command(charts)
 main.add_command(doctor)
 main.add_command(fleet)
+main.add_command(shutdown)
 main.add_command(vast)
 
 

@@ -1,0 +1,50 @@
+"""Which place this is: what is asked for, or what the environment says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from raywb.errors import SettingsError
+from raywb.launch.places import Place
+from raywb.launch.places.plain_command import PlainCommand
+from raywb.launch.places.vast_instance import VastInstance
+
+__all__ = ["NOT_SET", "PLACES", "choose_place"]
+
+#: Kinds of places in the order in which ``auto`` looks for them, behind a command that was given,
+#: and the variable that each is known by.
+_KNOWN_BY: dict[str, tuple[str, Callable[[Mapping[str, str]], Place]]] = {
+    "vast": ("CONTAINER_ID", VastInstance),
+}
+
+#: What ``--place`` takes.
+PLACES = ("auto", *_KNOWN_BY, "command")
+
+#: What is said when there is nothing to end.
+NOT_SET = "{variable} not set - cannot auto-shutdown"
+
+
+def choose_place(
+    asked_for: str, command: str | None, environment: Mapping[str, str]
+) -> Place | str:
+    """The place that is to end, or the sentence that says why there is none.
+
+    Args:
+        asked_for: one of :data:`PLACES`.
+        command: the user's own command.
+        environment: this process's.
+
+    Raises:
+        SettingsError: ``asked_for`` and ``command`` do not go together.
+        EndFailed: the environment names a place that cannot be.
+    """
+    if (asked_for == "command") != (command is not None) and asked_for != "auto":
+        raise SettingsError("--place command and --command come together")
+    if command is not None:
+        return PlainCommand(command)
+    kinds = list(_KNOWN_BY) if asked_for == "auto" else [asked_for]
+    for kind in kinds:
+        variable, make = _KNOWN_BY[kind]
+        if environment.get(variable):
+            return make(environment)
+    return NOT_SET.format(variable=_KNOWN_BY[kinds[0]][0])
