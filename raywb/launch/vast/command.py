@@ -103,6 +103,12 @@ def vast(api_key_file: str | None) -> None:
     "--even-if-undelivered", is_flag=True, help="Also when data are on the instance alone."
 )
 @click.option(
+    "--outputs",
+    metavar="DIR",
+    help="Results that are not to be lost; by default what output_dir= says, or data.",
+)
+@click.option("--upload-to", metavar="URL", help="Where the outputs go, as in s3://bucket/name.")
+@click.option(
     "--attempts", default=5, show_default=True, type=click.IntRange(1),
     help="How often the recipe is begun when the instance restarts under it.",
 )  # fmt: skip

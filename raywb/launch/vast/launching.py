@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ __all__ = ["Launch"]
 
 #: What of this environment goes along: where runs go. The key does not, unless a file names it.
 _NOT_ALONG = ("RAYWB_JOURNAL_DIR",)
+
+#: Where the recipes write, unless they are told otherwise.
+DEFAULT_OUTPUTS = "data"
 
 
 def _tell(text: str) -> None:
@@ -47,6 +50,8 @@ class Launch:
     grace_s: float
     keep_on_failure: bool
     even_if_undelivered: bool
+    outputs: str | None
+    upload_to: str | None
     attempts: int
     repo: str | None
     commit: str | None
@@ -85,8 +90,12 @@ class Launch:
             grace_s=self.grace_s,
             keep_on_failure=self.keep_on_failure,
             even_if_undelivered=self.even_if_undelivered,
+            outputs=self._outputs(),
+            upload_to=self.upload_to,
             attempts=self.attempts,
         )
+        if self.upload_to and not onstart.outputs:
+            raise LaunchError("--upload-to says where --outputs go, and there are none")
         packed = onstart.packed()
         wanted = self._wanted()
         _tell(f"runs     {' '.join(onstart.command())}")
@@ -95,6 +104,8 @@ class Launch:
         _tell(f"wanted   {wanted.in_words()}")
         _tell(f"then     {self._ending()}")
         _tell(f"sets     {', '.join(sorted(variables))}")
+        for warning in self._warnings(variables):
+            _tell(f"note     {warning}")
         if self.dry_run:
             self._dry_run(wanted, onstart)
         else:
@@ -172,6 +183,28 @@ class Launch:
             else ("once all is delivered off it")
         )
         return f"the instance is destroyed {what}, after {self.grace_s:g} s; {kept}"
+
+    def _outputs(self) -> str:
+        """The directory of results: the one that is named, or the recipe is told of."""
+        if self.outputs is not None:
+            return self.outputs
+        told = [word for word in self.arguments if word.startswith("output_dir=")]
+        return told[-1].partition("=")[2] if told else DEFAULT_OUTPUTS
+
+    def _warnings(self, variables: Mapping[str, str]) -> Iterator[str]:
+        """What would keep an instance that is to end itself."""
+        if not self.auto_shutdown or self.even_if_undelivered:
+            return
+        if "WANDB_API_KEY" not in variables:
+            yield (
+                "no W&B key goes along: unless the account at Vast.ai has WANDB_API_KEY, the run "
+                "is offline, and that keeps the instance (--wandb-key-file)"
+            )
+        if self.upload_to is None and (outputs := self._outputs()):
+            yield (
+                f"files in {outputs} would lie on the instance alone, and keep it: name a place "
+                "with --upload-to, or say with --outputs '' that they may go"
+            )
 
     def _variables(self, token: str | None) -> dict[str, str]:
         """The environment of the instance, secrets among it."""

@@ -8,6 +8,7 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import PurePosixPath
 
 from raywb.errors import LaunchError
 
@@ -45,6 +46,8 @@ class OnStart:
         grace_s: how long it waits before.
         keep_on_failure: it stays when the recipe failed.
         even_if_undelivered: it is destroyed though data are on it alone.
+        outputs: directory of results, seen from the root of the project; empty for none.
+        upload_to: where these go; without it they lie on the instance alone, which keeps it.
         attempts: how often the job is begun; it is begun again when the instance was restarted
             under it, and for nothing else.
     """
@@ -58,6 +61,8 @@ class OnStart:
     grace_s: float = 10.0
     keep_on_failure: bool = False
     even_if_undelivered: bool = False
+    outputs: str = ""
+    upload_to: str | None = None
     attempts: int = 5
 
     def command(self) -> list[str]:
@@ -70,6 +75,9 @@ class OnStart:
         shutdown = ["--grace-s", f"{self.grace_s:g}"]
         shutdown += ["--keep-on-failure"] if self.keep_on_failure else []
         shutdown += ["--even-if-undelivered"] if self.even_if_undelivered else []
+        if self.outputs:
+            shutdown += ["--outputs", str(PurePosixPath("source") / self.outputs)]
+            shutdown += ["--upload-to", self.upload_to] if self.upload_to else []
         chosen = {
             "repo": shlex.quote(self.repo),
             "commit": shlex.quote(self.commit),

@@ -7,6 +7,7 @@
 #   RAYWB_LAUNCH_DIR   $dir                      RAYWB_RAY_OPTIONS   more for `ray start`
 #   RAYWB_VENV         an environment that has everything: nothing is installed
 #   RAYWB_CONSOLE      where `vastai logs` looks RAYWB_DASHBOARD_PORT  Ray's, on loopback
+#   RAYWB_PAUSES_S     before what failed is tried again, in seconds
 export HOME=${HOME:-/root}
 dir=${RAYWB_LAUNCH_DIR:-$HOME/raywb-launch}
 src=$dir/source
@@ -38,9 +39,9 @@ fi
 
 try() {
     local pause
-    for pause in 10 30 0; do
+    for pause in ${RAYWB_PAUSES_S:-10 30} none; do
         "$@" && return 0
-        [ "$pause" = 0 ] || { say "failed; again in $pause s: $*"; sleep "$pause"; }
+        [ "$pause" = none ] || { say "failed; again in $pause s: $*"; sleep "$pause"; }
     done
     return 1
 }
@@ -100,7 +101,7 @@ run_job() {
         [ "$attempt" = 0 ] || say "attempt $attempt was interrupted: the same command goes on"
         { [ "$attempt" != 0 ] && [ "$seen" = 3 ]; } || start_ray || return
         attempt=$((attempt + 1))
-        echo "$attempt" >"$dir/attempt"
+        echo "$attempt" >"$dir/attempt" || return
         say "attempt $attempt: ${command[*]}"
         ray job submit --address "$dashboard" --submission-id "job-$attempt" -- \
             bash -c 'cd "$0" && exec "$@"' "$src" "$venv/bin/python" "${command[@]}" 9>&- || true
