@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
 from git_remote import git_remote
-from ray_cluster import until
 from vast_sandbox import sandbox
 from vast_server import VastServer
 from wandb_client import API_KEY
 from wandb_server import WandbServer
 
 from raywb.cli import main
+from raywb.launch.vast import job
 
 if not os.environ.get("CI"):
     pytest.importorskip("vastai", reason="vastai is not installed")
 
-pytestmark = [pytest.mark.ray, pytest.mark.xenna, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.xenna, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[1]
 
@@ -45,11 +44,15 @@ def vast() -> Iterator[VastServer]:
 
 
 def test_a_machine_prepares_data_reports_and_is_gone(
-    vast: VastServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    vast: VastServer,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Its container is stopped in the middle of the first attempt, and started again.
+    """Its container is stopped in the middle, then its script is killed, each started again.
 
-    The second start goes on with the same command. The instance is destroyed, with its own key,
+    The second start goes on with the same command, the third one follows the job that is there.
+    The instance is destroyed, with its own key,
     when W&B's server has every row and the outputs are at their place, and not before.
     """
     kept = tmp_path / "kept"
@@ -86,21 +89,19 @@ def test_a_machine_prepares_data_reports_and_is_gone(
 
             second = box.start()
             box.logged("attempt 1 was interrupted: the same command goes on")
-            shown = False
-
-            def has_ended() -> bool:
-                nonlocal shown
-                keys = (API_KEY, instance.key, vast.api_key)
-                shown = shown or any(map(box.is_shown, keys))
-                return second.poll() is not None
-
-            until("the script to end", has_ended, 150.0)
-            assert second.returncode == 0
-            assert not shown
+            box.logged("Job 'job-2' submitted successfully")
+            second.kill()
+            second.wait()
+            third = box.start()
+            box.logged("attempt 2 is on this Ray: following it")
+            for text in ("W&B run robots", "Done in ", "auto-shutdown in 1 second"):
+                box.logged(text)
+                assert not any(map(box.is_shown, (API_KEY, instance.key, vast.api_key)))
+            assert third.wait(60) == 0
             log = box.log
             assert "the job has ended with exit code 0" in log
             assert "attempt 2: -m recipes.pretrain small.yaml" in log
-            assert re.search(r"auto-shutdown in 1 second", log)
+            assert (box.state / "attempt").read_text() == "2\n"
             assert vast.destroyed == [instance.id]
             assert {one.key for one in vast.of_kind("destroy")} == {instance.key}
             for secret in (API_KEY, instance.key, vast.api_key):
@@ -112,3 +113,24 @@ def test_a_machine_prepares_data_reports_and_is_gone(
             (run,) = [one for one in wandb.runs.values() if one.state == "finished"]
             assert run.project == "robots"
             assert run.values("xenna/progress")[-1] == 100.0
+            # Its Ray still lives, and says of other jobs how they ended.
+            port = box.environment["RAYWB_DASHBOARD_PORT"]
+            check_exit_codes(f"http://127.0.0.1:{port}", capsys)
+
+
+def check_exit_codes(address: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The driver's own code where it failed, as shells count them, and not 0 for a stopped job."""
+    from ray.job_submission import JobSubmissionClient
+
+    client = JobSubmissionClient(address)
+    client.submit_job(entrypoint="exec sleep 600", submission_id="stopped")
+    client.submit_job(entrypoint="exit 7", submission_id="failed")
+    capsys.readouterr()
+    assert job.main([address, "failed", "--wait"]) == 0
+    assert capsys.readouterr().out == "7\n"
+    assert job.main([address, "stopped"]) == 0
+    assert capsys.readouterr().out == ""
+    client.stop_job("stopped")
+    assert job.main([address, "stopped", "--wait"]) == 0
+    assert int(capsys.readouterr().out) > 0
+    assert job.main([address, "unheard-of"]) == job.EXIT_UNKNOWN

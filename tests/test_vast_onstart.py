@@ -15,6 +15,7 @@ from ray_cluster import until
 from vast_sandbox import Sandbox, sandbox
 from vast_server import VastServer
 
+from raywb.launch.vast import job
 from raywb.launch.vast.onstart import OnStart
 
 if not os.environ.get("CI"):
@@ -153,3 +154,8 @@ def test_a_private_repository_is_read_with_a_token(
             )
             assert said.stdout == f"{answer}\n"
         assert token not in answers.read_text() + box.log
+
+
+def test_where_no_ray_answers_nothing_is_known_of_a_job() -> None:
+    """That is told apart from a job which Ray does not know."""
+    assert job.main(["http://127.0.0.1:1", "job-1"]) == job.EXIT_NO_RAY

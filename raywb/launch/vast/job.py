@@ -40,7 +40,8 @@ def main(arguments: Sequence[str]) -> int:
         sys.stderr.write(f"Ray says nothing of job {name}: {error}\n")
         return EXIT_UNKNOWN
     code = 0 if job.status == JobStatus.SUCCEEDED else (job.driver_exit_code or 1)
-    sys.stdout.write(f"{code}\n")
+    # A driver that a signal ended has its number below 0; shells count such ends from 128.
+    sys.stdout.write(f"{code if code >= 0 else 128 - code}\n")
     return 0
 
 
