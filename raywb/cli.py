@@ -13,6 +13,7 @@ from raywb.charts.command import charts
 from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
+from raywb.launch.drain.command import drain
 from raywb.launch.shutdown.command import shutdown
 from raywb.launch.vast.command import vast
 
@@ -224,6 +225,7 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
 
 main.add_command(charts)
 main.add_command(doctor)
+main.add_command(drain)
 main.add_command(fleet)
 main.add_command(shutdown)
 main.add_command(vast)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from raywb.errors import DirectoryError, RaywbError
+from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.launch.left_here import LeftRun, directories_here, has_unopened_rows, runs_in
 from raywb.settings import child_environment
 
@@ -88,7 +88,7 @@ def deliver(
         on_connect: called when Ray is connected, which has set signal handlers of its own.
     """
     deadline = time.monotonic() + timeout_s
-    finished = _finish(address, exit_code or 0, deadline, tell, on_connect)
+    finished = _finish(address, environment, exit_code or 0, deadline, tell, on_connect)
     report = finished.report
     live = Path(report.run.dir) if report is not None else None
     rows, uploads, offline = list[str](), list[str](), list[str]()
@@ -115,26 +115,32 @@ def deliver(
 
 
 def _finish(
-    address: str, exit_code: int, deadline: float, tell: Tell, on_connect: Callable[[], None]
+    address: str,
+    environment: Mapping[str, str],
+    exit_code: int,
+    deadline: float,
+    tell: Tell,
+    on_connect: Callable[[], None],
 ) -> _Finished:
     """Ask the cluster to finish its run, again and again until that is complete."""
     import ray
 
     import raywb
     from raywb.cluster import find_service
+    from raywb.launch.connecting import connect_if_alive
 
     try:
-        ray.init(address=address, logging_level="warning", log_to_driver=False)
-    except ConnectionError:
-        tell(f"No Ray cluster at {address!r}: nothing to deliver from it")
+        connect_if_alive(address, environment)
+    except NoClusterError as error:
+        tell(f"Nothing to deliver from a cluster: {error}")
         return _Finished()
-    except (RuntimeError, ValueError, OSError) as error:
-        return _Finished(unanswered=f"the Ray cluster at {address!r} cannot be asked: {error}")
+    except ServiceUnavailable as error:
+        return _Finished(unanswered=str(error))
     on_connect()
     report = None
     try:
         if find_service() is None:
-            tell("No raywb service on the Ray cluster: nothing to deliver from it")
+            tell("Nothing to deliver from the cluster: no raywb service runs on it")
             return _Finished()
         while True:
             remaining = max(deadline - time.monotonic(), 1.0)
@@ -171,13 +177,13 @@ def _recovered(
             return []
         tell(f"Bringing home what a cluster that is gone left in {directory}")
         said = _recover(directory, environment, exit_code, max(deadline - time.monotonic(), 1.0))
-        names = [f"run {run.name}" for run in _unfinished(directory)]
+        missing = [(f"run {run.name}", run.message) for run in _unfinished(directory)]
         if said is not None and has_unopened_rows(directory):
-            names.append("a run that was not opened yet")
+            missing.append(("a run that was not opened yet", None))
         return [
-            f"{name} is not with W&B ({said or 'it did not say why'}): "
-            f"`raywb recover {directory}` delivers it"
-            for name in names
+            f"{name}: {said or message or 'W&B has not closed it'}; "
+            f"`raywb recover {directory}` tries again"
+            for name, message in missing
         ]
     except DirectoryError as error:
         return [str(error)]

@@ -20,6 +20,7 @@ class LeftRun(NamedTuple):
         rows: rows that were received for it by its end; 0 where it was not ended.
         is_complete: it was ended, and W&B's server, or W&B's files where it is offline, have all
             of it.
+        message: what its report says is missing.
         is_offline: it has not been uploaded: it lies in W&B's files, on this machine.
     """
 
@@ -27,6 +28,7 @@ class LeftRun(NamedTuple):
     rows: int
     is_complete: bool
     is_offline: bool
+    message: str | None = None
 
 
 def directories_here(environment: Mapping[str, str]) -> list[Path]:
@@ -73,4 +75,5 @@ def _describe(run: RunState, *, uploaded: bool) -> LeftRun:
         run.received_rows,
         is_complete,
         is_offline=run.info.mode == "offline" and not uploaded and run.received_rows > 0,
+        message=run.report.message if run.report is not None else None,
     )

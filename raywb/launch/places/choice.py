@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 from raywb.errors import SettingsError
 from raywb.launch.places import Place
 from raywb.launch.places.plain_command import PlainCommand
+from raywb.launch.places.slurm_job import SlurmJob
 from raywb.launch.places.vast_instance import VastInstance
 
 __all__ = ["NOT_SET", "PLACES", "choose_place"]
@@ -15,6 +16,7 @@ __all__ = ["NOT_SET", "PLACES", "choose_place"]
 #: and the variable that each is known by.
 _KNOWN_BY: dict[str, tuple[str, Callable[[Mapping[str, str]], Place]]] = {
     "vast": ("CONTAINER_ID", VastInstance),
+    "slurm": ("SLURM_JOB_ID", SlurmJob),
 }
 
 #: What ``--place`` takes.

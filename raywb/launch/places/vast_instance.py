@@ -57,7 +57,10 @@ class VastInstance:
         import requests
 
         client = self._client()
-        self._was_seen = self._look(client) == "there"
+        seen = self._look(client)
+        if seen == "gone":
+            raise EndFailed(f"Vast.ai knows no instance {self._id} of this key's")
+        self._was_seen = seen == "there"
         try:
             answer = client.destroy_instance(self._id)
         except (requests.RequestException, ValueError) as error:
@@ -105,7 +108,7 @@ class VastInstance:
         same as "no such instance".
         """
         seen = self._look(client)
-        return self._was_seen and seen in ("gone", "refused")
+        return seen == "gone" or (seen == "refused" and self._was_seen)
 
     def _look(self, client: Any) -> Literal["there", "gone", "refused", "unknown"]:
         """How the instance is, as far as Vast tells this key; never raises."""

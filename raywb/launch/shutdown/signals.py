@@ -9,6 +9,7 @@ import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
+from typing import Self
 
 __all__ = ["Signals", "Stopped"]
 
@@ -28,6 +29,8 @@ class Signals:
 
     What is asked for cannot be taken back, and has to be known: so that is not cut off.
 
+    As a context manager it gives the signals back at the end.
+
     Attributes:
         noted: the first signal that came while none was to be heeded.
     """
@@ -35,6 +38,14 @@ class Signals:
     def __init__(self) -> None:
         self.noted: int | None = None
         self._are_noted_only = False
+        self._before = {number: signal.getsignal(number) for number in _NUMBERS}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def listen(self) -> None:
         """Take the signals; again where a library has taken them since."""
