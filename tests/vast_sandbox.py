@@ -28,9 +28,9 @@ class Sandbox:
         home = root / "home"
         home.mkdir()
         (root / "console").touch()
-        ports = [str(_free_port()) for _ in range(2)]
+        ports = [str(_free_port()) for _ in range(3)]
         options = [
-            *("--port=0", f"--temp-dir={root / 'ray'}", "--num-cpus=8"),
+            *(f"--temp-dir={root / 'ray'}", "--num-cpus=8"),
             *("--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"),
             *("--object-store-memory=100000000", f"--ray-client-server-port={ports[1]}"),
         ]
@@ -42,7 +42,7 @@ class Sandbox:
             **{"VAST_URL": vast.url, "RAYWB_LAUNCH_DIR": str(self.state)},
             **{"RAYWB_VENV": sys.prefix, "RAYWB_CONSOLE": str(root / "console")},
             **{"RAYWB_DASHBOARD_PORT": ports[0], "RAYWB_RAY_OPTIONS": " ".join(options)},
-            "RAYWB_PAUSES_S": "0",
+            **{"RAYWB_RAY_PORT": ports[2], "RAYWB_PAUSES_S": "0"},
         }
 
     def start(self, more: Mapping[str, str] | None = None) -> psutil.Popen:

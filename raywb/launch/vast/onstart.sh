@@ -7,13 +7,15 @@
 #   RAYWB_LAUNCH_DIR   $dir                      RAYWB_RAY_OPTIONS   more for `ray start`
 #   RAYWB_VENV         an environment that has everything: nothing is installed
 #   RAYWB_CONSOLE      where `vastai logs` looks RAYWB_DASHBOARD_PORT  Ray's, on loopback
-#   RAYWB_PAUSES_S     before what failed is tried again, in seconds
+#   RAYWB_PAUSES_S     before what failed       RAYWB_RAY_PORT        Ray's own, on loopback
+#                      is tried again, in seconds
 export HOME=${HOME:-/root}
 dir=${RAYWB_LAUNCH_DIR:-$HOME/raywb-launch}
 src=$dir/source
 venv=${RAYWB_VENV:-$dir/venv}
 port=${RAYWB_DASHBOARD_PORT:-8265}
 dashboard=http://127.0.0.1:$port
+gcs=${RAYWB_RAY_PORT:-6379}
 mkdir -p "$dir"
 exec 9>"$dir/lock"
 if ! flock -n 9; then
@@ -23,6 +25,8 @@ fi
 console=${RAYWB_CONSOLE:-/proc/1/fd/1}
 [ -w "$console" ] || console=/dev/stdout
 exec > >(exec tee -a "$dir/onstart.log" 9>&- >>"$console") 2>&1
+tee=$!
+trap 'exec >&- 2>&-; wait "$tee" || true' EXIT # its last lines are not lost
 
 say() { echo "[raywb] $(date -u +%FT%TZ) $*"; }
 
@@ -77,7 +81,7 @@ install() {
 
 start_ray() {
     say "starting Ray"
-    ray start --head --disable-usage-stats --dashboard-host=127.0.0.1 \
+    ray start --head --disable-usage-stats --port="$gcs" --dashboard-host=127.0.0.1 \
         --dashboard-port="$port" ${RAYWB_RAY_OPTIONS:-} </dev/null >"$dir/ray.log" 2>&1 9>&- ||
         { cat "$dir/ray.log"; return 1; }
 }
@@ -112,6 +116,12 @@ run_job() {
     echo "$code" >"$dir/exit_code"
 }
 
+# Of this script's own Ray, and of no other one that the machine may have.
+end_instance() {
+    RAY_ADDRESS=127.0.0.1:$gcs python -m raywb shutdown --place vast --job-exit-code "$1" \
+        "${shutdown[@]}" 9>&-
+}
+
 # Nothing was run, so nothing is lost.
 give_up() {
     say "$1; nothing was run"
@@ -120,7 +130,7 @@ give_up() {
     elif [ -z "${CONTAINER_ID:-}" ]; then
         say "CONTAINER_ID not set - cannot auto-shutdown"
     elif python -m raywb --version >/dev/null 2>&1; then
-        python -m raywb shutdown --place vast --job-exit-code 1 "${shutdown[@]}" 9>&- || true
+        end_instance 1 || true
     else
         python3 -m venv "$dir/vastai" && "$dir/vastai/bin/pip" install -q vastai &&
             VAST_API_KEY=${CONTAINER_API_KEY:-} "$dir/vastai/bin/vastai" destroy instance \
@@ -149,6 +159,6 @@ if [ "$auto_shutdown" = no ] || [ -e "$dir/stay" ]; then
     exit "$code"
 fi
 ended=0
-python -m raywb shutdown --place vast --job-exit-code "$code" "${shutdown[@]}" 9>&- || ended=$?
+end_instance "$code" || ended=$?
 say "raywb shutdown: exit code $ended"
 exit "$ended"
