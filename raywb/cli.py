@@ -15,6 +15,7 @@ from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnav
 from raywb.fleet.command import fleet
 from raywb.launch.drain.command import drain
 from raywb.launch.shutdown.command import shutdown
+from raywb.launch.vast.command import vast
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -227,6 +228,7 @@ main.add_command(doctor)
 main.add_command(drain)
 main.add_command(fleet)
 main.add_command(shutdown)
+main.add_command(vast)
 
 
 if __name__ == "__main__":

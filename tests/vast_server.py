@@ -147,6 +147,8 @@ class VastServer:
         self.lingers = 0
         #: So often the address of a log says 404 before the log is there.
         self.log_waits = 0
+        #: Make an instance, and close the connection without a word on it.
+        self.drops_after_creation = False
         self._faults: dict[str, int | str] = {}
         self._seen: dict[tuple[str, int], int] = {}
         self._logs_asked_for: dict[int, str] = {}
@@ -363,6 +365,8 @@ def _handler(vast: VastServer) -> type[BaseHTTPRequestHandler]:
                     status, answer = 404, {"success": False, "msg": "no such page"}
                 elif fault not in ("hang", "hang up"):
                     status, answer = vast._answer(vast.requests[-1])
+            if kind == "create" and vast.drops_after_creation and status == 200:
+                fault = "hang up"
             if fault in ("hang", "hang up"):
                 if fault == "hang":
                     vast._ended.wait()
