@@ -51,6 +51,17 @@ def online(server: WandbServer) -> Iterator[RayCluster]:
         yield cluster
 
 
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[Slurm]:
+    if missing := missing_programs():
+        text = f"no {', '.join(missing)} on this machine: apt-get install slurm-wlm munge"
+        if os.environ.get("CI"):
+            raise RuntimeError(text)
+        pytest.skip(text)
+    with Slurm.start() as started:
+        yield started
+
+
 #: A driver that logs until it is told to end, and a handler of its own that notes what it logged.
 LOGGING = """
     import signal, threading
@@ -197,29 +208,23 @@ def test_a_spot_instance_is_taken_away(
 
 
 @pytest.mark.ray
-def test_a_slurm_job_is_preempted(online: RayCluster, server: WandbServer) -> None:
+def test_a_slurm_job_is_preempted(online: RayCluster, server: WandbServer, slurm: Slurm) -> None:
     """SIGTERM to everything in the job, as at a preemption: the driver's own handler runs, and
     every row that it logged is at W&B's server when the job's drain ends."""
-    if missing := missing_programs():
-        text = f"no {', '.join(missing)} on this machine: apt-get install slurm-wlm munge"
-        if os.environ.get("CI"):
-            raise RuntimeError(text)
-        pytest.skip(text)
-    with Slurm.start() as slurm:
-        work = slurm.root / "work"
-        work.mkdir()
-        noted = work / "noted"
-        (work / "driver.py").write_text(
-            textwrap.dedent(LOGGING.format(noted=noted, run_id="preempted"))
-        )
-        needed = ("PATH", "PYTHONPATH", "HOME", "RAY_", "WANDB_")
-        exports = "\n".join(
-            f"export {name}={shlex.quote(text)}"
-            for name, text in online.environment.items()
-            if name.startswith(needed)
-        )
-        python = shlex.quote(sys.executable)
-        (work / "job.sh").write_text(f"""#!/bin/bash
+    work = slurm.root / "work"
+    work.mkdir()
+    noted = work / "noted"
+    (work / "driver.py").write_text(
+        textwrap.dedent(LOGGING.format(noted=noted, run_id="preempted"))
+    )
+    needed = ("PATH", "PYTHONPATH", "HOME", "RAY_", "WANDB_")
+    exports = "\n".join(
+        f"export {name}={shlex.quote(text)}"
+        for name, text in online.environment.items()
+        if name.startswith(needed)
+    )
+    python = shlex.quote(sys.executable)
+    (work / "job.sh").write_text(f"""#!/bin/bash
 #SBATCH --output={work}/output.log
 {exports}
 trap : TERM
@@ -231,17 +236,46 @@ wait $drain
 wait $drain
 echo "drained: $?"
 """)
-        output = work / "output.log"
+    output = work / "output.log"
 
-        def says(text: str) -> bool:
-            return output.exists() and text in output.read_text()
+    def says(text: str) -> bool:
+        return output.exists() and text in output.read_text()
 
-        job = slurm.command("sbatch", "--parsable", str(work / "job.sh")).strip()
-        until("the job to log", lambda: says("attached") and says("Waiting for the end"), 90)
-        until("rows at W&B", lambda: any("preempted" in key for key in server.runs))
-        slurm.command("scancel", "--full", "--signal=TERM", job)
-        until("the drain", lambda: says("drained: "), 100)
-        print(output.read_text())
-        assert says("drained: 0")
-        assert "SIGTERM: draining" in output.read_text()
-        assert values(server, "preempted") == ("failed", list(range(int(noted.read_text()))))
+    job = slurm.command("sbatch", "--parsable", str(work / "job.sh")).strip()
+    until("the job to log", lambda: says("attached") and says("Waiting for the end"), 90)
+    until("rows at W&B", lambda: any("preempted" in key for key in server.runs))
+    slurm.command("scancel", "--full", "--signal=TERM", job)
+    until("the drain", lambda: says("drained: "), 100)
+    print(output.read_text())
+    assert says("drained: 0")
+    assert "SIGTERM: draining" in output.read_text()
+    assert values(server, "preempted") == ("failed", list(range(int(noted.read_text()))))
+
+
+def test_a_slurm_job_gives_its_nodes_back(slurm: Slurm, tmp_path: Path) -> None:
+    """`raywb shutdown` in a job that would go on for long cancels that job, and no other."""
+    environment = clean_environment(tmp_path)
+    needed = ("PATH", "PYTHONPATH", "HOME", "RAY_")
+    exports = "\n".join(
+        f"export {name}={shlex.quote(text)}"
+        for name, text in environment.items()
+        if name.startswith(needed)
+    )
+    job = tmp_path / "job.sh"
+    python = shlex.quote(sys.executable)
+    job.write_text(f"""#!/bin/bash
+#SBATCH --output={tmp_path}/output.log
+{exports}
+export RAY_ADDRESS=127.0.0.1:9
+{python} -m raywb shutdown --place slurm --grace-s 0
+sleep 600
+""")
+    other = slurm.command("sbatch", "--parsable", "--wrap=sleep 600").strip()
+    number = slurm.command("sbatch", "--parsable", str(job)).strip()
+
+    def state(one: str) -> str:
+        return slurm.command("squeue", "--noheader", "--states=all", "--format=%T", f"--jobs={one}")
+
+    until("the job's end", lambda: state(number).strip() == "CANCELLED", 60)
+    assert state(other).strip() == "RUNNING"
+    assert f"Slurm has accepted to cancel job {number}" in (tmp_path / "output.log").read_text()
