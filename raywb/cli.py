@@ -13,9 +13,12 @@ from raywb.charts.command import charts
 from raywb.doctor.command import doctor
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
 from raywb.fleet.command import fleet
+from raywb.launch.drain.command import drain
+from raywb.launch.shutdown.command import shutdown
+from raywb.launch.vast.command import vast
+from raywb.view.grafana.command import grafana
 from raywb.view.page.command import ui
 from raywb.view.report.command import report
-from raywb.view.grafana.command import grafana
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -57,7 +60,7 @@ def main(address: str | None) -> None:
 
     Exit codes: 0 all is well, 1 an error, 2 wrong usage, 3 no Ray cluster, 4 no service on it or
     no answer, 5 rows are not with W&B, 6 a directory is no service's or is in use, 7 `raywb doctor`
-    found trouble.
+    found trouble; `raywb shutdown` has more of them.
     """
     click.get_current_context().obj = address or "auto"
 
@@ -239,12 +242,8 @@ def _answer(report: Any, rendered: Any, *, as_json: bool) -> None:
         Console().print(rendered)
 
 
-main.add_command(charts)
-main.add_command(doctor)
-main.add_command(fleet)
-main.add_command(ui)
-main.add_command(report)
-main.add_command(grafana)
+for _command in (charts, doctor, drain, fleet, grafana, report, shutdown, ui, vast):
+    main.add_command(_command)
 
 
 if __name__ == "__main__":

@@ -16,6 +16,13 @@
     │   ├── ProjectUnknown     there is no such project, or the key may not see it
     │   ├── FleetTimeout       not everything was there within the time limit
     │   └── SecretMissing      a key, an entity or a project is to be had nowhere
+    ├── LaunchError            a machine cannot be started, looked at or ended
+    │   ├── SourceNotPinned    what is to run is not one commit that the remote has
+    │   ├── VastKeyRefused     there is no key of Vast.ai's, or it is not accepted
+    │   ├── NoOffer            no machine that is to be had is as asked for
+    │   ├── VastUnavailable    Vast.ai gives no answer, or none that can be used
+    │   ├── InstanceUnknown    there is no such instance
+    │   └── NotDestroyed       an instance is still there after it was to be destroyed
     └── SinkError              W&B's side could not take what it was given
         └── KeyMissing         a run is online, and the service has no key of W&B's
 
@@ -33,10 +40,14 @@ __all__ = [
     "FleetError",
     "FleetTimeout",
     "FrameError",
+    "InstanceUnknown",
     "KeyMissing",
     "KeyRefused",
+    "LaunchError",
     "MetricTypeError",
     "NoClusterError",
+    "NoOffer",
+    "NotDestroyed",
     "ProjectUnknown",
     "RaywbError",
     "SecretMissing",
@@ -44,6 +55,9 @@ __all__ = [
     "SettingsConflict",
     "SettingsError",
     "SinkError",
+    "SourceNotPinned",
+    "VastKeyRefused",
+    "VastUnavailable",
     "VersionMismatch",
 ]
 
@@ -110,6 +124,34 @@ class FleetTimeout(FleetError):
 
 class SecretMissing(FleetError):
     """Raised when a key, an entity or a project is to be had nowhere."""
+
+
+class LaunchError(RaywbError):
+    """Raised when a machine cannot be started, looked at or ended."""
+
+
+class SourceNotPinned(LaunchError):
+    """Raised when what is to run is not one commit that the remote has."""
+
+
+class VastKeyRefused(LaunchError):
+    """Raised when there is no key of Vast.ai's, or Vast.ai does not accept it."""
+
+
+class NoOffer(LaunchError):
+    """Raised when no machine that Vast.ai offers is as it was asked for."""
+
+
+class VastUnavailable(LaunchError):
+    """Raised when Vast.ai gives no answer, or none that can be used."""
+
+
+class InstanceUnknown(LaunchError):
+    """Raised when Vast.ai knows no such instance of this account."""
+
+
+class NotDestroyed(LaunchError):
+    """Raised when an instance is still there after it was to be destroyed."""
 
 
 class SinkError(RaywbError):

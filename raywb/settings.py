@@ -246,7 +246,7 @@ def as_mapping(cfg: Any) -> Mapping[str, Any]:
 
 
 class FoundKey(NamedTuple):
-    """W&B's key, and where it was found; what shows it does not show the key."""
+    """A key, and where it was found; what shows it does not show the key."""
 
     text: str
     origin: str
@@ -288,6 +288,32 @@ def locate_api_key(
         if entry and entry[2]:
             return FoundKey(entry[2], f"{path}, for {host}")
     return None
+
+
+def find_vast_key(
+    key_file: str | None = None, environment: Mapping[str, str] | None = None
+) -> FoundKey | None:
+    """Vast.ai's key from the file that was named, else from where its own client looks.
+
+    That is ``VAST_API_KEY``, ``vastai/vast_api_key`` below ``XDG_CONFIG_HOME`` or ``~/.config``,
+    and ``~/.vast_api_key``. A file that was named is the only place.
+    """
+    environment = os.environ if environment is None else environment
+    if key_file is None and (key := environment.get("VAST_API_KEY", "").strip()):
+        return FoundKey(key, "VAST_API_KEY")
+    config = Path(environment.get("XDG_CONFIG_HOME") or "~/.config")
+    usual = (config / "vastai" / "vast_api_key", Path("~/.vast_api_key"))
+    for path in usual if key_file is None else (Path(key_file),):
+        path = path.expanduser()
+        if path.is_file() and (text := path.read_text().strip()):
+            return FoundKey(text, str(path))
+    return None
+
+
+def vast_url(environment: Mapping[str, str] | None = None) -> str | None:
+    """Where Vast.ai's API is, if not where its client thinks: ``VAST_URL``."""
+    environment = os.environ if environment is None else environment
+    return environment.get("VAST_URL") or None
 
 
 def default_dir(settings: Settings, run_id: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from ray.autoscaler._private.kuberay.autoscaling_config import (
     _derive_autoscaling_config_from_ray_cr,
 )
 
+from raywb.cli import main
 from recipes.local_ray import XENNA_ENVIRONMENT
 from recipes.pretrain.data_prep import PretrainSettings
 from recipes.settings import load_settings
@@ -241,3 +243,53 @@ def test_the_job_runs_a_recipe_on_that_cluster(
     # Nodes of data preparation have no torch, and the driver, on the head, needs it.
     (on_head,) = description["head_setup_commands"]
     assert "checkout[train]" in on_head
+
+
+def test_a_job_has_a_cluster_of_its_own(cluster: dict[str, Any]) -> None:
+    """Its cluster is raycluster.yaml's, but for the drain at the head's end, and is deleted when
+    the entrypoint has ended, whose last command delivers everything; the head's pod is valid."""
+    job = manifest("rayjob-alone.yaml", "RayJob")
+    spec = job["spec"]
+    assert set(spec) <= JOB_FIELDS
+    assert "clusterSelector" not in spec, "KubeRay does not delete a cluster that others use"
+    assert spec["shutdownAfterJobFinishes"] is True
+    own = spec["rayClusterSpec"]
+    pod = own["headGroupSpec"]["template"]["spec"]
+    kubernetes_validate.validate(
+        {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "head"}, "spec": pod},
+        kubernetes_validate.latest_version(),
+        strict=True,
+    )
+    hook = pod["containers"][0].pop("lifecycle")["preStop"]["exec"]["command"]
+    words = shlex.split(hook[-1])
+    assert hook[:2] == ["bash", "-c"]
+    assert words[:2] == ["raywb", "drain"]
+    context = main.commands["drain"].make_context("drain", words[2:], obj="auto")
+    limit_s = context.params["timeout_s"]
+    assert limit_s < pod.pop("terminationGracePeriodSeconds")
+    assert own == cluster["spec"]
+
+    shell, option, script = shlex.split(spec["entrypoint"])
+    assert (shell, option) == ("bash", "-c")
+    last = shlex.split(script.partition("raywb shutdown")[2].partition("||")[0])
+    command = main.commands["shutdown"]
+    given = command.make_context("shutdown", [*last[:-1], "7"], obj="auto").params
+    assert (given["place"], given["job_exit_code"]) == ("kuberay", 7)
+
+
+@pytest.mark.parametrize(("recipe", "end", "code"), [(0, 0, 0), (3, 0, 3), (0, 5, 5), (3, 5, 5)])
+def test_the_job_fails_where_it_should(tmp_path: Path, recipe: int, end: int, code: int) -> None:
+    """The entrypoint ends as the recipe did, and as `raywb shutdown` where that is not well."""
+    for name, status in (("python", recipe), ("raywb", end)):
+        program = tmp_path / name
+        program.write_text(f"#!/bin/sh\necho {name} $@\nexit {status}\n")
+        program.chmod(0o755)
+    entrypoint = manifest("rayjob-alone.yaml", "RayJob")["spec"]["entrypoint"]
+    done = subprocess.run(
+        shlex.split(entrypoint),
+        env={"PATH": f"{tmp_path}:/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == code
+    assert f"--job-exit-code {recipe}" in done.stdout

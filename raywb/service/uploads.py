@@ -75,6 +75,10 @@ class Uploads:
         self._known.append(upload)
         return upload
 
+    def has(self, run: int) -> bool:
+        """Whether a run was brought to its end at some server."""
+        return any(upload.run == run and upload.closed for upload in self._known)
+
     def save(self) -> None:
         """Replace the file with what is known now."""
         known = [upload for upload in self._known if upload.base is not None]

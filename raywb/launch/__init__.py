@@ -1,0 +1,1 @@
+"""Starts machines, and ends them when everything is delivered."""

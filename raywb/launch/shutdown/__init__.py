@@ -1,0 +1,1 @@
+"""``raywb shutdown``: end where the work ran, once everything is delivered."""

@@ -1,0 +1,10 @@
+"""Machines of Vast.ai: rent one that runs a recipe, look at it, destroy it.
+
+source.py       which commit: clean, and at the remote
+offers.py       which machine, and what it costs
+onstart.py      the script that the machine runs, from onstart.sh
+onstart.sh      its body: fetch, install, start Ray, run the job, end
+instances.py    rent, list, read the log, destroy
+client.py       the official client, with errors of ours
+command.py      `raywb vast`
+"""

@@ -1,0 +1,386 @@
+"""`raywb shutdown`: the real Vast client, a real cluster, and what is decided in every case."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from left_behind import LeftBehind
+from ray_cluster import RayCluster, clean_environment, until
+from vast_server import VastInstance, VastServer
+from wandb_client import API_KEY
+from wandb_server import WandbServer
+
+from raywb.errors import SettingsError
+from raywb.launch.delivered import Delivery
+from raywb.launch.outputs import upload_outputs
+from raywb.launch.places import EndFailed
+from raywb.launch.places.choice import choose_place
+from raywb.launch.places.plain_command import PlainCommand
+from raywb.launch.places.vast_instance import VastInstance as VastPlace
+from raywb.launch.shutdown import outcomes
+from raywb.launch.shutdown.outcomes import Asked, before_grace
+
+if not os.environ.get("CI"):
+    pytest.importorskip("vastai", reason="vastai is not installed")
+
+
+@pytest.fixture
+def vast() -> Iterator[VastServer]:
+    with VastServer() as server:
+        yield server
+        assert server.unexpected == []
+
+
+@pytest.fixture(scope="module")
+def gone_address() -> str:
+    """Where a head once was, so that no other cluster of this machine is found."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@pytest.fixture
+def alone(tmp_path: Path, gone_address: str) -> dict[str, str]:
+    """The environment of a machine on which nothing runs."""
+    return clean_environment(tmp_path) | {"RAY_ADDRESS": gone_address}
+
+
+def on(instance: VastInstance, vast: VastServer) -> dict[str, str]:
+    return instance.environment | {"VAST_URL": vast.url}
+
+
+def shutdown(environment: Mapping[str, str], *words: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "raywb", "shutdown", *words],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    said, _ = process.communicate(timeout=100)
+    print(said)
+    return process.returncode, said
+
+
+# -- decisions -------------------------------------------------------------------------------------
+
+CASES: list[tuple[dict[str, Any], int]] = [
+    ({"unanswered": "no answer"}, outcomes.EXIT_UNANSWERED),
+    ({"rows": ("3 rows",)}, outcomes.EXIT_ROWS),
+    ({"uploads": ("a table",)}, outcomes.EXIT_UPLOAD),
+    ({"offline": ("offline",)}, outcomes.EXIT_OFFLINE),
+]
+
+
+@pytest.mark.parametrize(("lacking", "code"), CASES)
+def test_what_is_undelivered_keeps_it(lacking: dict[str, Any], code: int) -> None:
+    """Each kind has its own exit code and says itself; --even-if-undelivered ends it all the
+    same, and a job that failed stays where that was asked for, whatever else is the matter."""
+    delivery = Delivery(**lacking)
+    (texts,) = lacking.values()
+    decision = before_grace("it", delivery, Asked(), keeps_disk=False)
+    assert (decision.ends, decision.exit_code) == (False, code)
+    assert (texts if isinstance(texts, str) else texts[0]) in decision.lines[0]
+    forced = before_grace("it", delivery, Asked(even_if_undelivered=True), keeps_disk=False)
+    assert forced.ends
+    assert forced.lines[-1] == "Training complete - auto-shutdown in 10 seconds..."
+    asked = Asked(job_exit_code=3, keep_on_failure=True, even_if_undelivered=True)
+    kept = before_grace("it", delivery, asked, keeps_disk=False)
+    assert (kept.ends, kept.exit_code) == (False, 0)
+
+
+def test_files_that_outlive_the_place_are_no_reason_to_stay() -> None:
+    """Offline runs and outputs keep a machine that takes its disk along, and no other one."""
+    delivery = Delivery(offline=("offline",))
+    for keeps_disk, outputs in itertools.product((True, False), ((), ("files",))):
+        decision = before_grace("it", delivery, Asked(), keeps_disk=keeps_disk, outputs=outputs)
+        assert decision.ends is keeps_disk
+    outputs_only = before_grace("it", Delivery(), Asked(), keeps_disk=False, outputs=("files",))
+    assert (outputs_only.ends, outputs_only.exit_code) == (False, outcomes.EXIT_OUTPUTS)
+
+
+def test_a_failed_job_ends_its_place_too() -> None:
+    """Without --keep-on-failure a failure ends it, and the line says that it failed."""
+    decision = before_grace("it", Delivery(), Asked(1.0, job_exit_code=3), keeps_disk=False)
+    assert decision.ends
+    assert decision.lines == ("Training failed (exit code 3) - auto-shutdown in 1 second...",)
+
+
+def test_the_page_has_every_exit_code() -> None:
+    """The table of raywb/launch/README.md has each exit code of the command, and no other."""
+    page = (Path(outcomes.__file__).parents[1] / "README.md").read_text()
+    table = page.partition("### Outcomes")[2].partition("\n###")[0]
+    cells = [line.split("|")[2].strip() for line in table.splitlines() if line.startswith("| ")]
+    codes = {int(cell) for cell in cells if cell.isdigit()}
+    assert codes == set(outcomes.EXIT_CODES)
+
+
+def test_the_first_place_that_the_environment_names() -> None:
+    """A command of one's own, else Vast, else Slurm; a number that is none is refused."""
+    both = {"CONTAINER_ID": "7", "SLURM_JOB_ID": "8"}
+    found = [choose_place("auto", None, both), choose_place("slurm", None, both)]
+    found += [choose_place("auto", None, {"SLURM_JOB_ID": "8"}), choose_place("auto", "true", both)]
+    names = [one if isinstance(one, str) else one.name for one in found]
+    assert names == ["vast", "slurm", "slurm", "command"]
+    assert choose_place("auto", None, {}) == "CONTAINER_ID not set - cannot auto-shutdown"
+    assert choose_place("slurm", None, {}) == "SLURM_JOB_ID not set - cannot auto-shutdown"
+    with pytest.raises(SettingsError):
+        choose_place("command", None, {})
+    with pytest.raises(EndFailed):
+        choose_place("vast", None, {"CONTAINER_ID": "../8"})
+
+
+# -- Vast.ai ---------------------------------------------------------------------------------------
+
+
+def test_the_instance_is_destroyed_after_the_grace_time(
+    vast: VastServer, alone: dict[str, str]
+) -> None:
+    """With nothing to deliver: the line of the contract, the grace time, one destroy with the
+    instance's own key, and success when Vast shows it gone; the key is in no argument."""
+    instance, other = vast.launch(), vast.launch()
+    vast.lingers = 1
+    process = shutdown(alone | on(instance, vast), "--grace-s=1.5")
+    assert process.stdout is not None
+    said = ""
+    while "auto-shutdown in 1.5 seconds" not in said:
+        said += process.stdout.readline()
+    began = time.monotonic()
+    command_line = Path(f"/proc/{process.pid}/cmdline").read_text()
+    code, rest = ended(process)
+    assert time.monotonic() - began > 1.4
+    assert "[raywb] Training complete - auto-shutdown in 1.5 seconds..." in said
+    assert (code, vast.destroyed) == (0, [instance.id])
+    (destroy,) = vast.of_kind("destroy")
+    assert destroy.key == instance.key
+    assert instance.key not in command_line + said + rest
+    assert f"✓ Vast.ai instance {instance.id} is gone" in rest
+    assert list(vast.instances) == [other.id]
+
+
+def test_without_an_instance_nothing_is_done(vast: VastServer, alone: dict[str, str]) -> None:
+    """No CONTAINER_ID: a warning, no failure, no request."""
+    code, said = ended(shutdown(alone | {"VAST_URL": vast.url}))
+    assert (code, vast.requests) == (0, [])
+    assert "CONTAINER_ID not set - cannot auto-shutdown" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_ended_in_the_grace_time(
+    vast: VastServer, alone: dict[str, str], number: signal.Signals
+) -> None:
+    """A signal in the grace time: nothing is asked of Vast, and it says that the instance stays."""
+    instance = vast.launch()
+    process = shutdown(alone | on(instance, vast), "--grace-s=60")
+    assert process.stdout is not None
+    while "auto-shutdown in 60 seconds" not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(number)
+    code, said = ended(process)
+    assert (code, vast.requests) == (128 + number, [])
+    assert f"Vast.ai instance {instance.id} stays" in said
+
+
+@pytest.mark.parametrize("fault", [401, 404, 500, "refuse", "nonsense", "hang up"])
+def test_a_destroy_that_fails(vast: VastServer, fault: int | str) -> None:
+    """Whatever goes wrong at Vast is no success, and the reason is told."""
+    instance = vast.launch()
+    vast.misbehave("destroy", fault)
+    with pytest.raises(EndFailed, match=str(instance.id)):
+        VastPlace(on(instance, vast)).end()
+    assert vast.destroyed == []
+
+
+def test_a_destroy_whose_answer_is_lost(vast: VastServer) -> None:
+    """The instance was destroyed and the answer did not come: that is seen, and is a success."""
+    instance = vast.launch()
+    place = VastPlace(on(instance, vast))
+    answer = vast._destroy
+
+    def lose(request: Any, number: int) -> tuple[int, Any]:
+        answer(request, number)
+        return 500, {"msg": "lost"}
+
+    vast._destroy = lose  # type: ignore[method-assign]
+    assert "was lost" in place.end()
+    assert place.has_ended(5.0)
+
+
+def test_what_vast_does_not_show_gone_is_not_gone(vast: VastServer) -> None:
+    """Accepted and still there; and a key that never opened it: neither confirms anything."""
+    instance = vast.launch()
+    vast.misbehave("destroy", "pretend")
+    place = VastPlace(on(instance, vast))
+    assert "accepted" in place.end()
+    assert not place.has_ended(0.0)
+    vast.misbehave("show", 403)
+    place = VastPlace(on(instance, vast))
+    place.end()
+    assert not place.has_ended(0.0)
+    vast.misbehave("show", None)
+    other = {"CONTAINER_ID": "9", "CONTAINER_API_KEY": vast.api_key}
+    with pytest.raises(EndFailed, match="knows no instance 9"):
+        VastPlace(on(instance, vast) | other).end()
+
+
+class Scripted:
+    """A place that ends this process, or says that it does not end, as a test wants it."""
+
+    name, what, keeps_disk = "scripted", "it", False
+
+    def __init__(self, *, signal_when: str = "", gone: bool = True) -> None:
+        self._signal_when = signal_when
+        self._gone = gone
+
+    def end(self) -> str:
+        if self._signal_when == "end":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return "accepted"
+
+    def has_ended(self, timeout_s: float) -> bool:
+        if self._signal_when == "has_ended":
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(5)
+        return self._gone
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "last"),
+    [
+        (Scripted(signal_when="end"), 0, "✓ it is ending, and this process with it"),
+        (Scripted(signal_when="has_ended"), 0, "✓ it is ending, and this process with it"),
+        (Scripted(gone=False), outcomes.EXIT_UNCONFIRMED, "! the end of it was accepted"),
+        (Scripted(), 0, "✓ it is gone"),
+        (PlainCommand("exit 3"), outcomes.EXIT_REFUSED, "`exit 3` ended with exit code 3"),
+        (PlainCommand("true"), 0, "✓ what `true` ends is gone"),
+    ],
+)
+def test_the_end_comes_while_it_is_asked_for(place: Any, code: int, last: str) -> None:
+    """A machine that ends its own asker before he could look has ended: the order is said."""
+    from raywb.launch.shutdown.ending import run_shutdown
+    from raywb.launch.shutdown.signals import Signals
+
+    said: list[str] = []
+    with Signals() as signals:
+        found = run_shutdown(
+            place,
+            Asked(grace_s=0.0),
+            signals,
+            deliver=Delivery,
+            upload=lambda: ((), ()),
+            say=said.append,
+        )
+    assert found == code
+    assert any(line.startswith(last) or last in line for line in said[-2:]), said
+
+
+# -- delivery --------------------------------------------------------------------------------------
+
+
+def test_outputs_are_off_the_machine_or_keep_it(tmp_path: Path) -> None:
+    """Without an address they lie here only; with one each file is there, again only what is
+    missing is sent; an upload that fails says so."""
+    outputs, target = tmp_path / "out", tmp_path / "target"
+    (outputs / "deep").mkdir(parents=True)
+    (outputs / "a.bin").write_bytes(b"x" * 1000)
+    (outputs / "deep" / "b.json").write_text("{}")
+    assert upload_outputs(None, None) == upload_outputs(tmp_path / "none", None) == ((), ())
+    lonely, failed = upload_outputs(outputs, None)
+    assert (len(lonely), failed) == (1, ())
+    assert "2 files" in lonely[0]
+    assert upload_outputs(outputs, f"file://{target}") == ((), ())
+    assert (target / "deep" / "b.json").read_text() == "{}"
+    untouched = (target / "a.bin").stat().st_mtime_ns
+    (target / "deep" / "b.json").write_text("torn")
+    assert upload_outputs(outputs, f"file://{target}") == ((), ())
+    assert (target / "deep" / "b.json").read_text() == "{}"
+    assert (target / "a.bin").stat().st_mtime_ns == untouched
+    (tmp_path / "file").touch()
+    for url in (f"file://{tmp_path}/file", "nothing://bucket"):
+        lonely, failed = upload_outputs(outputs, url)
+        assert lonely == ()
+        assert "failed" in failed[0]
+
+
+def test_what_a_cluster_that_is_gone_left_is_delivered_first(
+    vast: VastServer, alone: dict[str, str], tmp_path: Path
+) -> None:
+    """A service and a worker were killed: their rows are at W&B's server before the instance is
+    destroyed; without a key it stays."""
+    with WandbServer() as server, LeftBehind(tmp_path) as left:
+        left.begin(mode="online", base_url=server.url, api_key=API_KEY)
+        logged = left.kill()
+        instance = vast.launch()
+        environment = alone | left.environment | on(instance, vast)
+        environment |= {"RAYWB_DIR": str(left.directory)}
+        code, said = ended(shutdown(environment, "--grace-s=0"))
+        assert (code, vast.destroyed) == (outcomes.EXIT_ROWS, [])
+        assert "no W&B key is to be had here" in said
+        code, said = ended(shutdown(environment | {"WANDB_API_KEY": API_KEY}, "--grace-s=0"))
+        assert (code, vast.destroyed) == (0, [instance.id])
+        assert "Bringing home what a cluster that is gone left" in said
+        (run,) = server.runs.values()
+        assert run.values("s/x")[:logged] == list(range(logged))
+
+
+DRIVER = """
+    import raywb
+    raywb.start(project="shutdown", **{settings!r})
+    client = raywb.attach("s")
+    for number in range({rows}):
+        client.log({{"x": number}}, step=number)
+    client.flush()
+"""
+
+
+@pytest.mark.ray
+def test_a_real_cluster_delivers_before_it_is_ended(vast: VastServer, tmp_path: Path) -> None:
+    """W&B away: the instance stays, and says so. Back: every row is at the server when Vast is
+    asked. An offline run: it stays, until it is asked for all the same."""
+    with WandbServer() as server, RayCluster.start(num_cpus=2) as cluster:
+        key = tmp_path / "key"
+        key.write_text(API_KEY)
+        online = {"mode": "online", "base_url": server.url, "api_key_file": str(key)}
+        server.misbehave(status=503)
+        cluster.run_driver(DRIVER.format(settings=online, rows=200))
+        instance = vast.launch()
+        environment = cluster.environment | on(instance, vast)
+        code, said = ended(shutdown(environment, "--grace-s=0", "--timeout-s=2"))
+        assert (code, vast.requests) == (outcomes.EXIT_ROWS, [])
+        assert "200 rows are not with W&B yet" in said
+        server.behave()
+        at_server: list[list[Any]] = []
+        destroy = vast._destroy
+
+        def look_first(request: Any, number: int) -> tuple[int, Any]:
+            at_server.extend(run.values("s/x") for run in server.runs.values())
+            return destroy(request, number)
+
+        vast._destroy = look_first  # type: ignore[method-assign]
+        code, said = ended(shutdown(environment, "--grace-s=0"))
+        assert (code, vast.destroyed) == (0, [instance.id])
+        assert at_server == [list(range(200))]
+
+        cluster.run_driver(DRIVER.format(settings={"mode": "offline"}, rows=3))
+        second = vast.launch()
+        environment = cluster.environment | on(second, vast)
+        code, said = ended(shutdown(environment, "--grace-s=0"))
+        assert (code, list(vast.instances)) == (outcomes.EXIT_OFFLINE, [second.id])
+        assert "its 3 rows lie in" in said
+        code, said = ended(shutdown(environment, "--grace-s=0", "--even-if-undelivered"))
+        assert (code, vast.destroyed) == (0, [instance.id, second.id])
+        until("nothing to be left", lambda: not vast.instances)
