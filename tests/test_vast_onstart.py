@@ -66,19 +66,14 @@ def test_a_job_that_has_ended_is_not_run_again(vast: VastServer, remote: GitRemo
 
 
 def test_an_instance_that_is_to_stay_stays(vast: VastServer, remote: GitRemote) -> None:
-    """Without --auto-shutdown, with a file `stay`, and after a failure that is to be looked at."""
-    for how in ("no", "stay", "failure"):
-        options = {"auto_shutdown": how != "no", "keep_on_failure": how == "failure"}
-        with inside(vast, remote, **options) as box:
+    """Without --auto-shutdown, and with a file `stay`; the code is the job's."""
+    for how in ("no", "stay"):
+        with inside(vast, remote, auto_shutdown=how != "no") as box:
             more = has_ended(box, 3)
             if how == "stay":
                 (box.state / "stay").touch()
-            code = box.run(more)
-            if how == "failure":
-                assert "stays (--keep-on-failure)" in box.log
-            else:
-                assert code == 3
-                assert f"raywb vast destroy {box.instance.id} ends it" in box.log
+            assert box.run(more) == 3
+            assert f"raywb vast destroy {box.instance.id} ends it" in box.log
     assert vast.of_kind("destroy") == []
 
 
@@ -97,13 +92,14 @@ def test_two_scripts_at_a_time_are_one(vast: VastServer, remote: GitRemote) -> N
 def test_a_machine_that_restarts_for_ever_comes_to_an_end(
     vast: VastServer, remote: GitRemote
 ) -> None:
-    """Behind the last attempt allowed, the job counts as failed, and the instance ends."""
-    with inside(vast, remote, attempts=2) as box:
+    """Behind the last attempt allowed, the job counts as failed, and is not run again."""
+    with inside(vast, remote, attempts=2, auto_shutdown=False) as box:
         box.state.mkdir()
         (box.state / "attempt").write_text("2\n")
-        box.run({"PYTHONPATH": str(ROOT)})
+        assert box.run({"PYTHONPATH": str(ROOT)}) == 1
         assert "interrupted 2 times: that is enough" in box.log
-        assert vast.destroyed == [box.instance.id]
+        assert box.run() == 1
+        assert "has ended before, with exit code 1" in box.log
 
 
 #: Makes an environment without a package index: what is installed there is what is here.
@@ -116,24 +112,27 @@ chmod +x "$3/bin/pip" "$3/bin/vastai"
 """
 
 
-@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("why", ["nothing", "asked for", "an earlier attempt"])
 def test_what_cannot_begin_does_not_cost_on(
-    vast: VastServer, remote: GitRemote, tmp_path: Path, keep: bool
+    vast: VastServer, remote: GitRemote, tmp_path: Path, why: str
 ) -> None:
-    """A commit that is gone by now is tried again, and then the instance ends, unless kept."""
+    """A commit that is gone by now is tried again; then the instance ends, unless kept."""
     (tmp_path / "python3").write_text(PYTHON3.format(python=sys.executable))
     (tmp_path / "python3").chmod(0o755)
-    with inside(vast, remote, commit="1" * 40, keep_on_failure=keep) as box:
+    with inside(vast, remote, commit="1" * 40, keep_on_failure=why == "asked for") as box:
+        if why == "an earlier attempt":
+            box.state.mkdir()
+            (box.state / "attempt").write_text("1\n")
         (box.root / "venv" / "bin").mkdir(parents=True)  # it has no raywb
         search = f"{tmp_path}:{box.environment['PATH']}"
         # Nothing but the stand-in is called python in it.
         (box.root / "venv" / "bin" / "python").symlink_to("/bin/false")
         assert box.run({"RAYWB_VENV": str(box.root / "venv"), "PATH": search}) == 1
         assert "failed; again in 0 s: fetch" in box.log
-        assert f"has no commit {'1' * 40} for this machine; nothing was run" in box.log
-        assert vast.destroyed == ([] if keep else [box.instance.id])
-        key = box.instance.environment["CONTAINER_API_KEY"]
-        assert {one.key for one in vast.of_kind("destroy")} <= {key}
+        assert f"has no commit {'1' * 40} for this machine; nothing was run now" in box.log
+        assert vast.destroyed == ([box.instance.id] if why == "nothing" else [])
+        assert ("the instance stays" in box.log) is (why != "nothing")
+        assert {one.key for one in vast.of_kind("destroy")} <= {box.instance.key}
 
 
 def test_a_private_repository_is_read_with_a_token(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ def _tell(text: str) -> None:
 class Launch:
     """What was asked for; the names are those of the options of ``raywb vast launch``."""
 
-    environment: Mapping[str, str]
+    environment: Mapping[str, str] = field(repr=False)
     api_key_file: str | None
     recipe: str
     arguments: Sequence[str]

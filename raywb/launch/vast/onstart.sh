@@ -122,15 +122,17 @@ end_instance() {
         "${shutdown[@]}" 9>&-
 }
 
-# Nothing was run, so nothing is lost.
+# Where no attempt was ever begun nothing can be lost, and raywb may not even be here.
 give_up() {
-    say "$1; nothing was run"
+    say "$1; nothing was run now"
     if [ "$auto_shutdown" = no ] || [ "$keep_on_failure" = yes ] || [ -e "$dir/stay" ]; then
         say "the instance stays"
     elif [ -z "${CONTAINER_ID:-}" ]; then
         say "CONTAINER_ID not set - cannot auto-shutdown"
     elif python -m raywb --version >/dev/null 2>&1; then
         end_instance 1 || true
+    elif [ -e "$dir/attempt" ]; then
+        say "an earlier attempt may have left data here: the instance stays"
     else
         python3 -m venv "$dir/vastai" && "$dir/vastai/bin/pip" install -q vastai &&
             VAST_API_KEY=${CONTAINER_API_KEY:-} "$dir/vastai/bin/vastai" destroy instance \
