@@ -475,6 +475,6 @@ def test_the_historys_process_ends_with_its_parent(service: LocalService, live: 
     process = source._process._child
     assert process is not None
     assert process.stdin is not None
-    service.service._loop.call_soon_threadsafe(process.stdin.close)
+    service.service._loop._loop.call_soon_threadsafe(process.stdin.close)
     child.wait(10)
     assert live.wait_for("/api/series?run=1", lambda answer: answer["series"])

@@ -18,12 +18,9 @@ import logging
 import os
 import secrets
 import socket
-import threading
 import time
-from collections.abc import Callable, Coroutine
-from concurrent.futures import TimeoutError as FutureTimeoutError
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -42,6 +39,7 @@ from raywb.rows import PROTOCOL
 from raywb.service.background import Background
 from raywb.service.cluster_nodes import ClusterNodes
 from raywb.service.delivery import Delivery
+from raywb.service.event_loop import RETRY_PAUSE_S, EventLoop
 from raywb.service.ingest import Ingest
 from raywb.service.inventory import NodeProbes
 from raywb.service.owner import OwnerWatch
@@ -66,11 +64,6 @@ from raywb.view.page.application import Page
 __all__ = ["Boot", "RaywbService"]
 
 _log = logging.getLogger(__name__)
-
-_T = TypeVar("_T")
-
-#: Pause before something that failed in the background is tried again, in seconds.
-RETRY_PAUSE_S = 1.0
 
 #: The same port is asked for this often before another one is taken, once a second.
 PORT_ATTEMPTS = 30
@@ -129,13 +122,11 @@ class RaywbService:
         self._delivery: Delivery | None = None
         self._lock_fd: int | None = None
         self._parts: _Parts | None = None
-        self._tasks: set[asyncio.Task[None]] = set()
         self._problems: dict[str, str] = {"service": "starting"}
-        self._loop = asyncio.new_event_loop()
         self._up = asyncio.Event()
         self._new_entries = asyncio.Event()
-        self._thread = threading.Thread(target=self._run_loop, name="raywb-service", daemon=True)
-        self._thread.start()
+        self._loop = EventLoop(self._problems)
+        self._loop.begin("the start", self._bring_up)
 
     def __repr__(self) -> str:
         # Ray asks for it, too, when it tells that __init__ could not even be called.
@@ -160,7 +151,7 @@ class RaywbService:
         """
         if protocol != PROTOCOL:
             return {"protocol": PROTOCOL, "version": __version__}
-        return self._call(self._join(announced, timeout_s), timeout_s + 5)
+        return self._loop.call(self._join(announced, timeout_s), timeout_s + 5)
 
     def outstanding(self, timeout_s: float = 10.0) -> list[str] | None:
         """Nodes with sources that have not ended; None when there may be others.
@@ -168,7 +159,7 @@ class RaywbService:
         A source that was killed before any of its bytes came is known from its announcement only,
         and a restart of the service forgets those.
         """
-        return self._call(self._outstanding(), timeout_s)
+        return self._loop.call(self._outstanding(), timeout_s)
 
     def start(
         self,
@@ -186,7 +177,7 @@ class RaywbService:
         Raises:
             SettingsConflict: the open run has other settings than ``explicit`` asks for.
         """
-        return self._call(self._start(settings, explicit, group, api_key), timeout_s)
+        return self._loop.call(self._start(settings, explicit, group, api_key), timeout_s)
 
     def open_stage_run(
         self,
@@ -203,15 +194,15 @@ class RaywbService:
             SettingsConflict: the id is that of a run of the cluster, or the run has other
                 settings, or the cluster's run is finished.
         """
-        return self._call(self._open_stage_run(request, api_key), timeout_s)
+        return self._loop.call(self._open_stage_run(request, api_key), timeout_s)
 
     def status(self, timeout_s: float = 10.0) -> Status:
         """The service at this moment."""
-        return self._call(self._status(), timeout_s)
+        return self._loop.call(self._status(), timeout_s)
 
     def page_address(self, timeout_s: float = 10.0) -> PageAddress:
         """Where the page is, with what a viewer has to show."""
-        return self._call(self._page_address(), timeout_s)
+        return self._loop.call(self._page_address(), timeout_s)
 
     def finish(
         self, timeout_s: float, exit_code: int, swept: SweepReport | None = None
@@ -226,63 +217,14 @@ class RaywbService:
             exit_code: 0 for success; anything else marks the run as failed.
             swept: what a sweep of the outstanding nodes found just before.
         """
-        return self._call(self._finish(timeout_s, exit_code, swept), timeout_s + 10)
+        return self._loop.call(self._finish(timeout_s, exit_code, swept), timeout_s + 10)
 
     def close(self) -> None:
         """Stop everything and leave the run open on disk; for tests without Ray."""
-        self._call(self._close(), 30)
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join()
+        self._loop.call(self._close(), 30)
         self._loop.close()
 
     # -- the loop -------------------------------------------------------------------------------
-
-    def _run_loop(self) -> None:
-        asyncio.set_event_loop(self._loop)
-        self._keep_running("the start", self._bring_up)
-        self._loop.run_forever()
-
-    def _call(self, coroutine: Coroutine[Any, Any, _T], timeout_s: float) -> _T:
-        future = asyncio.run_coroutine_threadsafe(coroutine, self._loop)
-        try:
-            return future.result(timeout_s)
-        except FutureTimeoutError:
-            future.cancel()
-            raise ServiceUnavailable(
-                f"the raywb service did not answer within {timeout_s:g} s"
-            ) from None
-
-    def _spawn(self, coroutine: Coroutine[Any, Any, None]) -> None:
-        task = self._loop.create_task(coroutine)
-        self._tasks.add(task)
-        task.add_done_callback(self._note_end)
-
-    def _note_end(self, task: asyncio.Task[None]) -> None:
-        """A part that ends with an exception is a problem that the status shows."""
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._problems["a part that failed"] = f"a part of the service failed: {error!r}"
-            _log.error("raywb: a part of the service failed", exc_info=error)
-
-    def _keep_running(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """Run a part, and start it again when it fails: without it the service would only seem
-        to work. How often it failed stays in the status."""
-        self._spawn(self._run_again(name, part))
-
-    async def _run_again(self, name: str, part: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        failures = 0
-        while True:
-            try:
-                await part()
-                return
-            except Exception as error:  # noqa: BLE001 - whatever it is, the part has to go on
-                failures += 1
-                times = "once" if failures == 1 else f"{failures} times"
-                self._problems[name] = (
-                    f"{name} failed {times} and was started again; the last reason: {error!r}"
-                )
-                _log.error("raywb: %s", self._problems[name], exc_info=error)
-            await asyncio.sleep(RETRY_PAUSE_S)
 
     async def _bring_up(self) -> None:
         """Open the directory and the port, then serve; try again until it works."""
@@ -331,7 +273,7 @@ class RaywbService:
             silent_after_s=self._boot.settings.silent_after_s,
             run_closed=self._run_closed,
         )
-        runs = Runs(self._directory, state, delivery, self._keep_running, self._api_key)
+        runs = Runs(self._directory, state, delivery, self._loop.keep_running, self._api_key)
         source = ServiceSource(self._directory, state, runs, self._status, self._boot.dashboard)
         page = Page(
             source,
@@ -355,10 +297,10 @@ class RaywbService:
             self._cluster_nodes = ClusterNodes(
                 self._directory, state.cluster_id, probes, delivery, runs
             )
-            self._cluster_nodes.keep_running(self._keep_running)
+            self._cluster_nodes.keep_running(self._loop.keep_running)
         runs.resume()
         if runs.last is None:
-            self._keep_running("the first run's opening", lambda: self._open_provisional(runs))
+            self._loop.keep_running("the first run's opening", lambda: self._open_provisional(runs))
         self._begin_background(delivery, ingest, runs, state)
         self._up.set()
 
@@ -366,7 +308,7 @@ class RaywbService:
         self, delivery: Delivery, ingest: Ingest, runs: Runs, state: ServiceState
     ) -> None:
         background = Background(delivery, ingest, runs, self._problems, self._new_entries)
-        self._keep_running("the merge", background.merge)
+        self._loop.keep_running("the merge", background.merge)
         if self._nodes is not None:
             self._sweeps = Sweeps(
                 delivery.liveness,
@@ -374,13 +316,15 @@ class RaywbService:
                 lambda: ingest.silence_s,
                 lambda: (self._address, state.token),
             )
-            self._keep_running("the look for silent sources", self._sweeps.serve)
+            self._loop.keep_running("the look for silent sources", self._sweeps.serve)
         watch = OwnerWatch(runs, delivery, state.cluster_id)
-        self._keep_running("the look at the run's driver", lambda: background.watch_owner(watch))
-        self._keep_running("the sync", background.sync)
-        self._keep_running("the look for a key", background.look_for_key)
+        self._loop.keep_running(
+            "the look at the run's driver", lambda: background.watch_owner(watch)
+        )
+        self._loop.keep_running("the sync", background.sync)
+        self._loop.keep_running("the look for a key", background.look_for_key)
         if (metrics := self._metrics) is not None:
-            self._keep_running(
+            self._loop.keep_running(
                 "what Ray's metrics say", lambda: metrics.serve(self._status, self._changes)
             )
 
@@ -519,8 +463,8 @@ class RaywbService:
 
     def _changes(self) -> tuple[int, int, int, bool]:
         """Another value whenever rows came, or a run began or ended."""
-        _, delivery, _, runs = self._ready()
-        last = runs.last
+        parts = self._ready()
+        delivery, last = parts.delivery, parts.runs.last
         ended = last is not None and last.report is not None
         return delivery.ledger.end, delivery.outbox.end, last.number if last else 0, ended
 
@@ -549,13 +493,13 @@ class RaywbService:
     async def _finish(
         self, timeout_s: float, exit_code: int, swept: SweepReport | None
     ) -> FinishReport:
-        deadline = self._loop.time() + timeout_s
+        deadline = time.monotonic() + timeout_s
         await self._up.wait()
         while True:
             try:
                 return await self._end_run(deadline, exit_code, swept)
             except OSError as error:
-                if self._loop.time() + RETRY_PAUSE_S > deadline:
+                if time.monotonic() + RETRY_PAUSE_S > deadline:
                     raise ServiceUnavailable(
                         f"the run cannot be ended: {error}. What was received is safe in "
                         f"{self._directory}; make room there, and call raywb.finish() again"
@@ -592,9 +536,7 @@ class RaywbService:
         liveness.judge(list(liveness.open), swept, since)
 
     async def _close(self) -> None:
-        for task in list(self._tasks):
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._loop.end_parts()
         if self._metrics is not None:
             await asyncio.to_thread(self._metrics.close)
         if self._parts is not None:
