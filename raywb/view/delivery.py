@@ -68,7 +68,9 @@ def delivery_lines(status: Status, pen: Pen, limit: int, pace: Pace | None = Non
     waiting = Text(f"{count(status.backlog_rows)} waiting", ODD if status.backlog_rows else DIM)
     merged = status.outbox_rows != status.received_rows
     rows: list[Text | str | None] = [
-        Text("delivery", "bold").append(f"  {count(status.received_rows)} rows in{came}", ""),
+        Text()
+        .append("delivery", "bold")
+        .append(f"  {count(status.received_rows)} rows in{came}", ""),
         f"{count(_with_wandb(status))} out{went}" if status.run.mode != "disabled" else None,
         waiting,
         f"merged to {count(status.outbox_rows)}" if merged else None,
@@ -79,7 +81,7 @@ def delivery_lines(status: Status, pen: Pen, limit: int, pace: Pace | None = Non
     told_lost = Text("none", GOOD) if lost == "none" else Text(lost, BAD)
     lines = [
         joined(rows, pen),
-        joined([Text("  lost      ", DIM).append_text(told_lost), *_missing(status)], pen),
+        joined([Text().append("  lost      ", DIM).append_text(told_lost), *_missing(status)], pen),
         _sink(status, pen),
     ]
     if sources := _sources(status, pen):
@@ -118,7 +120,7 @@ def _sink(status: Status, pen: Pen) -> Text:
     state = Text(sink.state, GOOD if sink.state in _WELL else ODD)
     shown = f"{count(sink.confirmed_rows)} rows shown by its server"
     told: list[Text | str | None] = [
-        Text("  W&B       ", DIM).append_text(state),
+        Text().append("  W&B       ", DIM).append_text(state),
         shown if status.run.mode == "online" else None,
         Text(counted(sink.restarts, "restart"), ODD) if sink.restarts else None,
         Text(plain(sink.last_error), BAD) if sink.last_error and not status.finished else None,
@@ -137,7 +139,7 @@ def _sources(status: Status, pen: Pen) -> Text | None:
     silent = [one for one in there if (one.heard_ago_s or 0.0) > status.silence_s]
     hosts = len({one.hostname for one in there})
     longest_s = max((one.heard_ago_s or 0.0 for one in silent), default=0.0)
-    label = Text("  sources   ", DIM).append(f"{count(len(there))} attached", "")
+    label = Text().append("  sources   ", DIM).append(f"{count(len(there))} attached", "")
     if hosts > 1:
         label.append(f" from {count(hosts)} hosts")
     told: list[Text | str | None] = [
@@ -157,7 +159,7 @@ def _stage_runs(status: Status, pen: Pen) -> Text:
     styles = {"running": "cyan", "finished": GOOD, "failed": BAD, "crashed": BAD}
     waiting = sum(one.backlog_rows for one in status.stage_runs)
     told: list[Text | str | None] = [
-        Text("  own runs  ", DIM).append(f"{count(len(status.stage_runs))} of stages", ""),
+        Text().append("  own runs  ", DIM).append(f"{count(len(status.stage_runs))} of stages", ""),
         *(
             Text(f"{number_of} {state}", styles.get(state, ""))
             for state, number_of in states.items()

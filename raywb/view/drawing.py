@@ -174,7 +174,7 @@ def bar(share: float | None, width: int, pen: Pen, style: str = "cyan") -> Text:
         return Text(" " * width)
     halves = round(min(max(share, 0.0), 1.0) * width * 2)
     full, half = divmod(halves, 2)
-    drawn = Text(pen.sign("━", "#") * full + pen.sign("╸", "") * half, style)
+    drawn = Text().append(pen.sign("━", "#") * full + pen.sign("╸", "") * half, style)
     return drawn.append(pen.sign("─", "-") * (width - drawn.cell_len), DIM)
 
 

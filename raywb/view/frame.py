@@ -38,7 +38,7 @@ def head_lines(status: Status, pen: Pen) -> list[Text]:
     if run.group and run.group_source:
         group += f" (from {plain(run.group_source)})"
     clock = Text(time.strftime("%H:%M:%S", time.localtime(pen.now_s)), DIM)
-    name = Text("raywb  ", DIM).append(plain(run.name), "bold")
+    name = Text().append("raywb  ", DIM).append(plain(run.name), "bold")
     told: list[Text | str | None] = [state, Text(run.mode, _MODE_STYLES.get(run.mode, ""))]
     width = pen.width - clock.cell_len - 2
     room = Pen(max(width, 10), pen.now_s, pen.ascii_only)

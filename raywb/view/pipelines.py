@@ -75,7 +75,7 @@ def pipeline_lines(live: Live, pen: Pen, limit: int) -> list[Text]:
 def _summary(live: Live, pen: Pen) -> Text:
     states = Counter(one.state for one in live.pipelines)
     known = ", ".join(f"{many} {state}" for state, many in states.items())
-    return cut(Text("pipelines  ", "bold").append(known, ""), pen)
+    return cut(Text().append("pipelines  ", "bold").append(known, ""), pen)
 
 
 def _chosen(stages: Sequence[PipelineStageProgress], room: int) -> list[PipelineStageProgress]:
@@ -93,7 +93,7 @@ def _chosen(stages: Sequence[PipelineStageProgress], room: int) -> list[Pipeline
 
 def _head(one: PipelineProgress, left_out: int, pen: Pen) -> Text:
     """How far the whole pipeline is."""
-    name = Text(plain(one.name) or "xenna", "bold")
+    name = Text().append(plain(one.name) or "xenna", "bold")
     state = Text(one.state, _STATE_STYLES.get(one.state, ""))
     if one.state == "running":
         state = bar(one.percent / 100, BAR_CELLS, pen).append(f" {one.percent:.0f} %", "cyan")

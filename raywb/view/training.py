@@ -79,7 +79,9 @@ def training_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
         text = f"and {count(hidden)} more"
         text += f", at least {active} of them with rows in the last minute" if active else ""
         if not listed:
-            return [cut(Text("stages  ", "bold").append(f"{count(hidden)} log rows", ""), pen)]
+            return [
+                cut(Text().append("stages  ", "bold").append(f"{count(hidden)} log rows", ""), pen)
+            ]
         lines.append(cut(Text(text, DIM), pen))
     return [title, *lines]
 

@@ -58,7 +58,7 @@ def usage_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
     names = sorted({*(node.name for node in alive), *read})
     told = _told(status, names, read, pen)
     if limit == 1:
-        return [joined([Text("nodes", "bold").append("  ").append_text(told)], pen)]
+        return [joined([Text().append("nodes", "bold").append("  ").append_text(told)], pen)]
     head = next((node.name for node in alive if node.is_head), None)
     if read and len(names) <= limit - 1:
         rows = [_row(name, read.get(name), name == head, pen) for name in names]
@@ -67,7 +67,7 @@ def usage_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
         return [title, *lines, cut(told, pen)][: limit if _is_news(status) else limit - 1]
     sums = _sums(read, live.all_nodes)
     if not sums:
-        return [joined([Text("nodes", "bold").append("  ").append_text(told)], pen)]
+        return [joined([Text().append("nodes", "bold").append("  ").append_text(told)], pen)]
     rows = [_sum_row(kind, values, pen) for kind, values in sums.items()]
     room = limit - 2 - len(rows)
     worst = sorted(read.values(), key=_concern, reverse=True)[: max(room, 0)]
