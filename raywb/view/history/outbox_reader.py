@@ -23,10 +23,11 @@ from raywb.view.history.run_history import RunHistory
 
 __all__ = ["OutboxReader"]
 
-#: Bytes of records that are read in one go, at least and at most: it begins with the least, so
-#: that something can be shown, and whoever asks meanwhile waits for about this long, in seconds.
-READ_S = 0.2
+#: Bytes of records that are read in one go, at least and at most; it begins with the least.
 READ_BYTES = (2 * 1024 * 1024, 24 * 1024 * 1024)
+
+#: Time that this is to take at most, in seconds: whoever asks meanwhile waits as long.
+READ_S = 0.2
 
 #: Memory that the columns of all runs may take; beyond it the oldest rows are thinned.
 MEMORY_BYTES = 768 * 1024 * 1024
