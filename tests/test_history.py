@@ -9,6 +9,7 @@ import math
 import os
 from collections import defaultdict
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -109,7 +110,7 @@ def test_columns_hold_what_the_outbox_gives(
     directory = tmp_path_factory.mktemp("outbox")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(outbox_reader, "READ_BYTES", (read_bytes, 4 * read_bytes))
-        patch.setattr("raywb.service.append_log.SEGMENT_BYTES", 3000)
+        patch.setattr("raywb.view.history.batch_rows.FEWEST_ROWS", 2)
         outbox = Outbox(directory)
         outbox._log._segment_bytes = 3000
         reader = OutboxReader(directory)
@@ -125,6 +126,30 @@ def test_columns_hold_what_the_outbox_gives(
         reader = OutboxReader(directory)
         read_all(reader)
         assert same(columns(reader), truth(directory, numbers))
+
+
+def test_rows_that_look_alike_are_told_apart(tmp_path: Path) -> None:
+    """Equally long rows with the same first key, and other keys or types behind it."""
+    random = Random(seed := 7)
+    print(f"seed {seed}")
+    kinds = [
+        lambda: random.uniform(-1, 1),
+        lambda: random.randrange(2**63, 2**64),
+        lambda: -random.randrange(2**40, 2**63),
+        lambda: f"{random.randrange(10**7, 10**8)}",
+    ]
+    outbox = Outbox(tmp_path)
+    for _ in range(20):
+        rows = []
+        for _ in range(200):
+            second = random.choice("bcd")
+            row = {"a": random.choice(kinds)(), second: random.choice(kinds)(), "x": 0.5}
+            rows.append(OutRow(random.choice([1, 2]), random.uniform(0, 1e9), row))
+        outbox.append(Batch(1, 0, [], rows))
+    outbox.close()
+    reader = OutboxReader(tmp_path)
+    read_all(reader)
+    assert same(columns(reader), truth(tmp_path, [1, 2]))
 
 
 def damage(directory: Path, data: st.DataObject) -> None:

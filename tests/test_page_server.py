@@ -249,6 +249,7 @@ def test_the_page_and_its_files_are_served(server: Server) -> None:
         ("/api/points?run=1", 400),
         ("/api/points?run=1&key=a&points=0", 400),
         ("/api/points?run=1&key=a&points=5001", 400),
+        ("/api/points?run=1&points=5000" + "&key=a" * 21, 400),
         ("/api/points?run=1&key=a&x=nothing", 400),
         ("/api/points?run=1&key=a&from=nan", 400),
         ("/api/points?run=1&key=" + "k" * 2000, 400),
@@ -299,7 +300,7 @@ def test_by_another_address_a_token_is_wanted(tmp_path: Path) -> None:
         boot = local.service
         assert boot is not None
         assert boot._parts is not None
-        boot._call(_listen_elsewhere(boot, ours), 10)
+        boot._loop.call(_listen_elsewhere(boot, ours), 10)
         address = boot.page_address()
         outside = Server(address.loopback_port or 0, ours)
         assert "error" in outside.get("/api/overview", 401)
@@ -476,5 +477,8 @@ def test_the_historys_process_ends_with_its_parent(service: LocalService, live: 
     assert process is not None
     assert process.stdin is not None
     service.service._loop._loop.call_soon_threadsafe(process.stdin.close)
-    child.wait(10)
+    deadline = time.monotonic() + 10
+    while source.pid == pid:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
     assert live.wait_for("/api/series?run=1", lambda answer: answer["series"])

@@ -8,6 +8,7 @@ What comes out is what :meth:`raywb.service.outbox.Outbox.read` gives, number by
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,8 +23,11 @@ from raywb.view.history.run_history import RunHistory
 
 __all__ = ["OutboxReader"]
 
-#: Bytes of records that are read in one go; less at the beginning, so that something can be shown.
+#: Bytes of records that are read in one go, at least and at most; it begins with the least.
 READ_BYTES = (2 * 1024 * 1024, 24 * 1024 * 1024)
+
+#: Time that this is to take at most, in seconds: whoever asks meanwhile waits as long.
+READ_S = 0.2
 
 #: Memory that the columns of all runs may take; beyond it the oldest rows are thinned.
 MEMORY_BYTES = 768 * 1024 * 1024
@@ -132,12 +136,17 @@ class OutboxReader:
         """
         if self._log is None or self._pieces is None:
             return self.look()
+        began = time.monotonic()
         piece = self._pieces.read(self.position, self._read_bytes)
-        self._read_bytes = min(2 * self._read_bytes, READ_BYTES[1])
         if piece.records:
             self._take(piece)
             self._keep_within_memory()
         self.position = piece.next_position
+        took_s = time.monotonic() - began
+        if took_s > READ_S:
+            self._read_bytes = max(self._read_bytes // 2, READ_BYTES[0])
+        elif took_s < READ_S / 2:
+            self._read_bytes = min(self._read_bytes * 2, READ_BYTES[1])
         return self.position < self._log.end
 
     def _keep_within_memory(self) -> None:

@@ -38,9 +38,10 @@ __all__ = ["Page", "is_loopback_address", "page_application"]
 
 STATIC = Path(__file__).parent / "static"
 
-#: Most series and most buckets of one request, and the longest key.
+#: Most series of one request, most buckets of each and of all of them, and the longest key.
 MAX_KEYS = 64
 MAX_POINTS = 5_000
+MAX_VALUES = 100_000
 MAX_KEY_CHARACTERS = 1_024
 
 #: Who listens to events at the same time.
@@ -98,7 +99,9 @@ class Page:
             for file in static.rglob("*")
             if file.is_file() and not file.is_symlink()
         }
-        self._policy = _policy(self._files["index.html"].read_text())
+        index = self._files.get("index.html")
+        # A service whose page is missing goes on without it.
+        self._policy = _policy(index.read_text() if index is not None else "")
 
     def add_to(self, app: web.Application) -> None:
         """Add the routes to an application."""
@@ -181,6 +184,8 @@ class Page:
     # -- answers --------------------------------------------------------------------------------
 
     async def _index(self, request: web.Request) -> web.StreamResponse:
+        if "index.html" not in self._files:
+            raise _Refused(404, "the page's files are not installed; its api is there")
         if "token" not in request.query:
             return web.FileResponse(self._files["index.html"])
         # The token leaves the address bar, and whatever remembers addresses.
@@ -219,8 +224,12 @@ class Page:
                 400, f"key names 1 to {MAX_KEYS} series of at most {MAX_KEY_CHARACTERS} characters"
             )
         points = _whole_number(request, "points", "600")
-        if not 1 <= points <= MAX_POINTS:
-            raise _Refused(400, f"points is a number from 1 to {MAX_POINTS}")
+        if not 1 <= points <= MAX_POINTS or points * len(keys) > MAX_VALUES:
+            raise _Refused(
+                400,
+                f"points is a number from 1 to {MAX_POINTS}, and of all series together at most "
+                f"{MAX_VALUES}",
+            )
         x = request.query.get("x", "axis")
         if x not in ("axis", "time", "row"):
             raise _Refused(400, "x is axis, time or row")
@@ -243,8 +252,8 @@ class Page:
             await response.prepare(request)
             if request.method != "HEAD":
                 await self._send_events(response)
-        except ConnectionError:
-            pass  # the page was closed
+        except (ConnectionError, TimeoutError):
+            pass  # the page was closed, or takes nothing any more; it comes again by itself
         finally:
             self._listeners -= 1
         return response
@@ -257,13 +266,14 @@ class Page:
             except RaywbError as error:
                 overview = b""
                 text = msgspec.json.encode({"error": str(error)})
-                await response.write(b"event: trouble\ndata: " + text + b"\n\n")
+                await _write(response, b"event: trouble\ndata: " + text + b"\n\n")
             now = time.monotonic()
             if overview and overview != sent:
-                await response.write(b"event: overview\ndata: " + _with_time(overview) + b"\n\n")
+                data = _with_time(overview)
+                await _write(response, b"event: overview\ndata: " + data + b"\n\n")
                 sent, sent_at = overview, now
             elif now - sent_at > KEEP_ALIVE_S:
-                await response.write(b": still here\n\n")
+                await _write(response, b": still here\n\n")
                 sent_at = now
             try:
                 async with asyncio.timeout(OVERVIEW_S):
@@ -359,6 +369,11 @@ def _bound(request: web.Request, name: str) -> float | None:
     if math.isnan(value):
         raise _Refused(400, f"{name} is a number")
     return value
+
+
+async def _write(response: web.StreamResponse, data: bytes) -> None:
+    async with asyncio.timeout(2 * KEEP_ALIVE_S):
+        await response.write(data)
 
 
 def _with_time(overview: bytes) -> bytes:

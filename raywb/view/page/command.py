@@ -94,7 +94,8 @@ async def _serve_source(
     await runner.setup()
     try:
         site = await _listen(runner, host, port)
-        shown = f"[{host}]" if ":" in host else host
+        shown = socket.gethostname() if host in ("0.0.0.0", "::") else host
+        shown = f"[{shown}]" if ":" in shown else shown
         query = f"?token={token}" if token else ""
         tell(f"http://{shown}:{site}/{query}")
         await _interrupted()
