@@ -134,9 +134,22 @@ function groupsOf(given, groups) {
         copyLink(hashOf({ view: "training", run: number, stage: group.name }), `stage ${name}`),
         live ? liveLine(live, given.overview) : null,
       ),
+      isOpen ? slowRanks(given, group.name) : null,
       isOpen ? el("raywb-grid", { spec: specs }) : null,
     );
   });
+}
+
+/** Ranks that lag or are silent, each with the reason. */
+function slowRanks({ status, run }, name) {
+  const stage = status?.stages.find((one) => one.stage === name && one.run_id === run.id);
+  if (!stage?.slow.length) return null;
+  const more = stage.slow_ranks - stage.slow.length;
+  const said = stage.slow.map((one) => {
+    const where = one.pid ? ` (${one.hostname}, pid ${one.pid})` : "";
+    return el("li", null, el("b", null, `Rank ${one.rank}`), `${where}: ${one.reason}, at step ${one.step === null ? "–" : count(one.step)}, silent for ${duration(one.silent_s)}`);
+  });
+  return el("ul.slow", { "aria-label": `Slow ranks of ${name}` }, said, more > 0 ? el("li", null, `and ${count(more)} more`) : null);
 }
 
 function liveLine(live, { live: isLive, now_s: now }) {
