@@ -307,6 +307,19 @@ def test_a_stage_can_be_linked_to(tab: Tab) -> None:
     assert "last" in described(page, "queue_in")
 
 
+def test_what_the_address_names_is_in_view(tab: Tab) -> None:
+    """A link to a stage far down leads there; a click on a chart's title shows it large."""
+    page = tab.show("training?run=3&stage=training/sft")
+    in_view = """(selector) => {
+        const {top} = document.querySelector(selector).getBoundingClientRect();
+        return top >= 0 && top < innerHeight / 2;
+    }"""
+    page.wait_for_function(in_view, arg=".group.selected")
+    page.locator(".group.selected raywb-chart a.title").last.click()
+    page.wait_for_selector(".focus raywb-chart canvas")
+    page.wait_for_function(in_view, arg=".focus")
+
+
 def test_everything_can_be_done_with_the_keyboard(tab: Tab) -> None:
     """Views, filter, axis, logarithm, sections, help: each key does what the help says."""
     page = tab.show("overview")

@@ -2,7 +2,7 @@
 
 import { chart, chartSpec } from "raywb/charts";
 import { chip, el, empty, section, stateChip, table } from "raywb/dom";
-import { bytes, count, counted, duration, words } from "raywb/format";
+import { ago, bytes, count, counted, words } from "raywb/format";
 import { sum } from "raywb/overview";
 
 /** Sources, and runs of stages, that are listed one by one. */
@@ -118,7 +118,7 @@ function sources({ address, sources: all, silence_s: silence }) {
   const said = Object.entries(states).map(([state, number]) => `${count(number)} ${state}`).join(", ");
   const listed = [...all].sort((a, b) => Number(a.ended) - Number(b.ended) || (a.heard_ago_s ?? 1e9) - (b.heard_ago_s ?? 1e9)).slice(0, LISTED);
   const kinds = { live: "good", silent: "warn", killed: "bad", ended: "" };
-  const rows = listed.map((one) => [one.hostname, one.pid, one.stages.join(", ") || "–", chip(stateOf(one), kinds[stateOf(one)]), count(one.received_rows), bytes(one.received_bytes), one.heard_ago_s === null ? "–" : `${duration(one.heard_ago_s)} ago`]);
+  const rows = listed.map((one) => [one.hostname, one.pid, one.stages.join(", ") || "–", chip(stateOf(one), kinds[stateOf(one)]), count(one.received_rows), bytes(one.received_bytes), one.heard_ago_s === null ? "–" : ago(one.heard_ago_s)]);
   const heads = [{ text: "Host" }, { text: "Pid", number: true }, { text: "Stages" }, { text: "State" }, { text: "Rows", number: true }, { text: "Bytes", number: true }, { text: "Heard", number: true }];
   return section("Sources", { "data-stop": true, tabindex: -1 }, el("p.sub", null, `${counted(all.length, "source")}: ${said}`), table("Processes that log", heads, rows), all.length > LISTED ? el("p.hint", null, `and ${count(all.length - LISTED)} more`) : null);
 }

@@ -60,6 +60,11 @@ export function duration(seconds) {
   return `${Math.floor(whole / 86400)} d ${Math.floor((whole % 86400) / 3600)} h`;
 }
 
+/** How long ago something was, in whole seconds at least. */
+export function ago(seconds) {
+  return seconds < 2 ? "now" : `${duration(Math.round(seconds))} ago`;
+}
+
 /** A moment, in the time of who reads it: the day only where it is not today. */
 export function moment(seconds, nowSeconds = Date.now() / 1000) {
   if (!seconds) return "–";

@@ -38,6 +38,7 @@ let series = { run: null, list: [], rows_read: 0, rows_total: 0 };
 let shown = "";
 let drawing = false;
 let wantsFilter = false;
+let revealed = "";
 
 /** What every view gets: the overview, the selected run and its series, and what is selected. */
 function context() {
@@ -89,6 +90,7 @@ function drawNow() {
   }
   main.dataset.view = route.view;
   morphChildren(main, given.run ? [RENDER[route.view](given)].flat() : [noRun(given)]);
+  reveal(route);
   if (wantsFilter && document.getElementById("filter")) {
     wantsFilter = false;
     document.getElementById("filter").focus();
@@ -96,6 +98,16 @@ function drawNow() {
   const name = given.run?.name;
   document.title = `${name ? `${name} · ` : ""}${TITLES[route.view]} · raywb`;
   askForSeries(given.number);
+}
+
+/** Bring what the address names into view, once, as soon as it is there. */
+function reveal({ view, run, stage, key }) {
+  const wanted = [view, run, stage, key].join(" ");
+  if (wanted === revealed) return;
+  const found = main.querySelector("[data-reveal]");
+  if (!found && (stage || key)) return; // its series are not known yet
+  revealed = wanted;
+  found?.scrollIntoView({ block: found.dataset.reveal });
 }
 
 function noRun({ number, overview: { runs } }) {

@@ -1,7 +1,7 @@
 /** The first view: which run this is, what runs now, and what is wrong. */
 
 import { bar, chip, el, empty, facts, outLink, section, sparkline, stateChip, table } from "raywb/dom";
-import { count, counted, duration, moment, percent, perSecond, value, words } from "raywb/format";
+import { ago, count, counted, duration, moment, percent, perSecond, value, words } from "raywb/format";
 import { linkTo } from "raywb/route";
 
 /** Most that is listed of each kind here; the views have all of them. */
@@ -100,7 +100,7 @@ function stageCard(one, now, live) {
   const main = one.main ? `${one.main} ${value(one.metrics[one.main])}` : "";
   const ranks = one.ranks ? counted(one.ranks, "rank") : "";
   const slow = one.slowest_rank !== null && one.rank_spread_s ? `rank ${one.slowest_rank} last by ${duration(one.rank_spread_s)}` : "";
-  const age = live && now - one.time_s > 60 ? `${duration(now - one.time_s)} ago` : "";
+  const age = live && now - one.time_s > 60 ? ago(now - one.time_s) : "";
   return el(
     "a.card",
     { href: linkTo("training", { stage: one.stage }), "data-id": `s ${one.stage}` },

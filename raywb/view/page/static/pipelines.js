@@ -71,7 +71,7 @@ function stageBox({ route, number }, pipeline, stage, index) {
   ];
   return el(
     `li.stage${isHeldUp ? ".bottleneck" : ""}${isSelected ? ".selected" : ""}`,
-    { "data-id": id, "aria-current": isSelected ? "true" : null },
+    { "data-id": id, "aria-current": isSelected ? "true" : null, "data-reveal": isSelected ? "nearest" : null },
     el("header", null, el("span.index", null, index + 1), el("a.name", { href: isSelected ? linkTo("pipelines") : hash, title: stage.name }, words(stage.name).replace(/ stage$/, "")), copyLink(hash, `stage ${stage.name}`)),
     isHeldUp ? chip("bottleneck", "accent") : null,
     el("div.count", null, el("b", null, count(stage.tasks_completed)), el("span", null, stage.tasks_known === null ? " tasks" : ` of ${count(stage.tasks_known)} tasks`)),

@@ -87,7 +87,7 @@ export function makePlot(host, wanted) {
       y: wanted.log ? { distr: 3, range: (plot, min, max) => (min === null ? [1, 10] : uPlot.rangeLog(min, max, 10, false)) } : { range: boundsOf(wanted.bounds) },
     },
     axes: [
-      { ...axis, size: 26, gap: 4, space: 56, grid: { show: false }, values: xLabels(wanted.kind), ...(wanted.kind === "duration" ? { incrs: DURATIONS } : {}) },
+      { ...axis, size: 26, gap: 4, space: 56, grid: { show: false }, values: xLabels(wanted.kind), ...(wanted.kind === "number" ? {} : { incrs: wanted.kind === "time" ? DURATIONS.filter((one) => one >= 1) : DURATIONS }) },
       { ...axis, size: ySize, gap: 6, space: 28, values: yLabels(wanted.log) },
     ],
     series: [{}, ...columns.map((column) => column.series)],

@@ -2,7 +2,7 @@
 
 import { chart, chartSpec } from "raywb/charts";
 import { copyLink, el, empty } from "raywb/dom";
-import { count, counted, duration, perSecond, value } from "raywb/format";
+import { ago, count, counted, duration, perSecond, value } from "raywb/format";
 import { currentRoute, hashOf, select } from "raywb/route";
 
 /** Charts of one chunk of a grid: made together when it is near the window, taken down behind it. */
@@ -125,7 +125,7 @@ function groupsOf(given, groups) {
     const name = group.name || "(no namespace)";
     return el(
       `section.group${route.stage === group.name ? ".selected" : ""}`,
-      { "data-id": id, "data-stop": true, tabindex: -1, "aria-label": name },
+      { "data-id": id, "data-stop": true, "data-reveal": route.stage === group.name && !route.key ? "start" : null, tabindex: -1, "aria-label": name },
       el(
         "header",
         null,
@@ -134,9 +134,22 @@ function groupsOf(given, groups) {
         copyLink(hashOf({ view: "training", run: number, stage: group.name }), `stage ${name}`),
         live ? liveLine(live, given.overview) : null,
       ),
+      isOpen ? slowRanks(given, group.name) : null,
       isOpen ? el("raywb-grid", { spec: specs }) : null,
     );
   });
+}
+
+/** Ranks that lag or are silent, each with the reason. */
+function slowRanks({ status, run }, name) {
+  const stage = status?.stages.find((one) => one.stage === name && one.run_id === run.id);
+  if (!stage?.slow.length) return null;
+  const more = stage.slow_ranks - stage.slow.length;
+  const said = stage.slow.map((one) => {
+    const where = one.pid ? ` (${one.hostname}, pid ${one.pid})` : "";
+    return el("li", null, el("b", null, `Rank ${one.rank}`), `${where}${one.step === null ? "" : ` at step ${count(one.step)}`}: ${one.reason}`);
+  });
+  return el("ul.slow", { "aria-label": `Slow ranks of ${name}` }, said, more > 0 ? el("li", null, `and ${count(more)} more`) : null);
 }
 
 function liveLine(live, { live: isLive, now_s: now }) {
@@ -146,7 +159,7 @@ function liveLine(live, { live: isLive, now_s: now }) {
     live.main ? `${live.main} ${value(live.metrics[live.main])}` : "",
     live.ranks ? counted(live.ranks, "rank") : "",
     live.rank_spread_s ? `rank ${live.slowest_rank} last by ${duration(live.rank_spread_s)}` : "",
-    isLive ? `${duration(Math.max(0, now - live.time_s))} ago` : "",
+    isLive ? ago(now - live.time_s) : "",
   ];
   return el("span.live", null, parts.filter(Boolean).map((part) => el("span", null, part)));
 }
@@ -166,7 +179,7 @@ function focus(given, groups) {
   const heading = el("div.title-row", null, el("h2", null, route.key), link, close);
   if (!card) return el("section.panel.focus", { "data-id": "focus" }, heading, empty("This run has no such series."));
   const spec = { ...specOf(given, card), height: 340, large: true, opens: undefined };
-  return el("section.panel.focus", { "data-id": `focus ${number} ${route.key}`, "data-stop": true, tabindex: -1, "aria-label": route.key }, heading, chart(spec));
+  return el("section.panel.focus", { "data-id": `focus ${number} ${route.key}`, "data-stop": true, "data-reveal": "start", tabindex: -1, "aria-label": route.key }, heading, chart(spec));
 }
 
 /** `<raywb-grid>`: very many charts, of which only those near the window exist. */
