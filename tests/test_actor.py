@@ -172,6 +172,56 @@ def test_a_service_made_anew_takes_no_row_again(cluster: RayCluster) -> None:
         assert run.values("task/i") == [first]
 
 
+def test_the_page_of_a_cluster_is_found_and_goes_when_the_actor_goes(cluster: RayCluster) -> None:
+    """`raywb ui` prints its address; it shows what was logged; what reads history ends with it."""
+    overview, series, readers, left = cluster.run_driver("""
+        import json, os, re, signal, subprocess, sys, urllib.request
+        import psutil, ray, raywb
+        from ray_cluster import report, until, without_service
+
+        ray.init()
+        without_service()
+        raywb.start(project="page", mode="offline", node_metrics_interval_s=0)
+        with raywb.attach("train") as client:
+            client.log({"loss": 0.5}, step=7)
+            assert client.flush(20)
+        command = [sys.executable, "-m", "raywb", "ui", "--no-open"]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        url = re.search(r"http://localhost:[0-9]+/", said)[0]
+
+        def get(path):
+            with urllib.request.urlopen(url + path, timeout=20) as answer:
+                return json.load(answer)
+
+        def is_there():
+            try:
+                return get("api/series?run=1")["rows_read"] == 1
+            except OSError:  # refused, or not ready
+                return False
+
+        until("the row", is_there)
+        overview, series = get("api/overview"), get("api/series?run=1")["series"]
+
+        def readers():
+            return [one for one in psutil.process_iter(["cmdline"])
+                    if "raywb.view.history" in (one.info["cmdline"] or [])
+                    and overview["runs"][0]["dir"] in one.info["cmdline"]]
+
+        (reader,) = readers()
+        found = len(readers())
+        os.kill(reader.ppid(), signal.SIGKILL)  # the actor; Ray makes it anew
+        until("the reader's end", lambda: not readers())
+        until("the page", is_there)
+        report([overview, series, found, len(readers())])
+        raywb.finish()
+    """)
+    assert overview["live"]
+    assert overview["runs"][0]["project"] == "page"
+    assert overview["ray_dashboard"] is None or overview["ray_dashboard"].startswith("http://")
+    assert [(one["key"], one["last"]) for one in series] == [("train/loss", 0.5), ("train/step", 7)]
+    assert (readers, left) == (1, 1)
+
+
 def test_ranks_meet_in_one_row_and_a_killed_one_is_missing(cluster: RayCluster) -> None:
     """Training workers of one stage: a row for each step, with the ranks that logged it."""
     finished = cluster.run_driver("""

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 import numpy as np
-from numpy.lib.stride_tricks import sliding_window_view
 
 from raywb.service.outbox import Item, OutDefine, OutRow
-from raywb.view.history.row_layout import Layout, NumberAt, layout_of
+from raywb.view.history.row_layout import Layout, NumberAt, NumbersAt, layout_of
 from raywb.view.history.run_history import Piece, RunHistory
 
 if TYPE_CHECKING:
@@ -214,7 +213,7 @@ class BatchRows:
         data = self._data
         at = self._map_at[rows]
         key_at = at + np.choose((data[at] == 0xDE) + 2 * (data[at] == 0xDF), [1, 3, 5])
-        heads = sliding_window_view(data, _HEAD_BYTES)[key_at]
+        heads = _windows(data, _HEAD_BYTES)[key_at]
         first = heads[:, 0]
         key_bytes = np.where((first >= 0xA0) & (first <= 0xBF), (first & 0x1F) + 1, _HEAD_BYTES)
         long = np.flatnonzero(first == 0xD9)
@@ -255,7 +254,7 @@ class BatchRows:
         """Rows of one length, run and first key: most often of one layout, or of a few."""
         width = -(-length // 8) * 8
         offsets = self._items.offsets[left]
-        rows: Bytes = sliding_window_view(self._data, width)[offsets]
+        rows: Bytes = _windows(self._data, width)[offsets]
         rest: list[int] = []
         known = self._layouts.known(length, kind)
         for attempt in range(len(known) + LAYOUTS_OF_A_KIND):
@@ -335,8 +334,8 @@ class BatchRows:
             if not len(indices):
                 continue
             values = np.empty((len(layout.keys), len(indices)))
-            for line, number_at in zip(values, layout.numbers, strict=True):
-                line[:] = _column(number_at, rows)
+            for at in layout.numbers:
+                values[at.first : at.first + at.many] = _columns(at, rows)
             yield (
                 layout.run,
                 Piece(layout.keys, self._number[indices], self._time[indices], values),
@@ -354,12 +353,24 @@ class BatchRows:
             yield run, Piece(keys, self._number[indices], self._time[indices], values)
 
 
-def _column(number: NumberAt, rows: Bytes) -> npt.NDArray[np.generic]:
-    """One number of each row, in the type that it has there."""
-    column: npt.NDArray[np.generic] = np.ndarray(
-        (len(rows),), number.dtype, rows, number.offset, (rows.strides[0],)
+def _windows(data: Bytes, width: int) -> Bytes:
+    """Every stretch of this width, without a copy."""
+    return np.ndarray((len(data) - width + 1, width), np.uint8, data, 0, (1, 1))
+
+
+def _columns(numbers: NumbersAt, rows: Bytes) -> npt.NDArray[np.generic]:
+    """Some numbers of each row, a line for each number, in the type that they have there."""
+    shape = (numbers.many, len(rows))
+    strides = (numbers.distance, rows.strides[0])
+    columns: npt.NDArray[np.generic] = np.ndarray(
+        shape, numbers.dtype, rows, numbers.offset, strides
     )
-    return column & np.uint8(1) if number.is_bool else column  # type: ignore[operator]
+    return columns & np.uint8(1) if numbers.is_bool else columns  # type: ignore[operator]
+
+
+def _column(number: NumberAt, rows: Bytes) -> npt.NDArray[np.generic]:
+    """One number of each row."""
+    return np.ndarray((len(rows),), number.dtype, rows, number.offset, (rows.strides[0],))
 
 
 def _lost(begin: int, end: int, time_s: float) -> Piece:

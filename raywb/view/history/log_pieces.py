@@ -1,12 +1,12 @@
-"""Large pieces of a log, one after the other, as they lie in the system's memory.
+"""Large pieces of a log, one after the other, in memory that is used again for each.
 
-:meth:`raywb.service.append_log.AppendLog.read` copies every record; of a whole run that takes
-longer than to make columns of it. What is damaged is left to it.
+:meth:`raywb.service.append_log.AppendLog.read` copies every record, and comes upon every page of
+the files; of a whole run that takes longer than to make columns of it. What is damaged is left to
+it.
 """
 
 from __future__ import annotations
 
-import mmap
 from typing import NamedTuple
 
 from raywb.service.append_log import AppendLog, Segment, is_undamaged, record_bounds
@@ -18,7 +18,7 @@ class Piece(NamedTuple):
     """Records that follow each other.
 
     Attributes:
-        data: where they lie.
+        data: where they lie, until the next piece is read.
         records: where the data of each begin and end there.
         next_position: where the log goes on behind them.
     """
@@ -37,6 +37,7 @@ class LogPieces:
 
     def __init__(self, log: AppendLog) -> None:
         self._log = log
+        self._memory = bytearray()
 
     def read(self, position: int, length: int) -> Piece:
         """Read on.
@@ -53,7 +54,7 @@ class LogPieces:
             return Piece(memoryview(b""), [], self._log.end)
         offset = max(position - segment.start, 0)
         while True:
-            data = _map(segment, offset, length)
+            data = self._fill(segment, offset, length)
             records = _records_in(data)
             if records:
                 return Piece(data, records, segment.start + offset + records[-1][1])
@@ -61,22 +62,25 @@ class LogPieces:
                 return self._behind_damage(segment.start + offset)
             length *= 4  # a record that is longer, or damage that says so
 
+    def _fill(self, segment: Segment, offset: int, length: int) -> memoryview:
+        """Part of a file; to look at it in place would be to come upon its pages one by one."""
+        length = min(length, segment.size - offset)
+        if len(self._memory) < length:
+            self._memory = bytearray(length)
+        view = memoryview(self._memory)
+        got = 0
+        with open(segment.path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while got < length and (more := file.readinto(view[got:length])):
+                got += more
+        return view[:got]
+
     def _behind_damage(self, position: int) -> Piece:
         """The next record that is whole, wherever it begins."""
         record = next(self._log.read(position), None)
         if record is None:
             return Piece(memoryview(b""), [], self._log.end)
         return Piece(memoryview(record.data), [(0, len(record.data))], record.next_position)
-
-
-def _map(segment: Segment, offset: int, length: int) -> memoryview:
-    """Part of a file, all of it at once: to come upon its pages one by one takes longer."""
-    begin = offset - offset % mmap.ALLOCATIONGRANULARITY
-    end = min(offset + length, segment.size)
-    flags = mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0)
-    with open(segment.path, "rb") as file:
-        mapped = mmap.mmap(file.fileno(), end - begin, flags, mmap.PROT_READ, offset=begin)
-    return memoryview(mapped)[offset - begin :]
 
 
 def _records_in(view: memoryview) -> list[tuple[int, int]]:

@@ -23,7 +23,7 @@ from raywb.view.history.run_history import RunHistory
 __all__ = ["OutboxReader"]
 
 #: Bytes of records that are read in one go; less at the beginning, so that something can be shown.
-READ_BYTES = (2 * 1024 * 1024, 32 * 1024 * 1024)
+READ_BYTES = (2 * 1024 * 1024, 24 * 1024 * 1024)
 
 #: Memory that the columns of all runs may take; beyond it the oldest rows are thinned.
 MEMORY_BYTES = 768 * 1024 * 1024

@@ -8,13 +8,14 @@ lie at the same places.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["MAX_BYTES", "Layout", "NumberAt", "layout_of"]
+__all__ = ["MAX_BYTES", "Layout", "NumberAt", "NumbersAt", "layout_of"]
 
 #: A longer row gets no layout, since layouts are kept in memory.
 MAX_BYTES = 64 * 1024
@@ -47,13 +48,31 @@ class NumberAt(NamedTuple):
     is_bool: bool = False
 
 
+class NumbersAt(NamedTuple):
+    """Numbers of one type at equal distances in the row, which are read together.
+
+    Attributes:
+        first: which of the row's numbers the first of them is.
+        many: how many they are.
+        offset: place of the first.
+        distance: bytes from each to the next.
+    """
+
+    first: int
+    many: int
+    offset: int
+    distance: int
+    dtype: str
+    is_bool: bool
+
+
 class Layout(NamedTuple):
     """What rows of one layout have in common.
 
     Attributes:
         run: the number of their run.
         keys: keys of their numbers, in order.
-        numbers: where these are.
+        numbers: where these are, in order.
         time: where the time is.
         logged: where the number of ``log()`` calls is.
         width: length of the row in whole words of eight bytes, in bytes.
@@ -63,7 +82,7 @@ class Layout(NamedTuple):
 
     run: int
     keys: tuple[str, ...]
-    numbers: tuple[NumberAt, ...]
+    numbers: tuple[NumbersAt, ...]
     time: NumberAt
     logged: NumberAt
     width: int
@@ -191,10 +210,25 @@ def _layout_of(row: bytes) -> Layout:
     return Layout(
         run=run,
         keys=tuple(numbers),
-        numbers=tuple(numbers.values()),
+        numbers=tuple(_together(list(numbers.values()))),
         time=time,
         logged=logged,
         width=width,
         words=np.frombuffer(row + padding, np.uint64) & mask,
         mask=mask,
     )
+
+
+def _together(numbers: list[NumberAt]) -> Iterator[NumbersAt]:
+    """Those that follow each other and are alike, as one."""
+    begin = 0
+    while begin < len(numbers):
+        offset, dtype, is_bool = numbers[begin]
+        end = begin + 1
+        distance = numbers[end].offset - offset if end < len(numbers) else 0
+        while end < len(numbers) and numbers[end] == NumberAt(
+            offset + (end - begin) * distance, dtype, is_bool
+        ):
+            end += 1
+        yield NumbersAt(begin, end - begin, offset, distance, dtype, is_bool)
+        begin = end

@@ -33,8 +33,10 @@ export function compact(number) {
   return String(Number(number.toPrecision(4)));
 }
 
+/** A percentage; 100 only where it is all. */
 export function percent(number) {
   if (number === null || number === undefined) return "–";
+  if (number > 99 && number < 100) return `${Math.floor(number * 10) / 10} %`;
   return `${number > 0 && number < 10 ? number.toFixed(1) : Math.round(number)} %`;
 }
 

@@ -164,8 +164,10 @@ function connection(given) {
 }
 
 /** How much of the directory is read: charts fill up meanwhile. */
-function reading({ rows_read: read, rows_total: total }) {
-  if (!total || read >= total) return null;
+function reading({ rows_read: read, rows_total: total, rows_thinned: thinned }) {
+  if (!total || read >= total) {
+    return thinned ? el("div.reading", null, `The first ${count(thinned)} rows are kept as minima, maxima and means: all would not fit into memory`) : null;
+  }
   return el("div.reading", null, bar(read / total, "Rows read"), `Reading ${count(read)} of ${count(total)} rows`);
 }
 

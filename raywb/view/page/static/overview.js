@@ -41,8 +41,13 @@ function troubles({ status }) {
     "section.troubles",
     { "data-stop": true, tabindex: -1, "aria-label": "Problems and warnings" },
     problems.map((text) => el("p.trouble.bad", null, el("b", null, "Problem"), " ", text)),
-    warnings.map((text) => el("p.trouble.warn", null, el("b", null, "Warning"), " ", text)),
+    warnings.slice(0, LISTED).map(warning),
+    warnings.length > LISTED ? el("details", null, el("summary", null, `${counted(warnings.length - LISTED, "further warning")}`), warnings.slice(LISTED).map(warning)) : null,
   );
+}
+
+function warning(text) {
+  return el("p.trouble.warn", null, el("b", null, "Warning"), " ", text);
 }
 
 function deliveryLine({ run, status }) {

@@ -70,7 +70,7 @@ function toolbar({ route, source }, shown, all) {
   const x = route.x ?? "axis";
   return el(
     "div.toolbar",
-    { role: "toolbar", "aria-label": "What the charts show", "data-id": "toolbar" },
+    { role: "group", "aria-label": "What the charts show", "data-id": "toolbar" },
     el("label.filter", null, el("span.unseen", null, "Filter the series"), el("input", { id: "filter", type: "search", value: route.filter ?? "", placeholder: "Filter: loss, or /regex/", autocomplete: "off", spellcheck: "false", oninput: typed, "aria-keyshortcuts": "/" })),
     el("span.counted", { role: "status" }, shown === all ? counted(all, "series").replace(/ss$/, "s") : `${count(shown)} charts`),
     source.isReport ? null : el("div.choice", { role: "group", "aria-label": "x axis" }, axes.map(([id, name]) => el("button", { type: "button", "aria-pressed": x === id, onclick: () => select({ x: id === "axis" ? undefined : id, from: undefined, to: undefined, axis: undefined }) }, name))),
@@ -134,9 +134,22 @@ function groupsOf(given, groups) {
         copyLink(hashOf({ view: "training", run: number, stage: group.name }), `stage ${name}`),
         live ? liveLine(live, given.overview) : null,
       ),
+      isOpen ? slowRanks(given, group.name) : null,
       isOpen ? el("raywb-grid", { spec: specs }) : null,
     );
   });
+}
+
+/** Ranks that lag or are silent, each with the reason. */
+function slowRanks({ status, run }, name) {
+  const stage = status?.stages.find((one) => one.stage === name && one.run_id === run.id);
+  if (!stage?.slow.length) return null;
+  const more = stage.slow_ranks - stage.slow.length;
+  const said = stage.slow.map((one) => {
+    const where = one.pid ? ` (${one.hostname}, pid ${one.pid})` : "";
+    return el("li", null, el("b", null, `Rank ${one.rank}`), `${where}: ${one.reason}, at step ${one.step === null ? "–" : count(one.step)}, silent for ${duration(one.silent_s)}`);
+  });
+  return el("ul.slow", { "aria-label": `Slow ranks of ${name}` }, said, more > 0 ? el("li", null, `and ${count(more)} more`) : null);
 }
 
 function liveLine(live, { live: isLive, now_s: now }) {
