@@ -13,8 +13,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+import yaml
 from left_behind import LeftBehind
+from moto.server import ThreadedMotoServer
 from ray_cluster import RayCluster, clean_environment, until
 from vast_server import VastInstance, VastServer
 from wandb_client import API_KEY
@@ -384,3 +387,68 @@ def test_a_real_cluster_delivers_before_it_is_ended(vast: VastServer, tmp_path: 
         code, said = ended(shutdown(environment, "--grace-s=0", "--even-if-undelivered"))
         assert (code, vast.destroyed) == (0, [instance.id, second.id])
         until("nothing to be left", lambda: not vast.instances)
+
+
+@pytest.mark.skipif(not os.environ.get("RAYWB_LONG"), reason="RAYWB_LONG=1: it takes 20 s")
+def test_a_head_ends_its_own_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's own `ray down`, from the head's description, on an AWS that is on loopback: head and
+    worker are terminated, another cluster is not; where `ray down` fails, that is no success."""
+    cloud = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    cloud.start()
+    host, port = cloud.get_host_and_port()
+    (tmp_path / "key.pem").touch()
+    (tmp_path / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    (tmp_path / "ssh").chmod(0o755)
+    for name, text in {
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+        "AWS_ACCESS_KEY_ID": "test",
+        "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-west-2",
+        "HOME": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }.items():
+        monkeypatch.setenv(name, text)
+    try:
+        ec2 = boto3.client("ec2")
+        image = ec2.describe_images()["Images"][0]["ImageId"]
+
+        def node(cluster: str, kind: str) -> str:
+            tags = {"ray-cluster-name": cluster, "ray-node-type": kind}
+            listed = [{"Key": name, "Value": text} for name, text in tags.items()]
+            specification = [{"ResourceType": "instance", "Tags": listed}]
+            made = ec2.run_instances(
+                ImageId=image, MinCount=1, MaxCount=1, TagSpecifications=specification
+            )
+            return str(made["Instances"][0]["InstanceId"])
+
+        head, worker, other = node("ours", "head"), node("ours", "worker"), node("theirs", "head")
+        config = {
+            "SubnetIds": [ec2.describe_subnets()["Subnets"][0]["SubnetId"]],
+            "SecurityGroupIds": [ec2.describe_security_groups()["SecurityGroups"][0]["GroupId"]],
+            **{"ImageId": image, "InstanceType": "m5.large", "KeyName": "key"},
+            "IamInstanceProfile": {"Name": "ray-autoscaler-v1"},
+        }
+        types = {"head": {"node_config": config, "resources": {"CPU": 1}, "max_workers": 0}}
+        description = {
+            **{"cluster_name": "ours", "max_workers": 1, "head_node_type": "head"},
+            "provider": {"type": "aws", "region": "us-west-2", "use_internal_ips": True}
+            | {"cache_stopped_nodes": False},
+            "auth": {"ssh_user": "ubuntu", "ssh_private_key": str(tmp_path / "key.pem")},
+            "available_node_types": types,
+        }
+        (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(description))
+        place = choose_place("auto", None, {"HOME": str(tmp_path)})
+        assert not isinstance(place, str)
+        assert "has ended" in place.end()
+        found = {
+            one["InstanceId"]: one["State"]["Name"]
+            for reservation in ec2.describe_instances()["Reservations"]
+            for one in reservation["Instances"]
+        }
+        assert found == {head: "terminated", worker: "terminated", other: "running"}
+        (tmp_path / "ray_bootstrap_config.yaml").write_text("cluster_name: ours\n")
+        with pytest.raises(EndFailed, match="`ray down` from the launching machine"):
+            place.end()
+    finally:
+        cloud.stop()
