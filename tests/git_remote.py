@@ -8,18 +8,21 @@ with git_remote(tmp_path) as remote:
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import shutil
 import socket
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 from ray_cluster import until
 
-__all__ = ["GitRemote", "git_remote"]
+__all__ = ["GitRemote", "git_remote", "private_address"]
 
 
 @dataclass
@@ -94,6 +97,59 @@ def git_remote(root: Path) -> Iterator[GitRemote]:
     finally:
         daemon.terminate()
         daemon.wait(10)
+
+
+@contextlib.contextmanager
+def private_address(remote: GitRemote, token: str) -> Iterator[str]:
+    """Serve the remote over HTTP, too, by git's own program, to whoever has a token."""
+    wanted = "Basic " + base64.b64encode(f"x-access-token:{token}".encode()).decode()
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            """Say nothing."""
+
+        def _handle(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            if self.headers.get("Authorization") != wanted:
+                self.send_response(401)
+                self.send_header("WWW-Authenticate", "Basic realm=git")
+                self.end_headers()
+                return
+            path, _, query = self.path.partition("?")
+            done = subprocess.run(
+                [f"{_exec_path()}/git-http-backend"],
+                input=body,
+                capture_output=True,
+                check=True,
+                env={
+                    **{"PATH": os.environ["PATH"], "REQUEST_METHOD": self.command},
+                    **{"GIT_PROJECT_ROOT": str(remote.bare.parent), "GIT_HTTP_EXPORT_ALL": "1"},
+                    **{"PATH_INFO": path, "QUERY_STRING": query},
+                    "CONTENT_TYPE": self.headers.get("Content-Type") or "",
+                    "HTTP_CONTENT_ENCODING": self.headers.get("Content-Encoding") or "",
+                    "GIT_PROTOCOL": self.headers.get("Git-Protocol") or "",
+                },
+            )
+            head, _, answer = done.stdout.partition(b"\r\n\r\n")
+            fields = [line.partition(": ") for line in head.decode().split("\r\n")]
+            status = next((value for name, _, value in fields if name == "Status"), "200")
+            self.send_response(int(status.split()[0]))
+            for name, _, value in fields:
+                if name != "Status":
+                    self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer)
+
+        do_GET = do_POST = _handle
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}/{remote.bare.name}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def _exec_path() -> str:

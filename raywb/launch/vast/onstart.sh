@@ -98,7 +98,7 @@ run_job() {
         ray job logs --address "$dashboard" --follow "job-$attempt" 9>&- || true
     else
         if [ "$attempt" -ge "$attempts" ]; then
-            say "interrupted $attempt times: that is enough"
+            say "begun and interrupted $attempt x: that is enough"
             echo 1 >"$dir/exit_code"
             return
         fi
