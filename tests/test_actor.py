@@ -195,7 +195,8 @@ def test_the_page_of_a_cluster_is_found_and_goes_when_the_actor_goes(cluster: Ra
 
         def is_there():
             try:
-                return get("api/series?run=1")["rows_read"] == 1
+                found = get("api/series?run=1")["series"]
+                return "train/loss" in [one["key"] for one in found]
             except OSError:  # refused, or not ready
                 return False
 
