@@ -121,10 +121,11 @@ def test_a_signal_flushes_and_then_arrives(
     service.start()
     client = service.client("s")
     monkeypatch.setattr(connection, "_present", service._connections[0])
-    received: list[int] = []
+    received: list[tuple[int, int]] = []
 
     def own(_number: int, _frame: Any) -> None:
-        received.append(service.status().received_rows)
+        stats = client.stats
+        received.append((stats.logged, stats.backlog_bytes))
 
     before = signal.signal(signal.SIGUSR2, own)
     try:
@@ -135,7 +136,7 @@ def test_a_signal_flushes_and_then_arrives(
             until("the rows", lambda: service.status().received_rows == 500, 20)
             if then_signal:
                 until("the signal", lambda: received, 20)
-        assert received == ([500] if then_signal else [])
+        assert received == ([(500, 0)] if then_signal else [])
         assert signal.getsignal(signal.SIGUSR2) is own
     finally:
         signal.signal(signal.SIGUSR2, before)
