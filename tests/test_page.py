@@ -357,7 +357,7 @@ def test_the_theme_follows_the_system_until_it_is_chosen(tab: Tab) -> None:
     page = tab.show("overview")
     assert page.evaluate(theme) == "light"
     page.emulate_media(color_scheme="dark")
-    page.wait_for_function(f"{theme} === 'dark'")
+    page.wait_for_function(f"() => {theme} === 'dark'")
     page.keyboard.press("t")
     assert page.evaluate(theme) == "light"
     page.reload()
@@ -371,7 +371,7 @@ def test_a_small_screen_scrolls_in_one_direction(tab: Tab, pictures: Path) -> No
     tab.page.set_viewport_size({"width": 360, "height": 740})
     for view in VIEWS:
         page = tab.show(view)
-        page.wait_for_function("!document.querySelector('main > .empty')")
+        page.wait_for_function("() => !document.querySelector('main > .empty')")
         assert page.evaluate("document.documentElement.scrollWidth") <= 360, view
         page.screenshot(path=pictures / f"{view}-360.png")
     tab.page.set_viewport_size({"width": 1360, "height": 900})
@@ -412,7 +412,7 @@ def test_every_control_has_a_name(tab: Tab) -> None:
     """Landmarks, one first heading, and a name for every control, picture and region."""
     for view in VIEWS:
         page = tab.show(view)
-        page.wait_for_function("!document.querySelector('main > .empty')")
+        page.wait_for_function("() => !document.querySelector('main > .empty')")
         nameless = page.evaluate(
             """() => [...document.querySelectorAll(
                     'a, button, input, select, [role=img], [role=meter], section')]
