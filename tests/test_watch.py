@@ -24,6 +24,7 @@ import simulated_statuses as simulated
 from ray_cluster import Driver, RayCluster, until
 from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 
 from raywb.errors import NoClusterError
 from raywb.reports import Status
@@ -33,6 +34,7 @@ from raywb.view.drawing import Pen, bar, count, duration, middle_cut, number, pl
 from raywb.view.frame import frame_lines
 from raywb.view.status_feed import Answer, StatusFeed
 from raywb.view.terminal import render_status
+from raywb.view.usage import usage_lines
 from raywb.view.watch import Picture
 
 SIZES = [(80, 24), (200, 50), (120, 35), (60, 15), (40, 10), (12, 5), (300, 100)]
@@ -43,9 +45,9 @@ def picture(status: Status, width: int = 80, height: int | None = 24, **more: ob
     return [line.plain for line in frame_lines(status, pen, height)]
 
 
-def printed(status: Status, width: int = 80) -> str:
+def printed(status: Status, width: int = 80, now_s: float = simulated.NOW_S) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(render_status(status, simulated.NOW_S))
+    console.print(render_status(status, now_s))
     return console.export_text()
 
 
@@ -139,6 +141,57 @@ def test_very_many_are_summed_up() -> None:
     assert time.perf_counter() - began < 0.5
 
 
+@pytest.mark.parametrize("all_nodes", [{}, {"gpu_idle_share": 0.5}], ids=["plain", "news"])
+def test_every_node_is_shown_or_summed_up(all_nodes: dict[str, float]) -> None:
+    """However many nodes and lines there are: all have a line of their own, or are counted."""
+    for many, limit in itertools.product(range(1, 20), range(1, 24)):
+        status = simulated.with_nodes(many, **all_nodes)
+        lines = usage_lines(status, Pen(80, simulated.NOW_S), limit)
+        drawn = [line.plain for line in lines]
+        assert len(drawn) <= limit
+        own = sum(re.match(r"n\d\d ", line) is not None for line in drawn)
+        counted = re.search(rf"\b{many} nodes?\b", "\n".join(drawn))
+        assert own == many or counted, (many, limit, drawn)
+        if limit > many + 1:
+            assert own == many
+            assert counted
+    assert "n14" in printed(simulated.with_nodes(15))
+
+
+def test_readings_that_are_old_say_so() -> None:
+    """No node answers any more: nothing newer calls the readings stale, their age marks them."""
+    for many in (3, 40):
+        status = simulated.with_nodes(many)
+        for later_s, old in ((0.0, False), (40.0, False), (300.0, True)):
+            lines = usage_lines(status, Pen(120, simulated.NOW_S + later_s), 12)
+            text = "\n".join(line.plain for line in lines)
+            assert ("last read 5 min 5 s ago" in text) == old
+            own_lines = 3 if many == 3 else 7
+            assert len(re.findall("5 min 5 s old$", text, re.M)) == (own_lines if old else 0)
+            bars = {
+                str(span.style)
+                for line in lines
+                for span in line.spans
+                if "━" in line.plain[span.start : span.end]
+            }
+            assert bars == {"dim"} if old else "cyan" in bars
+        assert "last read 5 min 5 s ago" in printed(status, now_s=simulated.NOW_S + 300)
+
+
+def test_losses_come_before_nodes_and_no_line_is_left_over() -> None:
+    """In a small terminal what is lost is said; a line that one part cannot use, another has."""
+    for width, height in ((50, 12), (50, 9), (80, 12), (40, 8), (50, 7)):
+        lines = picture(STATUSES["busy"], width, height)
+        (lost,) = [line for line in lines if "3 disk_full" in line]
+        assert "lost" in lost
+    for name, height in itertools.product(("busy", "huge"), range(5, 40)):
+        status = STATUSES[name]
+        pen = Pen(80, simulated.NOW_S)
+        whole = sum(bool(line) for line in frame_lines(status, pen, None))
+        shown = frame_lines(status, pen, height, foot=Text("the last line"))
+        assert shown[-2] or whole < height, (name, height)
+
+
 def test_an_empty_run_says_what_to_do() -> None:
     """Nothing was logged yet: the way to do so is shown, in the place of empty tables."""
     text = "\n".join(picture(STATUSES["empty"]))
@@ -200,6 +253,22 @@ def test_values_are_short_and_bars_are_right() -> None:
     assert cell_len(middle_cut("訓練データ訓練データ", 9, pen)) <= 9
 
 
+def test_long_names_are_cut_in_no_time() -> None:
+    """The middle of a name gives way in time that does not grow with its square; its end stays."""
+    pen = Pen(80, 0.0)
+    names = [f"{number:04}" + "訓練" * 490 + f"{number:04}" for number in range(20)]
+    began = time.perf_counter()
+    shown = [middle_cut(name, 20, pen) for name in names]
+    assert time.perf_counter() - began < 0.5
+    assert {(name[:5], name[-5:]) for name in shown} == {
+        (f"{number:04}訓", f"練{number:04}") for number in range(20)
+    }
+    for width, text in itertools.product(
+        range(1, 12), ("a訓b練c" * 3, "e\u0301" * 20, "👩\u200d🔧" * 5)
+    ):
+        assert cell_len(middle_cut(text, width, pen)) <= width
+
+
 _CHILD = """
 import sys, time
 sys.path[:0] = {path!r}
@@ -256,17 +325,29 @@ def test_a_picture_says_that_it_is_old() -> None:
     def text(now_s: float) -> str:
         return "\n".join(line.plain for line in watched.lines(120, 40, now_s, ascii_only=False))
 
-    watched.take(Answer(status=simulated.busy()), 1000.0)
+    watched.take(Answer(status=simulated.busy()), 1000.0, 50.0)
     assert "no answer" not in text(1003.0)
     assert re.search(
         r"! no answer since \d\d:\d\d:\d\d, this is 5 s old; still asking", text(1005.0)
     )
-    watched.take(Answer(trouble="the service is gone: [x]", kind="ServiceUnavailable"), 1006.0)
+    watched.take(
+        Answer(trouble="the service is gone: [x]", kind="ServiceUnavailable"), 1006.0, 56.0
+    )
     assert "this is 1 min 30 s old; still asking (the service is gone: [x])" in text(1090.0)
     assert "430 of 1,000" in text(1090.0)
-    watched.take(Answer(status=simulated.busy(received_rows=98_865)), 1100.0)
+    watched.take(Answer(status=simulated.busy(received_rows=98_865)), 1100.0, 150.0)
     assert "no answer" not in text(1100.0)
     assert "98,865 rows in (1.0/s)" in text(1100.0)
+
+
+def test_a_clock_that_is_set_back_changes_no_pace() -> None:
+    """Rows per second are taken on a clock that never goes back, whatever the time of day does."""
+    watched = Picture(2.0)
+    for now_s, steady_s, rows in ((1000.0, 50.0, 0), (400.0, 60.0, 500)):
+        status = simulated.busy(received_rows=98_765 + rows)
+        watched.take(Answer(status=status), now_s, steady_s)
+    text = "\n".join(line.plain for line in watched.lines(120, 40, 400.0, ascii_only=False))
+    assert "99,265 rows in (50/s)" in text
 
 
 class Terminals:
