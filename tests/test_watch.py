@@ -15,18 +15,20 @@ import tempfile
 import textwrap
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import simulated_statuses as simulated
+from click.testing import CliRunner
 from ray_cluster import Driver, RayCluster, until
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from raywb.errors import NoClusterError
+from raywb.cli import main
+from raywb.errors import NoClusterError, RaywbError
 from raywb.reports import Status
 from raywb.view import status_feed
 from raywb.view.delivery import Pace
@@ -280,19 +282,22 @@ def ask(timeout_s):
     global asked
     asked += 1
     print("Ray says something")
-    if asked == 3:
-        raise SystemExit(7)
+    if asked == {asks}:
+        {ends}
     return simulated_statuses.huge()
 def connect():
-    if {fails}:
-        raise NoClusterError("there is no Ray cluster")
+    {connect}
 serve_statuses(connect, ask, 0.05)
 """
 
 
-def feed(*, fails: bool = False) -> StatusFeed:
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    return StatusFeed([sys.executable, "-c", _CHILD.format(path=path, fails=fails)])
+#: Where the test's own modules and raywb are.
+_PATH = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+
+def feed(*, asks: int = 3, ends: str = "raise SystemExit(7)", connect: str = "pass") -> StatusFeed:
+    code = _CHILD.format(path=_PATH, asks=asks, ends=ends, connect=connect)
+    return StatusFeed([sys.executable, "-c", code])
 
 
 def test_a_feed_whose_process_ends_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,10 +317,88 @@ def test_a_feed_whose_process_ends_says_so_and_goes_on(monkeypatch: pytest.Monke
         before = len(answers)
         until("another child's answer", lambda: ended() and len(answers) > before)
         assert answers[before].status == simulated.huge()
-    with contextlib.closing(feed(fails=True)) as source:
+    fails = 'raise NoClusterError("there is no Ray cluster")'
+    with contextlib.closing(feed(connect=fails)) as source:
         answer = until("the trouble", source.poll)
         with pytest.raises(NoClusterError, match="there is no Ray cluster"):
             answer.raise_trouble()
+
+
+def test_a_feed_says_why_there_is_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever connecting or asking raises is told; what never was is not called lost."""
+    monkeypatch.setattr(status_feed, "RESTART_PAUSE_S", 0.1)
+    mismatch = 'raise RuntimeError("Version mismatch:\\n  Ray: 2.1")'
+    with contextlib.closing(feed(connect=mismatch)) as source:
+        found = until("the trouble", source.poll)
+        with pytest.raises(RaywbError, match=r"RuntimeError: Version mismatch: Ray: 2\.1"):
+            found.raise_trouble()
+        # The end of the child comes after its last word, and does not gainsay it.
+        assert until("another child's trouble", source.poll) == found
+    with contextlib.closing(feed(asks=1, ends='raise KeyError("odd")')) as source:
+        assert until("the trouble", source.poll).trouble == "KeyError: 'odd'"
+    with contextlib.closing(feed(asks=1)) as source:
+        told = until("the end", source.poll).trouble
+        assert told is not None
+        assert "has ended (exit code 7) before it had an answer" in told
+        assert "lost" not in told
+
+
+@pytest.mark.parametrize("command", ["status", "watch"])
+def test_an_address_that_is_none_is_said_to_be_so(command: str) -> None:
+    """One sentence with Ray's reason, and the exit code of no cluster; no traceback."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "raywb", "--address", "nonsense", command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert "cannot connect to a Ray cluster at 'nonsense': Invalid address" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_another_version_of_ray_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a RuntimeError of several lines then: the command says what is in it."""
+
+    def refuse(**_settings: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1")
+
+    monkeypatch.setattr("ray.init", refuse)
+    ended = CliRunner().invoke(main, ["status"])
+    assert ended.exit_code == 3
+    assert "Version mismatch: The cluster was started with: Ray: 2.1" in ended.stderr
+
+
+_ONE_PICTURE = """
+import sys
+sys.path[:0] = {path!r}
+import simulated_statuses, raywb.lifecycle
+from rich.console import Console
+from raywb.view.terminal import render_status
+from raywb.view.watch import watch_command
+for status in (simulated_statuses.busy(), simulated_statuses.hostile()):
+    raywb.lifecycle.status = lambda **_: status
+    Console().print(render_status(status, simulated_statuses.NOW_S))
+    watch_command("auto", lambda: None, 2.0, feed=False)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_without_unicode_is_no_trouble(encoding: str) -> None:
+    """`raywb status` and `raywb watch` print any name with the characters that the output has."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"}
+    command = [sys.executable, "-c", _ONE_PICTURE.format(path=_PATH)]
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, timeout=60, check=False, text=False
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    text = ended.stdout.decode(encoding)
+    assert text.count("demo-run") == 2
+    assert text.count("[red]x[/] [/nothing]") > 10
+    assert ":smile: ???????????" in text  # a sign that no terminal obeys, and five wide ones
+    assert "the output is no terminal" in ended.stderr.decode()
 
 
 def test_a_picture_says_that_it_is_old() -> None:
@@ -372,8 +455,12 @@ class Terminals:
     def screen(self, name: str) -> str:
         return self._tmux("capture-pane", "-p", "-t", name)
 
-    def press(self, name: str, key: str) -> None:
-        self._tmux("send-keys", "-t", name, key)
+    def press(self, name: str, *keys: str) -> None:
+        self._tmux("send-keys", "-t", name, *keys)
+
+    def settings(self, name: str) -> str:
+        """Whether the alternate screen is shown, and whether the cursor is: two digits."""
+        return self._tmux("display", "-p", "-t", name, "#{alternate_on}#{cursor_flag}").strip()
 
     def until(self, name: str, pattern: str, timeout_s: float = 60.0) -> str:
         """Wait until the screen shows something; returns the screen."""
@@ -389,17 +476,109 @@ class Terminals:
 
 @pytest.fixture
 def terminals(cluster: RayCluster) -> Iterator[Terminals]:
+    with real_terminals(cluster.environment) as found:
+        yield found
+
+
+@pytest.fixture
+def bare_terminals() -> Iterator[Terminals]:
+    with real_terminals({**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)}) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def real_terminals(environment: dict[str, str]) -> Iterator[Terminals]:
     if shutil.which("tmux") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("tmux is not installed: apt-get install tmux")
         pytest.skip("tmux is not installed")
     directory = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
-    found = Terminals(directory, cluster.environment)
+    found = Terminals(directory, environment)
     try:
         yield found
     finally:
         found.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+_WATCH = """
+import sys
+sys.path[:0] = {path!r}
+import raywb.lifecycle, simulated_statuses
+from rich.console import Console
+from raywb.view.status_feed import StatusFeed
+from raywb.view.watch import watch, watch_command
+if Console().is_dumb_terminal:
+    raywb.lifecycle.status = lambda **_: simulated_statuses.busy()
+    watch_command("auto", lambda: None, 2.0, feed=False)
+    sys.exit()
+child = '''
+import sys, time
+sys.path[:0] = {path!r}
+import simulated_statuses
+from raywb.view.status_feed import serve_statuses
+serve_statuses(lambda: time.sleep(0.5), lambda _: simulated_statuses.{status}(), 0.2)
+'''
+watch(StatusFeed([sys.executable, "-c", child]), Console(), 0.2)
+"""
+
+
+@pytest.fixture
+def watching(tmp_path: Path) -> Callable[[str], str]:
+    """Makes the command that watches a simulated status."""
+
+    def command(status: str) -> str:
+        script = tmp_path / f"{status}.py"
+        script.write_text(_WATCH.replace("{path!r}", repr(_PATH)).replace("{status}", status))
+        return shlex.join([sys.executable, str(script)])
+
+    return command
+
+
+def test_a_watch_stops_and_goes_on(
+    bare_terminals: Terminals, watching: Callable[[str], str]
+) -> None:
+    """Ctrl-Z gives the terminal back as it was, `fg` draws again, and q still ends it."""
+    bare_terminals.open("shell", 80, 24, "env PS1='shell> ' bash --norc --noprofile -i")
+    bare_terminals.until("shell", r"^shell>")
+    before = bare_terminals.settings("shell")
+    assert before == "01"
+    bare_terminals.press("shell", watching("busy"), "Enter")
+    bare_terminals.until("shell", r"asking the service")
+    for _ in range(2):  # once before there is a picture, as it may be, and once with one
+        bare_terminals.press("shell", "C-z")
+        bare_terminals.until("shell", r"Stopped")
+        assert bare_terminals.settings("shell") == before
+        bare_terminals.press("shell", "clear; fg", "Enter")
+        screen = bare_terminals.until("shell", r"^q quits")
+        assert bare_terminals.settings("shell") == "10"
+        assert "demo-run" in screen
+    bare_terminals.press("shell", "q")
+    screen = bare_terminals.until("shell", r"^shell>$")
+    assert bare_terminals.settings("shell") == before
+    assert "delivery" not in screen
+
+
+def test_terminals_that_lack_something(
+    bare_terminals: Terminals, watching: Callable[[str], str]
+) -> None:
+    """No keyboard, no Unicode, no cursor: there is a picture all the same, and it says so."""
+    hostile, busy = watching("hostile"), watching("busy")
+    bare_terminals.open("deaf", 80, 24, f"{busy} <&-")
+    bare_terminals.open("latin", 80, 24, f"PYTHONIOENCODING=latin-1 {hostile}")
+    bare_terminals.open("dumb", 80, 60, f"TERM=dumb {busy}")
+    screen = bare_terminals.until("deaf", r"^Ctrl-C quits")
+    assert "q quits" not in screen
+    bare_terminals.press("deaf", "C-c")
+    bare_terminals.until("deaf", r"^exit 0")
+    screen = bare_terminals.until("latin", r"^q quits")
+    assert "[red]x[/] [/nothing]" in screen
+    bare_terminals.press("latin", "q")
+    bare_terminals.until("latin", r"^exit 0")
+    screen = bare_terminals.until("dumb", r"^exit 0")
+    assert "demo-run" in screen
+    assert "this is no terminal" not in screen
+    assert "TERM says that nothing can be drawn anew" in " ".join(screen.split())
 
 
 #: A service with what two recipes would log: a pipeline half done, one failed, ranks that train.
