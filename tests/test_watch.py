@@ -368,7 +368,7 @@ def test_another_version_of_ray_is_no_traceback(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr("ray.init", refuse)
     ended = CliRunner().invoke(main, ["status"])
     assert ended.exit_code == 3
-    assert "Version mismatch: The cluster was started with: Ray: 2.1" in ended.stderr
+    assert "Version mismatch: The cluster was started with: Ray: 2.1" in ended.output
 
 
 _ONE_PICTURE = """
