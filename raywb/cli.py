@@ -78,6 +78,11 @@ def _connect() -> None:
             f"there is no Ray cluster {where}: `ray start --head` starts one, and --address or "
             "RAY_ADDRESS names one elsewhere"
         ) from error
+    except (ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        # An address that is none, another version of Ray or Python, a token that is not accepted.
+        where = "on this machine" if address == "auto" else f"at {address!r}"
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise NoClusterError(f"cannot connect to a Ray cluster {where}: {reason}") from error
 
 
 @main.command()

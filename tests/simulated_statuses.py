@@ -25,7 +25,7 @@ from raywb.reports import (
     UnconfirmedSource,
 )
 
-__all__ = ["NOW_S", "busy", "empty", "hostile", "huge"]
+__all__ = ["NOW_S", "busy", "empty", "hostile", "huge", "with_nodes"]
 
 NOW_S = 1_700_000_000.0
 
@@ -262,6 +262,16 @@ def huge(many: int = 1_000) -> Status:
         outbox_rows=45_678_901,
         backlog_rows=12_345_678,
     )
+
+
+def with_nodes(many: int, **all_nodes: float) -> Status:
+    """So many nodes without GPUs that were read 5 s ago, and nothing else."""
+    names = [f"n{number:02}" for number in range(many)]
+    live = Live(
+        nodes=[_usage(name, 20.0 + number) for number, name in enumerate(names)],
+        all_nodes={"alive": float(many), "answered": float(many), **all_nodes},
+    )
+    return empty(nodes=[node(name, gpus={}) for name in names], live=live)
 
 
 def hostile() -> Status:

@@ -15,17 +15,20 @@ import tempfile
 import textwrap
 import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import pytest
 import simulated_statuses as simulated
+from click.testing import CliRunner
 from ray_cluster import Driver, RayCluster, until
 from rich.cells import cell_len
 from rich.console import Console
+from rich.text import Text
 
-from raywb.errors import NoClusterError
+from raywb.cli import main
+from raywb.errors import NoClusterError, RaywbError
 from raywb.reports import Status
 from raywb.view import status_feed
 from raywb.view.delivery import Pace
@@ -33,6 +36,7 @@ from raywb.view.drawing import Pen, bar, count, duration, middle_cut, number, pl
 from raywb.view.frame import frame_lines
 from raywb.view.status_feed import Answer, StatusFeed
 from raywb.view.terminal import render_status
+from raywb.view.usage import usage_lines
 from raywb.view.watch import Picture
 
 SIZES = [(80, 24), (200, 50), (120, 35), (60, 15), (40, 10), (12, 5), (300, 100)]
@@ -43,9 +47,9 @@ def picture(status: Status, width: int = 80, height: int | None = 24, **more: ob
     return [line.plain for line in frame_lines(status, pen, height)]
 
 
-def printed(status: Status, width: int = 80) -> str:
+def printed(status: Status, width: int = 80, now_s: float = simulated.NOW_S) -> str:
     console = Console(width=width, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
-    console.print(render_status(status, simulated.NOW_S))
+    console.print(render_status(status, now_s))
     return console.export_text()
 
 
@@ -139,6 +143,57 @@ def test_very_many_are_summed_up() -> None:
     assert time.perf_counter() - began < 0.5
 
 
+@pytest.mark.parametrize("all_nodes", [{}, {"gpu_idle_share": 0.5}], ids=["plain", "news"])
+def test_every_node_is_shown_or_summed_up(all_nodes: dict[str, float]) -> None:
+    """However many nodes and lines there are: all have a line of their own, or are counted."""
+    for many, limit in itertools.product(range(1, 20), range(1, 24)):
+        status = simulated.with_nodes(many, **all_nodes)
+        lines = usage_lines(status, Pen(80, simulated.NOW_S), limit)
+        drawn = [line.plain for line in lines]
+        assert len(drawn) <= limit
+        own = sum(re.match(r"n\d\d ", line) is not None for line in drawn)
+        counted = re.search(rf"\b{many} nodes?\b", "\n".join(drawn))
+        assert own == many or counted, (many, limit, drawn)
+        if limit > many + 1:
+            assert own == many
+            assert counted
+    assert "n14" in printed(simulated.with_nodes(15))
+
+
+def test_readings_that_are_old_say_so() -> None:
+    """No node answers any more: nothing newer calls the readings stale, their age marks them."""
+    for many in (3, 40):
+        status = simulated.with_nodes(many)
+        for later_s, old in ((0.0, False), (40.0, False), (300.0, True)):
+            lines = usage_lines(status, Pen(120, simulated.NOW_S + later_s), 12)
+            text = "\n".join(line.plain for line in lines)
+            assert ("last read 5 min 5 s ago" in text) == old
+            own_lines = 3 if many == 3 else 7
+            assert len(re.findall("5 min 5 s old$", text, re.M)) == (own_lines if old else 0)
+            bars = {
+                str(span.style)
+                for line in lines
+                for span in line.spans
+                if "━" in line.plain[span.start : span.end]
+            }
+            assert bars == {"dim"} if old else "cyan" in bars
+        assert "last read 5 min 5 s ago" in printed(status, now_s=simulated.NOW_S + 300)
+
+
+def test_losses_come_before_nodes_and_no_line_is_left_over() -> None:
+    """In a small terminal what is lost is said; a line that one part cannot use, another has."""
+    for width, height in ((50, 12), (50, 9), (80, 12), (40, 8), (50, 7)):
+        lines = picture(STATUSES["busy"], width, height)
+        (lost,) = [line for line in lines if "3 disk_full" in line]
+        assert "lost" in lost
+    for name, height in itertools.product(("busy", "huge"), range(5, 40)):
+        status = STATUSES[name]
+        pen = Pen(80, simulated.NOW_S)
+        whole = sum(bool(line) for line in frame_lines(status, pen, None))
+        shown = frame_lines(status, pen, height, foot=Text("the last line"))
+        assert shown[-2] or whole < height, (name, height)
+
+
 def test_an_empty_run_says_what_to_do() -> None:
     """Nothing was logged yet: the way to do so is shown, in the place of empty tables."""
     text = "\n".join(picture(STATUSES["empty"]))
@@ -200,6 +255,22 @@ def test_values_are_short_and_bars_are_right() -> None:
     assert cell_len(middle_cut("訓練データ訓練データ", 9, pen)) <= 9
 
 
+def test_long_names_are_cut_in_no_time() -> None:
+    """The middle of a name gives way in time that does not grow with its square; its end stays."""
+    pen = Pen(80, 0.0)
+    names = [f"{number:04}" + "訓練" * 490 + f"{number:04}" for number in range(20)]
+    began = time.perf_counter()
+    shown = [middle_cut(name, 20, pen) for name in names]
+    assert time.perf_counter() - began < 0.5
+    assert {(name[:5], name[-5:]) for name in shown} == {
+        (f"{number:04}訓", f"練{number:04}") for number in range(20)
+    }
+    for width, text in itertools.product(
+        range(1, 12), ("a訓b練c" * 3, "e\u0301" * 20, "👩\u200d🔧" * 5)
+    ):
+        assert cell_len(middle_cut(text, width, pen)) <= width
+
+
 _CHILD = """
 import sys, time
 sys.path[:0] = {path!r}
@@ -211,19 +282,22 @@ def ask(timeout_s):
     global asked
     asked += 1
     print("Ray says something")
-    if asked == 3:
-        raise SystemExit(7)
+    if asked == {asks}:
+        {ends}
     return simulated_statuses.huge()
 def connect():
-    if {fails}:
-        raise NoClusterError("there is no Ray cluster")
+    {connect}
 serve_statuses(connect, ask, 0.05)
 """
 
 
-def feed(*, fails: bool = False) -> StatusFeed:
-    path = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    return StatusFeed([sys.executable, "-c", _CHILD.format(path=path, fails=fails)])
+#: Where the test's own modules and raywb are.
+_PATH = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+
+
+def feed(*, asks: int = 3, ends: str = "raise SystemExit(7)", connect: str = "pass") -> StatusFeed:
+    code = _CHILD.format(path=_PATH, asks=asks, ends=ends, connect=connect)
+    return StatusFeed([sys.executable, "-c", code])
 
 
 def test_a_feed_whose_process_ends_says_so_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,10 +317,88 @@ def test_a_feed_whose_process_ends_says_so_and_goes_on(monkeypatch: pytest.Monke
         before = len(answers)
         until("another child's answer", lambda: ended() and len(answers) > before)
         assert answers[before].status == simulated.huge()
-    with contextlib.closing(feed(fails=True)) as source:
+    fails = 'raise NoClusterError("there is no Ray cluster")'
+    with contextlib.closing(feed(connect=fails)) as source:
         answer = until("the trouble", source.poll)
         with pytest.raises(NoClusterError, match="there is no Ray cluster"):
             answer.raise_trouble()
+
+
+def test_a_feed_says_why_there_is_no_status(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever connecting or asking raises is told; what never was is not called lost."""
+    monkeypatch.setattr(status_feed, "RESTART_PAUSE_S", 0.1)
+    mismatch = 'raise RuntimeError("Version mismatch:\\n  Ray: 2.1")'
+    with contextlib.closing(feed(connect=mismatch)) as source:
+        found = until("the trouble", source.poll)
+        with pytest.raises(RaywbError, match=r"RuntimeError: Version mismatch: Ray: 2\.1"):
+            found.raise_trouble()
+        # The end of the child comes after its last word, and does not gainsay it.
+        assert until("another child's trouble", source.poll) == found
+    with contextlib.closing(feed(asks=1, ends='raise KeyError("odd")')) as source:
+        assert until("the trouble", source.poll).trouble == "KeyError: 'odd'"
+    with contextlib.closing(feed(asks=1)) as source:
+        told = until("the end", source.poll).trouble
+        assert told is not None
+        assert "has ended (exit code 7) before it had an answer" in told
+        assert "lost" not in told
+
+
+@pytest.mark.parametrize("command", ["status", "watch"])
+def test_an_address_that_is_none_is_said_to_be_so(command: str) -> None:
+    """One sentence with Ray's reason, and the exit code of no cluster; no traceback."""
+    ended = subprocess.run(
+        [sys.executable, "-m", "raywb", "--address", "nonsense", command],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert ended.returncode == 3, ended.stderr
+    assert "cannot connect to a Ray cluster at 'nonsense': Invalid address" in ended.stderr
+    assert "Traceback" not in ended.stderr
+
+
+def test_another_version_of_ray_is_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray raises a RuntimeError of several lines then: the command says what is in it."""
+
+    def refuse(**_settings: object) -> None:
+        raise RuntimeError("Version mismatch: The cluster was started with:\n    Ray: 2.1")
+
+    monkeypatch.setattr("ray.init", refuse)
+    ended = CliRunner().invoke(main, ["status"])
+    assert ended.exit_code == 3
+    assert "Version mismatch: The cluster was started with: Ray: 2.1" in ended.output
+
+
+_ONE_PICTURE = """
+import sys
+sys.path[:0] = {path!r}
+import simulated_statuses, raywb.lifecycle
+from rich.console import Console
+from raywb.view.terminal import render_status
+from raywb.view.watch import watch_command
+for status in (simulated_statuses.busy(), simulated_statuses.hostile()):
+    raywb.lifecycle.status = lambda **_: status
+    Console().print(render_status(status, simulated_statuses.NOW_S))
+    watch_command("auto", lambda: None, 2.0, feed=False)
+"""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_output_without_unicode_is_no_trouble(encoding: str) -> None:
+    """`raywb status` and `raywb watch` print any name with the characters that the output has."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"}
+    command = [sys.executable, "-c", _ONE_PICTURE.format(path=_PATH)]
+    ended = subprocess.run(
+        command, env=environment, capture_output=True, timeout=60, check=False, text=False
+    )
+    assert ended.returncode == 0, ended.stderr.decode()
+    text = ended.stdout.decode(encoding)
+    assert text.count("demo-run") == 2
+    assert text.count("[red]x[/] [/nothing]") > 10
+    assert ":smile: ???????????" in text  # a sign that no terminal obeys, and five wide ones
+    assert "the output is no terminal" in ended.stderr.decode()
 
 
 def test_a_picture_says_that_it_is_old() -> None:
@@ -256,17 +408,29 @@ def test_a_picture_says_that_it_is_old() -> None:
     def text(now_s: float) -> str:
         return "\n".join(line.plain for line in watched.lines(120, 40, now_s, ascii_only=False))
 
-    watched.take(Answer(status=simulated.busy()), 1000.0)
+    watched.take(Answer(status=simulated.busy()), 1000.0, 50.0)
     assert "no answer" not in text(1003.0)
     assert re.search(
         r"! no answer since \d\d:\d\d:\d\d, this is 5 s old; still asking", text(1005.0)
     )
-    watched.take(Answer(trouble="the service is gone: [x]", kind="ServiceUnavailable"), 1006.0)
+    watched.take(
+        Answer(trouble="the service is gone: [x]", kind="ServiceUnavailable"), 1006.0, 56.0
+    )
     assert "this is 1 min 30 s old; still asking (the service is gone: [x])" in text(1090.0)
     assert "430 of 1,000" in text(1090.0)
-    watched.take(Answer(status=simulated.busy(received_rows=98_865)), 1100.0)
+    watched.take(Answer(status=simulated.busy(received_rows=98_865)), 1100.0, 150.0)
     assert "no answer" not in text(1100.0)
     assert "98,865 rows in (1.0/s)" in text(1100.0)
+
+
+def test_a_clock_that_is_set_back_changes_no_pace() -> None:
+    """Rows per second are taken on a clock that never goes back, whatever the time of day does."""
+    watched = Picture(2.0)
+    for now_s, steady_s, rows in ((1000.0, 50.0, 0), (400.0, 60.0, 500)):
+        status = simulated.busy(received_rows=98_765 + rows)
+        watched.take(Answer(status=status), now_s, steady_s)
+    text = "\n".join(line.plain for line in watched.lines(120, 40, 400.0, ascii_only=False))
+    assert "99,265 rows in (50/s)" in text
 
 
 class Terminals:
@@ -291,8 +455,12 @@ class Terminals:
     def screen(self, name: str) -> str:
         return self._tmux("capture-pane", "-p", "-t", name)
 
-    def press(self, name: str, key: str) -> None:
-        self._tmux("send-keys", "-t", name, key)
+    def press(self, name: str, *keys: str) -> None:
+        self._tmux("send-keys", "-t", name, *keys)
+
+    def settings(self, name: str) -> str:
+        """Whether the alternate screen is shown, and whether the cursor is: two digits."""
+        return self._tmux("display", "-p", "-t", name, "#{alternate_on}#{cursor_flag}").strip()
 
     def until(self, name: str, pattern: str, timeout_s: float = 60.0) -> str:
         """Wait until the screen shows something; returns the screen."""
@@ -308,17 +476,109 @@ class Terminals:
 
 @pytest.fixture
 def terminals(cluster: RayCluster) -> Iterator[Terminals]:
+    with real_terminals(cluster.environment) as found:
+        yield found
+
+
+@pytest.fixture
+def bare_terminals() -> Iterator[Terminals]:
+    with real_terminals({**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)}) as found:
+        yield found
+
+
+@contextlib.contextmanager
+def real_terminals(environment: dict[str, str]) -> Iterator[Terminals]:
     if shutil.which("tmux") is None:
         if os.environ.get("CI") == "true":
             pytest.fail("tmux is not installed: apt-get install tmux")
         pytest.skip("tmux is not installed")
     directory = Path(tempfile.mkdtemp(prefix="rw", dir="/tmp"))
-    found = Terminals(directory, cluster.environment)
+    found = Terminals(directory, environment)
     try:
         yield found
     finally:
         found.close()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+_WATCH = """
+import sys
+sys.path[:0] = {path!r}
+import raywb.lifecycle, simulated_statuses
+from rich.console import Console
+from raywb.view.status_feed import StatusFeed
+from raywb.view.watch import watch, watch_command
+if Console().is_dumb_terminal:
+    raywb.lifecycle.status = lambda **_: simulated_statuses.busy()
+    watch_command("auto", lambda: None, 2.0, feed=False)
+    sys.exit()
+child = '''
+import sys, time
+sys.path[:0] = {path!r}
+import simulated_statuses
+from raywb.view.status_feed import serve_statuses
+serve_statuses(lambda: time.sleep(0.5), lambda _: simulated_statuses.{status}(), 0.2)
+'''
+watch(StatusFeed([sys.executable, "-c", child]), Console(), 0.2)
+"""
+
+
+@pytest.fixture
+def watching(tmp_path: Path) -> Callable[[str], str]:
+    """Makes the command that watches a simulated status."""
+
+    def command(status: str) -> str:
+        script = tmp_path / f"{status}.py"
+        script.write_text(_WATCH.replace("{path!r}", repr(_PATH)).replace("{status}", status))
+        return shlex.join([sys.executable, str(script)])
+
+    return command
+
+
+def test_a_watch_stops_and_goes_on(
+    bare_terminals: Terminals, watching: Callable[[str], str]
+) -> None:
+    """Ctrl-Z gives the terminal back as it was, `fg` draws again, and q still ends it."""
+    bare_terminals.open("shell", 80, 24, "env PS1='shell> ' bash --norc --noprofile -i")
+    bare_terminals.until("shell", r"^shell>")
+    before = bare_terminals.settings("shell")
+    assert before == "01"
+    bare_terminals.press("shell", watching("busy"), "Enter")
+    bare_terminals.until("shell", r"asking the service")
+    for _ in range(2):  # once before there is a picture, as it may be, and once with one
+        bare_terminals.press("shell", "C-z")
+        bare_terminals.until("shell", r"Stopped")
+        assert bare_terminals.settings("shell") == before
+        bare_terminals.press("shell", "clear; fg", "Enter")
+        screen = bare_terminals.until("shell", r"^q quits")
+        assert bare_terminals.settings("shell") == "10"
+        assert "demo-run" in screen
+    bare_terminals.press("shell", "q")
+    screen = bare_terminals.until("shell", r"^shell>$")
+    assert bare_terminals.settings("shell") == before
+    assert "delivery" not in screen
+
+
+def test_terminals_that_lack_something(
+    bare_terminals: Terminals, watching: Callable[[str], str]
+) -> None:
+    """No keyboard, no Unicode, no cursor: there is a picture all the same, and it says so."""
+    hostile, busy = watching("hostile"), watching("busy")
+    bare_terminals.open("deaf", 80, 24, f"{busy} <&-")
+    bare_terminals.open("latin", 80, 24, f"PYTHONIOENCODING=latin-1 {hostile}")
+    bare_terminals.open("dumb", 80, 60, f"TERM=dumb {busy}")
+    screen = bare_terminals.until("deaf", r"^Ctrl-C quits")
+    assert "q quits" not in screen
+    bare_terminals.press("deaf", "C-c")
+    bare_terminals.until("deaf", r"^exit 0")
+    screen = bare_terminals.until("latin", r"^q quits")
+    assert "[red]x[/] [/nothing]" in screen
+    bare_terminals.press("latin", "q")
+    bare_terminals.until("latin", r"^exit 0")
+    screen = bare_terminals.until("dumb", r"^exit 0")
+    assert "demo-run" in screen
+    assert "this is no terminal" not in screen
+    assert "TERM says that nothing can be drawn anew" in " ".join(screen.split())
 
 
 #: A service with what two recipes would log: a pipeline half done, one failed, ranks that train.

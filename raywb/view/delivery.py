@@ -22,7 +22,7 @@ from raywb.view.drawing import (
     plain,
 )
 
-__all__ = ["Pace", "alert_lines", "delivery_lines", "losses"]
+__all__ = ["Pace", "alert_lines", "delivery_lines", "has_losses", "losses"]
 
 #: The pace of delivery is taken over so many seconds, so that it is calm.
 WINDOW_S = 10.0
@@ -79,6 +79,9 @@ def delivery_lines(status: Status, pen: Pen, limit: int, pace: Pace | None = Non
         rows.append(Text(f"{count(status.after_finish_rows)} after finish()", ODD))
     lost = losses(status.lost, status.rejected)
     told_lost = Text("none", GOOD) if lost == "none" else Text(lost, BAD)
+    if limit == 1 and has_losses(status):
+        label = Text().append("delivery", "bold").append("  lost  ", DIM)
+        return [joined([label.append_text(told_lost), *_missing(status)], pen)]
     lines = [
         joined(rows, pen),
         joined([Text().append("  lost      ", DIM).append_text(told_lost), *_missing(status)], pen),
@@ -101,6 +104,11 @@ def losses(lost: Mapping[str, int], rejected: int) -> str:
     if rejected:
         parts.append(f"{rejected} values rejected")
     return ", ".join(parts) or "none"
+
+
+def has_losses(status: Status) -> bool:
+    """Something is lost, or may be: that is said before how busy the nodes are."""
+    return bool(any(status.lost.values()) or status.rejected or _missing(status))
 
 
 def _missing(status: Status) -> list[Text]:

@@ -6,6 +6,7 @@ no markup is read, and widths are counted in cells, of which a wide character ta
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import itertools
 import math
@@ -13,7 +14,8 @@ import unicodedata
 from collections.abc import Callable, Sequence
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderResult
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.segment import Segment
 from rich.text import Text
 
 __all__ = [
@@ -22,6 +24,7 @@ __all__ = [
     "GOOD",
     "ODD",
     "Column",
+    "Encodable",
     "Lines",
     "Pen",
     "at_ends",
@@ -89,6 +92,31 @@ class Lines:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         """Draw them for this console."""
         yield from self.draw(Pen(options.max_width, self.now_s, options.ascii_only))
+
+
+@dataclasses.dataclass(frozen=True)
+class Encodable:
+    """Something to print of which the output's encoding need not know every character.
+
+    One that it does not know is shown as so many question marks as it takes cells.
+    """
+
+    shown: RenderableType
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Print it with what this console's encoding has."""
+        for part in console.render(self.shown, options):
+            yield part if part.control else Segment(_known(part.text, options.encoding), part.style)
+
+
+def _known(text: str, encoding: str) -> str:
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        return "".join(
+            char if char.encode(encoding, "ignore") else "?" * cell_len(char) for char in text
+        )
+    return text
 
 
 def plain(text: str) -> str:
@@ -319,7 +347,6 @@ def middle_cut(text: str, width: int, pen: Pen) -> str:
     dots = pen.sign("…", "~")
     head = max((width - 1) // 2, 0)
     tail = max(width - 1 - head, 0)
-    end = text
-    while cell_len(end) > tail:
-        end = end[1:]
-    return set_cell_size(text, head).rstrip() + dots + end
+    begins = range(len(text) + 1)
+    begin = bisect.bisect_left(begins, True, key=lambda at: cell_len(text[at:]) <= tail)
+    return set_cell_size(text, head).rstrip() + dots + text[begin:]

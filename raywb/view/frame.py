@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from rich.text import Text
 
 from raywb.reports import Status
-from raywb.view.delivery import Pace, alert_lines, delivery_lines
+from raywb.view.delivery import Pace, alert_lines, delivery_lines, has_losses
 from raywb.view.drawing import DIM, GOOD, ODD, Pen, at_ends, cut, joined, middle_cut, plain
 from raywb.view.pipelines import pipeline_lines
 from raywb.view.training import training_lines
@@ -74,7 +74,8 @@ def frame_lines(
 ) -> list[Text]:
     """The picture.
 
-    Each part gets the lines that it must have, then more of them in turn while there are any.
+    Each part gets the lines that it must have, then more of them in turn while there are any. Where
+    something is lost, what is said of that comes before the pipelines, the stages and the nodes.
 
     Args:
         status: what is shown.
@@ -102,8 +103,10 @@ def frame_lines(
         room = height - len(head) - len(empty) - (foot is not None)
         gaps = 1 if room - there >= min(sum(natural), AIRY_LINES) else 0
         room -= gaps * there
-    limits = _shares([least for least, _ in parts], natural, room)
-    blocks = [head, empty, *(draw(limit) for (_, draw), limit in zip(parts, limits, strict=True))]
+    turns = [0, 4, 1, 2, 3] if has_losses(status) else [0, 1, 2, 3, 4]
+    limits = _shares([least for least, _ in parts], natural, room, turns)
+    draws = [draw for _, draw in parts]
+    blocks = [head, empty, *_drawn(draws, limits, natural, room, turns)]
     lines: list[Text] = []
     for block in blocks:
         if block:
@@ -117,15 +120,43 @@ def frame_lines(
     return lines[:height]
 
 
-def _shares(least: Sequence[int], natural: Sequence[int], room: int) -> list[int]:
+def _shares(
+    least: Sequence[int], natural: Sequence[int], room: int, turns: Sequence[int]
+) -> list[int]:
     """How many lines each part gets: first what it must have, then one by one in turn."""
     limits = [0] * len(natural)
     for most in (least, natural):
         while room > 0:
-            wanting = [n for n, limit in enumerate(limits) if limit < min(most[n], natural[n])]
+            wanting = [n for n in turns if limits[n] < min(most[n], natural[n])]
             if not wanting:
                 break
             for n in wanting[:room]:
                 limits[n] += 1
             room -= len(wanting[:room])
     return limits
+
+
+def _drawn(
+    draws: Sequence[Callable[[int], list[Text]]],
+    limits: Sequence[int],
+    natural: Sequence[int],
+    room: int,
+    turns: Sequence[int],
+) -> list[list[Text]]:
+    """The parts; lines that one leaves unused, since they are too few for it, go to another."""
+    drawn = [draw(limit) for draw, limit in zip(draws, limits, strict=True)]
+    limits = list(limits)
+    grew = True
+    while grew:
+        grew = False
+        spare = room - sum(map(len, drawn))
+        for n in turns if spare > 0 else ():
+            for limit in range(limits[n] + 1, min(limits[n] + spare, MOST_LINES) + 1):
+                if len(drawn[n]) >= natural[n]:
+                    break
+                longer = draws[n](limit)
+                if len(drawn[n]) < len(longer) <= len(drawn[n]) + spare:
+                    spare -= len(longer) - len(drawn[n])
+                    drawn[n], limits[n], grew = longer, limit, True
+                    break
+    return drawn

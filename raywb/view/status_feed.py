@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 import msgspec
 
-from raywb.errors import NoClusterError, RaywbError, ServiceUnavailable
+from raywb.errors import NoClusterError, RaywbError, ServiceUnavailable, VersionMismatch
 from raywb.reports import Status
 
 __all__ = ["Answer", "StatusFeed", "serve_statuses"]
@@ -55,8 +55,17 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
             RaywbError: there is no status.
         """
         if self.trouble is not None:
-            kinds = {"NoClusterError": NoClusterError, "ServiceUnavailable": ServiceUnavailable}
+            kinds = {one.__name__: one for one in (NoClusterError, ServiceUnavailable)}
             raise kinds.get(self.kind, RaywbError)(self.trouble)
+
+
+def _trouble(error: Exception) -> Answer:
+    """What to say of an exception: raywb's own are sentences, others name what they are."""
+    kind = type(error).__name__
+    if isinstance(error, RaywbError):
+        kind = "ServiceUnavailable" if isinstance(error, VersionMismatch) else kind
+        return Answer(trouble=str(error), kind=kind)
+    return Answer(trouble=f"{kind}: {' '.join(str(error).split())}".rstrip(": "), kind=kind)
 
 
 def serve_statuses(
@@ -64,7 +73,8 @@ def serve_statuses(
 ) -> None:
     """The child's side: ask at intervals, and write the answers to the standard output.
 
-    It ends when nobody reads them any more, and when there is no cluster.
+    It ends when nobody reads them any more, when there is no cluster, and, after it has said so,
+    at an exception that is none of raywb's own: a process that starts anew may not meet it.
 
     Args:
         connect: connects to the cluster.
@@ -76,8 +86,8 @@ def serve_statuses(
         os.dup2(2, 1)
         try:
             connect()
-        except RaywbError as error:
-            _write(output, Answer(trouble=str(error), kind=type(error).__name__))
+        except Exception as error:  # noqa: BLE001 - whatever it is, whoever watches is to read it
+            _write(output, _trouble(error))
             return
         with contextlib.suppress(BrokenPipeError, KeyboardInterrupt):
             while True:
@@ -85,7 +95,10 @@ def serve_statuses(
                 try:
                     answer = Answer(status=ask(TIMEOUT_S))
                 except RaywbError as error:
-                    answer = Answer(trouble=str(error), kind=type(error).__name__)
+                    answer = _trouble(error)
+                except Exception as error:  # noqa: BLE001 - whatever it is, whoever watches is to read it
+                    _write(output, _trouble(error))
+                    return
                 _write(output, answer)
                 time.sleep(max(interval_s - (time.monotonic() - began_s), 0.05))
 
@@ -111,6 +124,7 @@ class StatusFeed:
         self._decoder = msgspec.msgpack.Decoder(Answer)
         self._start_at_s = 0.0
         self._last: Answer | None = None
+        self._answered = False
 
     def fileno(self) -> int | None:
         """What is readable when there is news; None while there is no child."""
@@ -123,6 +137,7 @@ class StatusFeed:
         if self._child is None:
             if time.monotonic() < self._start_at_s:
                 return None
+            self._last = None
             # Ctrl-C is for the parent, which ends the child.
             self._child = subprocess.Popen(
                 self._command,
@@ -139,7 +154,8 @@ class StatusFeed:
                 return self._ended(found)
             self._buffer += data
             found = self._newest() or found
-        self._last = found or self._last
+            self._last = found or self._last
+            self._answered |= found is not None and found.status is not None
         return found
 
     def _newest(self) -> Answer | None:
@@ -155,20 +171,27 @@ class StatusFeed:
 
     def _ended(self, found: Answer | None) -> Answer | None:
         """The child is over: it has said why, or its cluster is gone and took it along."""
-        self.close()
+        if self._child is not None and not self._answered:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._child.wait(GRACE_S)  # its own exit code tells more than one of a signal's
+        code = self.close()
         self._start_at_s = time.monotonic() + RESTART_PAUSE_S
-        if found is not None and found.trouble is not None:
+        if self._last is not None and self._last.trouble is not None:
             return found
-        return Answer(
-            trouble="the connection to the Ray cluster is lost", kind="ServiceUnavailable"
-        )
+        told = "the connection to the Ray cluster is lost"
+        if not self._answered:
+            told = (
+                f"the process that asks the service has ended (exit code {code}) before it had an "
+                "answer: `raywb status` may show why"
+            )
+        return Answer(trouble=told, kind="ServiceUnavailable")
 
-    def close(self) -> None:
-        """End the child."""
+    def close(self) -> int | None:
+        """End the child; returns its exit code, if there was one."""
         child, self._child = self._child, None
         self._buffer.clear()
         if child is None:
-            return
+            return None
         if child.stdout is not None:
             child.stdout.close()
         child.terminate()
@@ -177,6 +200,7 @@ class StatusFeed:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
+        return child.returncode
 
 
 def feed_command(address: str, interval_s: float) -> list[str]:

@@ -17,7 +17,7 @@ from raywb.reports import (
     UnconfirmedSource,
 )
 from raywb.view.delivery import losses
-from raywb.view.drawing import Lines, Pen, plain
+from raywb.view.drawing import Encodable, Lines, Pen, plain
 from raywb.view.nodes import render_nodes
 from raywb.view.pipelines import pipeline_lines
 from raywb.view.stages import render_stages
@@ -112,7 +112,7 @@ def render_status(status: Status, now_s: float | None = None) -> RenderableType:
         parts += [Text(), render_nodes(status.nodes)]
     parts += [Text(f"! {plain(warning)}", style="yellow") for warning in status.warnings]
     parts += [Text(f"! {plain(problem)}", style="bold red") for problem in status.problems]
-    return Group(*parts)
+    return Encodable(Group(*parts))
 
 
 def _live(status: Status, now_s: float) -> Lines:
@@ -190,7 +190,7 @@ def render_report(report: FinishReport) -> RenderableType:
     parts: list[RenderableType] = [_facts(facts)]
     if report.message:
         parts.append(Text(plain(f"! {report.message}"), style="bold red"))
-    return Group(*parts)
+    return Encodable(Group(*parts))
 
 
 def render_recovery(report: RecoveryReport) -> RenderableType:
@@ -215,13 +215,13 @@ def render_recovery(report: RecoveryReport) -> RenderableType:
         parts.append(Text(plain(text), style="bold red"))
     if report.nothing_to_do:
         parts.append(Text("There is nothing to do: every run is with W&B."))
-    return Group(*parts)
+    return Encodable(Group(*parts))
 
 
 def render_sync(report: SyncReport) -> RenderableType:
     """What ``raywb sync`` sent."""
     if not report.runs:
-        return Text(f"There is no run in {report.directory} that could be sent.")
+        return Encodable(Text(f"There is no run in {report.directory} that could be sent."))
     table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
     table.add_column("run", overflow="fold")
     table.add_column("state")
@@ -237,4 +237,4 @@ def render_sync(report: SyncReport) -> RenderableType:
         for run in report.runs
         if run.error
     ]
-    return Group(*parts)
+    return Encodable(Group(*parts))

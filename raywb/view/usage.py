@@ -44,6 +44,10 @@ _FULL = {"memory_percent": (90.0, 97.0), "disk_percent": (90.0, 97.0)}
 #: A GPU below it does nothing, though somebody pays for it.
 _IDLE_GPU_PERCENT = 5.0
 
+#: A reading that is older says how old it is, in seconds. Nodes are read every 15 s by default; a
+#: status does not say how often.
+OLD_S = 60.0
+
 
 def usage_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
     """The nodes, in at most ``limit`` lines; more of them than that are summed up."""
@@ -64,21 +68,24 @@ def usage_lines(status: Status, pen: Pen, limit: int) -> list[Text]:
         rows = [_row(name, read.get(name), name == head, pen) for name in names]
         title, lines = columns(_layout(one.values for one in read.values()), rows, pen)
         told.pad_left(2)
-        return [title, *lines, cut(told, pen)][: limit if _is_news(status) else limit - 1]
+        return [title, *lines, cut(told, pen)][:limit]
     sums = _sums(read, live.all_nodes)
     if not sums:
         return [joined([Text().append("nodes", "bold").append("  ").append_text(told)], pen)]
-    rows = [_sum_row(kind, values, pen) for kind, values in sums.items()]
+    old = bool(read) and all(one.stale or _is_old(one, pen) for one in read.values())
+    rows = [_sum_row(kind, values, pen, old=old) for kind, values in sums.items()]
     room = limit - 2 - len(rows)
     worst = sorted(read.values(), key=_concern, reverse=True)[: max(room, 0)]
     rows += [_row(one.name, one, one.name == head, pen) for one in worst]
-    layout = _layout([*sums.values(), *(one.values for one in worst)])
+    # How many nodes these are sums of is said in the last line, where there is one.
+    of = counted(len(names), "node") if limit == 2 and names else "nodes"
+    layout = _layout([*sums.values(), *(one.values for one in worst)], of)
     title, lines = columns(layout, rows[: max(limit - 2, 1)], pen)
     told.pad_left(2)
     return [title, *lines, cut(told, pen)][:limit]
 
 
-def _layout(values: Iterable[Mapping[str, float]]) -> list[Column]:
+def _layout(values: Iterable[Mapping[str, float]], title: str = "nodes") -> list[Column]:
     """A column for each value that any node has."""
     known = {key for one in values for key in one}
     meters = [
@@ -86,18 +93,25 @@ def _layout(values: Iterable[Mapping[str, float]]) -> list[Column]:
         Column(name, drawn=(13 if keep is None else 12, 24) if key in known else None, keep=keep)
         for name, key, keep in _SHOWN
     ]
-    return [Column(Text("nodes", "bold"), shrinks_to=12), *meters, Column("", keep=3)]
+    return [Column(Text(title, "bold"), shrinks_to=12), *meters, Column("", keep=3)]
+
+
+def _is_old(one: NodeUsage, pen: Pen) -> bool:
+    """No later reading has come for long: of this node, and as it may be of no other."""
+    return pen.ago_s(one.time_s) > OLD_S
 
 
 def _row(
     name: str, usage: NodeUsage | None, is_head: bool, pen: Pen
 ) -> list[Text | functools.partial[Text]]:
-    stale = usage is None or usage.stale
+    stale = usage is None or usage.stale or _is_old(usage, pen)
     note = Text("")
     if usage is None:
         note = Text("not read yet", DIM)
     elif usage.stale:
         note = Text(f"stale {duration(pen.ago_s(usage.time_s))}", ODD)
+    elif stale:
+        note = Text(f"{duration(pen.ago_s(usage.time_s))} old", ODD)
     values = {} if usage is None else usage.values
     label = f"{plain(name)} (head)" if is_head else plain(name)
     return [Text(label, DIM if stale else ""), *_meters(values, pen, stale=stale), note]
@@ -150,17 +164,10 @@ def _sums(
 
 
 def _sum_row(
-    kind: str, values: Mapping[str, float], pen: Pen
+    kind: str, values: Mapping[str, float], pen: Pen, *, old: bool
 ) -> list[Text | functools.partial[Text]]:
     title = {"mean": "mean", "max": "highest", "min": "lowest"}[kind]
-    return [Text(title), *_meters(values, pen), Text("")]
-
-
-def _is_news(status: Status) -> bool:
-    """Whether the nodes' own lines leave something to be said."""
-    return any(node.left_s is not None for node in status.nodes) or "gpu_idle_share" in (
-        status.live.all_nodes
-    )
+    return [Text(title, DIM if old else ""), *_meters(values, pen, stale=old), Text("")]
 
 
 def _concern(one: NodeUsage) -> tuple[bool, float, float]:
@@ -179,8 +186,10 @@ def _told(status: Status, names: list[str], read: dict[str, NodeUsage], pen: Pen
     idle = all_nodes.get("gpu_idle_share")
     gpus = sum(sum(node.gpus.values()) for node in status.nodes if node.left_s is None)
     left = sum(node.left_s is not None for node in status.nodes)
+    ago_s = pen.ago_s(max((one.time_s for one in read.values()), default=pen.now_s))
     told: list[Text | str | None] = [
         counted(alive, "node"),
+        Text(f"last read {duration(ago_s)} ago", ODD) if ago_s > OLD_S else None,
         counted(gpus, "GPU") if gpus else None,
         Text(f"{idle:.0%} of the GPUs idle", ODD if idle >= 0.5 else "") if idle else None,
         Text(f"{count(stale)} did not answer", ODD) if stale else None,
