@@ -273,6 +273,8 @@ def test_a_service_that_was_killed_goes_on_with_the_same_lines(watched: Watched)
 
 def test_series_beyond_the_limit_are_counted(watched: Watched) -> None:
     """Ray gets so many and no more; the status and a gauge say how many others there are."""
+    # The last test of the file: the flood stays, and a service that were started again in it could
+    # leave out values that the others ask for.
     watched.tell("many")
     watched.expect("ray_raywb_series_exported", MAX_SERIES)
     dropped = "ray_raywb_series_dropped > 1000"
