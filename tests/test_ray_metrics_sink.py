@@ -36,6 +36,11 @@ from raywb.service.ray_metrics_sink import (
     clean_label,
 )
 from raywb.service.series_names import METRICS
+from raywb.service.status_samples import (
+    PIPELINE_SILENT_S,
+    READING_INTERVALS,
+    SHORTEST_READING_S,
+)
 
 NOW_S = 1_800_000_000.0
 
@@ -47,7 +52,10 @@ class Recorder:
         self.export_interval_s = 10.0
         self.series: dict[tuple[str, tuple[str, ...]], float] = {}
         self.error: Exception | None = None
+        #: Names and labels of what is refused; empty: ``error`` is raised for all.
+        self.refused: set[tuple[str, tuple[str, ...]]] = set()
         self.rounds = threading.Semaphore(0)
+        self.empty = threading.Event()
 
     def gauge(self, name: str, description: str, labels: tuple[str, ...]) -> Any:
         assert description
@@ -65,16 +73,20 @@ class _Gauge:
         self._recorder, self._name, self._labels = recorder, name, labels
 
     def set(self, value: float, tags: dict[str, str]) -> None:
-        if self._recorder.error is not None:
-            raise self._recorder.error
+        recorder = self._recorder
         assert tuple(tags) == self._labels, "Ray wants all labels, and no others"
         key = self._name, tuple(tags.values())
+        if recorder.error is not None and key in (recorder.refused or {key}):
+            raise recorder.error
         if math.isnan(value):
-            del self._recorder.series[key]
+            del recorder.series[key]
+            if not recorder.series:
+                recorder.empty.set()
         else:
-            self._recorder.series[key] = value
-        if self._name == "raywb_series_dropped":
-            self._recorder.rounds.release()
+            recorder.series[key] = value
+            recorder.empty.clear()
+            if self._name == "raywb_series_dropped":  # the last one of a round
+                recorder.rounds.release()
 
 
 class Watch:
@@ -120,6 +132,7 @@ def status(**fields: Any) -> Status:
             "sink": SinkStatus(state="running", applied_rows=5, restarts=0),
             "sources": [source("training/a"), source("hook")],
             "problems": [],
+            "nodes": [node_status(name) for name in ("host", "one", "two", "three")],
             **fields,
         }
     )
@@ -150,6 +163,10 @@ def source(stage: str, *, ended: bool = False, heard_ago_s: float | None = 1.0) 
         heard_ago_s=None if ended else heard_ago_s,
         ended=ended,
     )
+
+
+def killed(stage: str) -> SourceStatus:
+    return msgspec.structs.replace(source(stage, ended=True), killed=True)
 
 
 def pipeline(name: str, state: str = "running", percent: float = 40.0) -> PipelineProgress:
@@ -192,9 +209,29 @@ def stage(name: str, run: int = 1, **metrics: float) -> StageProgress:
     )
 
 
-def node(name: str, *, stale: bool = False) -> NodeUsage:
+def node(name: str, *, stale: bool = False, after_s: float = 0.0) -> NodeUsage:
     values = {"cpu_percent": 50.0, "memory_used_gb": 2.0, "disk_read_mb_per_s": 3.0}
-    return NodeUsage(name=name, values={**values, "gpus_idle": 1.0}, time_s=NOW_S, stale=stale)
+    values["gpus_idle"] = 1.0
+    return NodeUsage(name=name, values=values, time_s=NOW_S + after_s, stale=stale)
+
+
+def node_status(name: str, left_s: float | None = None) -> NodeStatus:
+    return NodeStatus(
+        name=name,
+        node_id=name,
+        ip="127.0.0.1",
+        is_head=False,
+        joined_s=NOW_S,
+        left_s=left_s,
+        cpu_count=1,
+        memory_gb=1,
+        gpus={},
+        probed=True,
+        error=None,
+        facts={},
+        resources={},
+        labels={},
+    )
 
 
 def test_units_and_labels_are_those_of_prometheus(watch: Watch) -> None:
@@ -203,7 +240,9 @@ def test_units_and_labels_are_those_of_prometheus(watch: Watch) -> None:
         pipelines=[pipeline("xenna")],
         stages=[stage("training/a", loss=0.5, broken=math.nan)],
         nodes=[node("host")],
-        all_nodes={"mean/cpu_percent": 50.0, "alive": 1.0},
+        all_nodes={"mean/cpu_percent": 50.0, "alive": 1.0, "time_s": 0.0},
+        series=25,
+        untracked_series=5,
     )
     series = watch.show(live=live)
     part = ("run00001", "xenna", "plan_stage")
@@ -217,6 +256,7 @@ def test_units_and_labels_are_those_of_prometheus(watch: Watch) -> None:
     assert series.of("raywb_node_used_bytes") == {("host", "memory"): 2 * 2**30}
     assert series.of("raywb_node_io_bytes_per_second") == {("host", "disk_read"): 3e6}
     assert series.of("raywb_nodes_percent") == {("cpu", "mean"): 50}
+    assert series.of("raywb_keys") == {("tracked",): 20, ("untracked",): 5}
     assert series.of("raywb_rows_lost") == {("after_close",): 2}
     assert series.of("raywb_rows_backlog") == {("run00001",): 3}
     [labels] = series.of("raywb_run_info")
@@ -226,8 +266,7 @@ def test_units_and_labels_are_those_of_prometheus(watch: Watch) -> None:
 
 def test_sources_are_counted_by_how_they_are(watch: Watch) -> None:
     """Alive, silent, ended and killed ones are different things."""
-    killed = msgspec.structs.replace(source("d", ended=True), killed=True)
-    sources = [source("a"), source("b", heard_ago_s=31.0), source("c", ended=True), killed]
+    sources = [source("a"), source("b", heard_ago_s=31.0), source("c", ended=True), killed("d")]
     counts = watch.show(sources=sources).of("raywb_sources")
     expected = {"live": 1, "silent": 1, "ended": 1, "killed": 1, "unconfirmed": 0}
     assert counts == {(state,): count for state, count in expected.items()}
@@ -276,31 +315,67 @@ def test_silent_stages_end_in_the_end(watch: Watch) -> None:
     assert "raywb_rows_received" in series.names()
 
 
+def test_a_pipeline_that_nobody_ends_ends_all_the_same(watch: Watch) -> None:
+    """With the last source that could log to it; or, where others live, when it is silent."""
+    live = Live(pipelines=[pipeline("xenna")])
+    assert len(watch.show(live=live).of("raywb_pipeline_percent")) == 1
+    # Its driver was killed, and nobody else is at work.
+    watch.show(5.0, sources=[killed("hook"), killed("training/a")])
+    assert watch.show(LAST_S + 1).of("raywb_pipeline_percent") == {}
+    # Sources say too little to tell which of them could log to it, so that any may.
+    watch = Watch()
+    watch.show(PIPELINE_SILENT_S - 1, live=live)
+    series = watch.show(LAST_S)
+    assert ("run00001", "xenna", "running") in series.of("raywb_pipeline_state")
+    series = watch.show(LAST_S + 1)
+    assert series.of("raywb_pipeline_state") == series.of("raywb_pipeline_percent") == {}
+    assert "raywb_rows_received" in series.names()
+
+
 def test_vanished_and_stale_nodes_end_at_once(watch: Watch) -> None:
     """A node that left, or that does not answer, has no present state."""
     live = Live(nodes=[node("one"), node("two"), node("three")])
     assert len(watch.show(live=live).of("raywb_node_percent")) == 3
-    gone = NodeStatus(
-        name="two",
-        node_id="2",
-        ip="127.0.0.1",
-        is_head=False,
-        joined_s=NOW_S,
-        left_s=NOW_S,
-        cpu_count=1,
-        memory_gb=1,
-        gpus={},
-        probed=True,
-        error=None,
-        facts={},
-        resources={},
-        labels={},
-    )
-    live = Live(nodes=[node("one"), node("two"), node("three", stale=True)])
-    series = watch.show(1.0, live=live, nodes=[gone])
+    nodes = [node_status("one"), node_status("three"), node_status("two", NOW_S)]
+    # The one that has left is not among those that do not answer, nor is one of long ago.
+    usage = [node("one"), node("two", stale=True), node("three", stale=True)]
+    live = Live(nodes=[*usage, node("long ago", stale=True)])
+    series = watch.show(1.0, live=live, nodes=nodes)
     assert set(series.of("raywb_node_percent")) == {("one", "cpu")}
-    states = series.of("raywb_nodes")
-    assert (states["left",], states["stale",]) == (1, 1)
+    assert series.of("raywb_nodes") == {("alive",): 2, ("left",): 1, ("stale",): 1}
+
+
+def test_nodes_end_when_none_answers_any_more(watch: Watch) -> None:
+    """No later reading makes them stale: it is the age of the latest one that tells."""
+
+    def reading(after_s: float) -> Live:
+        of_all = {"mean/cpu_percent": 50.0, "time_s": after_s}
+        return Live(nodes=[node("one", after_s=after_s)], all_nodes=of_all)
+
+    watch.show(live=reading(0.0))
+    series = watch.show(15.0, live=reading(15.0))
+    watch.show(SHORTEST_READING_S)
+    assert len(series.of("raywb_node_percent")) == len(series.of("raywb_nodes_percent")) == 1
+    watch.show(1.0)
+    assert series.of("raywb_node_percent") == series.of("raywb_nodes_percent") == {}
+    assert series.of("raywb_nodes")["stale",] == 1
+    # They answer again, once a minute now: what is said in between is not too old.
+    for _ in range(2):
+        watch.show(60.0, live=reading(watch.now + 60.0))
+    watch.show(READING_INTERVALS * 60.0)
+    assert len(series.of("raywb_node_percent")) == len(series.of("raywb_nodes_percent")) == 1
+    watch.show(1.0)
+    assert series.of("raywb_node_percent") == series.of("raywb_nodes_percent") == {}
+
+
+def test_means_of_many_nodes_end_when_none_answers(watch: Watch) -> None:
+    """Where rows hold means only, their axis says whether they are others."""
+    for time_s in (0.0, 15.0):
+        of_all = {"mean/cpu_percent": 50.0, "time_s": time_s}
+        series = watch.show(15.0, live=Live(all_nodes=of_all))
+    assert watch.show(SHORTEST_READING_S).of("raywb_nodes_percent") == {("cpu", "mean"): 50}
+    assert series.of("raywb_nodes_percent")
+    assert watch.show(1.0).of("raywb_nodes_percent") == {}
 
 
 def test_everything_ends_with_the_run_and_the_next_one_begins(watch: Watch) -> None:
@@ -412,12 +487,33 @@ def test_a_failure_of_rays_is_counted_and_ends_nothing(watch: Watch) -> None:
     """Whatever Ray raises becomes a warning in the status; later rounds set what they can."""
     watch.recorder.error = RuntimeError("no core worker")
     watch.show()
-    watch.show()
     [warning] = watch.sink.warnings
-    assert "could not be set 2 times" in warning
     assert "no core worker" in warning
     watch.recorder.error = None
     assert "raywb_rows_received" in watch.show().names()
+    assert watch.sink.warnings == [warning]
+
+
+def test_a_series_that_ray_refuses_keeps_no_other_from_it(watch: Watch) -> None:
+    """The others are set and ended in the same round; each refusal is counted."""
+    live = Live(pipelines=[pipeline("xenna")])
+    wanted = set(watch.show(live=live).series)
+    watch = Watch()
+    refused = ("raywb_run_info", next(labels for name, labels in wanted if name.endswith("info")))
+    watch.recorder.error, watch.recorder.refused = ValueError("odd label"), {refused}
+    watch.show(live=live)
+    series = watch.show()
+    assert set(series.series) == wanted - {refused}
+    [warning] = watch.sink.warnings
+    assert "could not be set 2 times" in warning
+    assert "odd label" in warning
+    # One that Ray would not end is ended as soon as it lets itself be.
+    kept = ("raywb_pipeline_percent", ("run00001", "xenna"))
+    watch.recorder.refused = {kept}
+    series = watch.show(live=Live())
+    assert {key for key in series.series if key[0].startswith("raywb_pipeline")} == {kept}
+    watch.recorder.error = None
+    assert kept not in watch.show().series
 
 
 def test_what_stays_the_same_is_set_again_until_it_ends(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -431,8 +527,7 @@ def test_what_stays_the_same_is_set_again_until_it_ends(monkeypatch: pytest.Monk
         for _ in range(5):
             assert recorder.rounds.acquire(timeout=10), "a value was set once and never again"
         sink.show(status(finished=True))
-        while recorder.series:
-            assert recorder.rounds.acquire(timeout=10) or not recorder.series
+        assert recorder.empty.wait(10), "a run that is over does not end"
         while recorder.rounds.acquire(blocking=False):
             pass
         assert not recorder.rounds.acquire(timeout=0.1), "a run that is over is still shown"
@@ -440,6 +535,56 @@ def test_what_stays_the_same_is_set_again_until_it_ends(monkeypatch: pytest.Monk
         assert recorder.rounds.acquire(timeout=10), "the next run is not shown"
     finally:
         sink.close()
+
+
+def test_a_round_that_takes_long_is_followed_by_the_next_at_once() -> None:
+    """On a busy machine it may take longer than a pause: series must not end meanwhile."""
+    recorder = Recorder()
+    now = 0.0
+
+    def wall_clock() -> float:
+        """It is asked in every round, and then the round has taken longer than it may; in a
+        pause no time passes, so one would never end."""
+        nonlocal now
+        now += 2 * ray_metrics_sink.LONGEST_ROUND_S
+        return NOW_S
+
+    sink = RayMetricsSink(recorder, clock=lambda: now, wall_clock=wall_clock)
+    try:
+        sink.show(status())
+        for _ in range(5):
+            assert recorder.rounds.acquire(timeout=10), "it pauses though the next one is due"
+    finally:
+        sink.close()
+
+
+def test_close_is_not_lost_when_it_comes_between_two_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It is just before the thread forgets that it was woken: the thread ends all the same."""
+    # Nothing is shown of a run that is over, so that the thread would wait for somebody to come.
+    monkeypatch.setattr(ray_metrics_sink, "LAST_EXPORTS", -1)
+    sink = RayMetricsSink(Recorder(), wall_clock=lambda: NOW_S)
+    closing = threading.Thread(target=sink.close, daemon=True)
+    woken = threading.Event()
+
+    class Wake(threading.Event):
+        def set(self) -> None:
+            super().set()
+            if threading.current_thread() is closing:
+                woken.set()
+
+        def clear(self) -> None:
+            if not closing.is_alive() and not woken.is_set():
+                closing.start()
+                assert woken.wait(10)
+            super().clear()
+
+    sink._wake = Wake()
+    sink.show(status(finished=True))
+    assert woken.wait(10)
+    closing.join(10)
+    assert not closing.is_alive(), "close() waits for ever"
 
 
 def test_every_name_is_in_use_and_explained(watch: Watch) -> None:
@@ -463,7 +608,7 @@ def test_every_name_is_in_use_and_explained(watch: Watch) -> None:
         slow_ranks=0,
         warning=None,
     )
-    of_all = {"mean/cpu_percent": 1.0}
+    of_all = {"mean/cpu_percent": 1.0, "time_s": 0.0}
     live = Live(pipelines=[busy], stages=[full], nodes=[node("one")], all_nodes=of_all)
     assert watch.show(live=live, stages=[ranks]).names() == set(METRICS)
     assert all(metric.description.endswith((".", ":")) for metric in METRICS.values())
@@ -476,23 +621,28 @@ def test_the_status_is_asked_for_only_while_there_is_something_new() -> None:
     now = 0.0
     sink = RayMetricsSink(recorder, clock=lambda: now, wall_clock=lambda: NOW_S)
     rows, finished, asked = 0, False, 0
+    looked = asyncio.Semaphore(0)
 
     async def make() -> Status:
         nonlocal asked
         asked += 1
         return status(finished=finished)
 
-    async def look(rounds: int = 4) -> int:
-        """How often the status is asked for in so many rounds."""
+    def changes() -> int:
+        looked.release()
+        return rows
+
+    async def look() -> int:
+        """How often the status is asked for in some rounds, however long they take."""
         nonlocal asked
         asked = 0
-        for _ in range(rounds):
-            await asyncio.sleep(sink.round_s)
+        for _ in range(3):
+            await asyncio.wait_for(looked.acquire(), 30)
         return asked
 
     async def watch() -> None:
         nonlocal rows, finished, now
-        serving = asyncio.create_task(sink.serve(make, lambda: rows))
+        serving = asyncio.create_task(sink.serve(make, changes))
         assert await look() == 1
         assert await look() == 0
         rows += 1
@@ -510,6 +660,7 @@ def test_the_status_is_asked_for_only_while_there_is_something_new() -> None:
     try:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(ray_metrics_sink, "SHORTEST_ROUND_S", 0.02)
+            patch.setattr(ray_metrics_sink, "LOOP_SHARE", 1.0)
             asyncio.run(watch())
     finally:
         sink.close()

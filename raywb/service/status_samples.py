@@ -11,14 +11,22 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from raywb.live import PipelineProgress, PipelineStageProgress, StageProgress
+from raywb.live import Live, NodeUsage, PipelineProgress, PipelineStageProgress, StageProgress
 from raywb.reports import RunInfo, SinkStatus, Status
 
-__all__ = ["Sample", "Subject", "is_over", "subjects_of"]
+__all__ = ["NodeReadings", "Sample", "Subject", "is_over", "subjects_of"]
 
-#: A pipeline or a stage of which nothing was heard for this long is over, in seconds, even where
-#: nobody said so.
+#: A stage of which nothing was heard for this long is over, in seconds, even where nobody said so.
 SILENT_S = 3600.0
+
+#: The same of a pipeline. It gives a snapshot every 30 or 60 s unless it is told otherwise; one
+#: that gives them at longer intervals than this is shown for so long after each of them.
+PIPELINE_SILENT_S = 600.0
+
+#: A reading of the nodes says how they are for so many of the intervals between readings, and for
+#: so many seconds at the least.
+READING_INTERVALS = 4
+SHORTEST_READING_S = 60.0
 
 _BYTES_PER_GB = 2.0**30
 _BYTES_PER_MB = 1e6
@@ -48,17 +56,58 @@ class Subject(NamedTuple):
     samples: list[Sample]
 
 
+class NodeReadings:
+    """Knows how long the latest reading of the nodes says how they are.
+
+    How often they are read is a setting of the run, and more seldom on large clusters: it shows
+    in the time from one reading to the next.
+    """
+
+    def __init__(self) -> None:
+        self._mark: float | None = None
+        self._time_s = -math.inf
+        self._interval_s = 0.0
+
+    def take(self, live: Live, now_s: float) -> None:
+        """Look for a later reading than the one before.
+
+        Args:
+            live: what rows say now.
+            now_s: the present, in seconds since the epoch.
+        """
+        newest_s = max((node.time_s for node in live.nodes), default=None)
+        # Rows that hold means only say on their axis alone that they are other ones.
+        mark = live.all_nodes.get("time_s") if newest_s is None else newest_s
+        if mark is None or mark == self._mark:
+            return
+        time_s = now_s if newest_s is None else newest_s
+        if self._mark is not None:
+            self._interval_s = max(time_s - self._time_s, 0.0)
+        self._mark, self._time_s = mark, time_s
+
+    def is_old(self, now_s: float, time_s: float | None = None) -> bool:
+        """Whether it says nothing any more.
+
+        Args:
+            now_s: the present, in seconds since the epoch.
+            time_s: when a node was read; the latest reading of any where it is None.
+        """
+        longest_s = max(SHORTEST_READING_S, READING_INTERVALS * self._interval_s)
+        return now_s - (self._time_s if time_s is None else time_s) > longest_s
+
+
 def is_over(status: Status) -> bool:
     """Nothing is at work: the run was ended, or nobody has it any more, and its sink rests."""
     return status.finished or status.sink.state == "resting"
 
 
-def subjects_of(status: Status, now_s: float) -> list[Subject]:
+def subjects_of(status: Status, now_s: float, readings: NodeReadings) -> list[Subject]:
     """All that the status says in numbers.
 
     Args:
         status: the service at one moment.
-        now_s: that moment, in seconds since the epoch.
+        now_s: the present, in seconds since the epoch.
+        readings: it has taken this status' nodes.
     """
     over = is_over(status)
     runs = {one.run.epoch: one.run for one in status.stage_runs} | {status.run.epoch: status.run}
@@ -72,31 +121,40 @@ def subjects_of(status: Status, now_s: float) -> list[Subject]:
             return str(number), name
         return run.id, name or run.job_type or run.name
 
-    def has_ended(number: int, time_s: float) -> bool:
-        return over or number in ended_runs or now_s - time_s > SILENT_S
+    def has_ended(number: int, name: str, time_s: float, silent_s: float) -> bool:
+        late = now_s - time_s > silent_s
+        return over or late or number in ended_runs or not is_at_work(name)
 
-    found = [Subject(("service",), now_s, over, list(_service(status)))]
+    nodes, stale = _nodes_that_answer(status, now_s, readings)
+    service = list(_service(status, stale))
+    if not readings.is_old(now_s):
+        service += _all_nodes(status)
+    found = [Subject(("service",), now_s, over, service)]
     found += _runs(status, now_s, over)
     for pipeline in status.live.pipelines:
         labels = labels_of(pipeline.run, pipeline.name)
-        ended = pipeline.state != "running" or has_ended(pipeline.run, pipeline.time_s)
+        ended = pipeline.state != "running" or has_ended(
+            pipeline.run, labels[1], pipeline.time_s, PIPELINE_SILENT_S
+        )
         samples = list(_pipeline(pipeline, labels))
         found.append(Subject(("pipeline", *labels), pipeline.time_s, ended, samples))
     for stage in status.live.stages:
         labels = labels_of(stage.run, stage.stage)
-        ended = not is_at_work(labels[1]) or has_ended(stage.run, stage.time_s)
+        ended = has_ended(stage.run, labels[1], stage.time_s, SILENT_S)
         samples = list(_stage(stage, labels))
         found.append(Subject(("stage", *labels), stage.time_s, ended, samples))
     found += _ranks(status, now_s, over, is_at_work)
-    found += _nodes(status, over)
+    for node in nodes:
+        samples = list(_node(node.name, node.values.items()))
+        found.append(Subject(("node", node.name), node.time_s, over, samples))
     return found
 
 
 def _stages_at_work(status: Status) -> Callable[[str], bool]:
-    """Tells of a stage whether anybody can still log to it.
+    """Tells of a stage or a pipeline whether anybody can still log to it.
 
     That is one of the sources of this stage, or of the one that it is a part of; of a stage that
-    no source is attached for, any source.
+    no source is attached for, and so of most pipelines, any source.
     """
     known: set[str] = set()
     at_work: set[str] = set()
@@ -116,7 +174,7 @@ def _stages_at_work(status: Status) -> Callable[[str], bool]:
     return is_at_work
 
 
-def _service(status: Status) -> Iterator[Sample]:
+def _service(status: Status, stale_nodes: int) -> Iterator[Sample]:
     for reason, count in sorted(status.lost.items()):
         yield Sample("raywb_rows_lost", (reason,), count)
     yield Sample("raywb_rows_after_finish", (), status.after_finish_rows)
@@ -130,14 +188,17 @@ def _service(status: Status) -> Iterator[Sample]:
     states["unconfirmed"] = len(status.unconfirmed)
     yield from _by_label("raywb_sources", (), states)
     left = sum(node.left_s is not None for node in status.nodes)
-    stale = sum(node.stale for node in status.live.nodes)
-    nodes = {"alive": len(status.nodes) - left, "left": left, "stale": stale}
+    nodes = {"alive": len(status.nodes) - left, "left": left, "stale": stale_nodes}
     yield from _by_label("raywb_nodes", (), nodes)
     yield Sample("raywb_problems", (), len(status.problems))
     yield Sample("raywb_warnings", (), len(status.warnings))
     yield Sample("raywb_service_starts", (), status.incarnation)
-    keys = {"tracked": status.live.series, "untracked": status.live.untracked_series}
+    untracked = status.live.untracked_series
+    keys = {"tracked": status.live.series - untracked, "untracked": untracked}
     yield from _by_label("raywb_keys", (), keys)
+
+
+def _all_nodes(status: Status) -> Iterator[Sample]:
     for key, value in status.live.all_nodes.items():
         statistic, _, resource = key.partition("/")
         if resource.endswith("_percent"):
@@ -269,14 +330,17 @@ _NODE_SERIES = {
 }
 
 
-def _nodes(status: Status, over: bool) -> Iterator[Subject]:
-    """Nodes that are there and answer: of others there is no last state that anybody wants."""
-    gone = {node.name for node in status.nodes if node.left_s is not None}
-    gone -= {node.name for node in status.nodes if node.left_s is None}
-    for node in status.live.nodes:
-        if not node.stale and node.name not in gone:
-            samples = list(_node(node.name, node.values.items()))
-            yield Subject(("node", node.name), node.time_s, over, samples)
+def _nodes_that_answer(
+    status: Status, now_s: float, readings: NodeReadings
+) -> tuple[list[NodeUsage], int]:
+    """Nodes that are there and answer, and how many are there and do not.
+
+    Of these, and of those that have left, there is no last state that anybody wants.
+    """
+    alive = {node.name for node in status.nodes if node.left_s is None}
+    there = [node for node in status.live.nodes if node.name in alive]
+    found = [node for node in there if not node.stale and not readings.is_old(now_s, node.time_s)]
+    return found, len(there) - len(found)
 
 
 def _node(name: str, values: Iterable[tuple[str, float]]) -> Iterator[Sample]:
