@@ -53,6 +53,13 @@ class LiveNodes:
         #: By name: the number of the row, its time, and what it said of the node.
         self._gone: dict[str, tuple[int, float, dict[str, float]]] = {}
 
+    @property
+    def alive(self) -> int:
+        """How many nodes the newest row says that there are."""
+        alive = 0 if self.row is None else self.row.metrics.get(NODES + "alive", 0)
+        is_count = isinstance(alive, (int, float)) and 0 <= alive < 2**31
+        return int(alive) if is_count else 0
+
     def take(self, row: OutRow, names: frozenset[str]) -> None:
         """Take one row in, which tells of the nodes with these names."""
         if names is not self._names and self.row is not None:

@@ -153,6 +153,11 @@ class LiveRows:
             dropped_stages=dropped,
         )
 
+    def nodes_alive(self, runs: Iterable[int]) -> int:
+        """How many nodes there were, as the newest row of any of these runs says; 0 if none."""
+        found = [run.nodes.alive for number in runs if (run := self._runs.get(number)) is not None]
+        return max(found, default=0)
+
     def _run(self, number: int) -> LiveRun:
         run = self._runs.get(number)
         if run is None:
@@ -206,9 +211,7 @@ class LiveRows:
             run.known[keys] = parts
         return parts
 
-    def _to_begin(
-        self, run: LiveRun, found: dict[str, list[str]], tracked: set[str]
-    ) -> list[str]:
+    def _to_begin(self, run: LiveRun, found: dict[str, list[str]], tracked: set[str]) -> list[str]:
         room = MAX_STAGES - sum(len(other.stages) for other in self._runs.values())
         begun = [
             name
@@ -219,9 +222,7 @@ class LiveRows:
             self._release(run, [key for key in found[name] if key in run.keys])
         return begun[:room]
 
-    def _admit(
-        self, run: LiveRun, found: dict[str, list[str]], keys: Collection[str]
-    ) -> set[str]:
+    def _admit(self, run: LiveRun, found: dict[str, list[str]], keys: Collection[str]) -> set[str]:
         """Count the series that are new, and track those of stages while there is room.
 
         Returns:
@@ -271,12 +272,15 @@ class LiveRows:
         tick = next(self._ticks)
         if surplus <= 0 and tick < self._look_again:
             return
-        for other in self._runs.values():
+        wide = self._runs.values() if self._series + wanted > MAX_SERIES else ()
+        for other in wide:
             for stage in other.stages.values():
                 if stage.key_count > LISTED_METRICS:
                     self._release(other, stage.drop_surplus(LISTED_METRICS))
         if surplus > 0:  # some more than must be, since it takes a look at all of them
-            surplus += MAX_STAGES // 16
+            surplus += MAX_STAGES // 8
+        if self._series + wanted > MAX_SERIES:
+            wanted += MAX_SERIES // 16
         self._drop_stages(run, row, found, wanted, surplus, tick)
         if self._series + wanted > MAX_SERIES:
             self._look_again = tick + QUIET_ROWS
@@ -318,7 +322,7 @@ class LiveRows:
             if number not in changed:
                 changed.add(number)
                 other.forget_combinations()
-            del other.stages[stage.name]
+            other.drop_stage(stage.name)
             self._release(other, stage.all_keys())
             _count(other.dropped, stage.name)
             surplus -= 1

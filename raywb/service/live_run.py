@@ -47,6 +47,8 @@ class LiveRun:
         self.axes: dict[str, str] = {}
         self._key_axes: dict[str, str] = {}
         self.stages: dict[str, LiveStage] = {}
+        #: Which stages lie within each namespace.
+        self._lying_within: dict[str, dict[str, None]] = {}
         self.pipelines: dict[str, LivePipeline] = {}
         self.nodes = LiveNodes()
         self._nodes_keys: tuple[str, ...] = ()
@@ -90,14 +92,14 @@ class LiveRun:
         self.forget_combinations()
         stage = self.stages.get(namespace) or self._new_stage(namespace)
         for name in inner:
-            stage.take_over(self.stages.pop(name))
+            stage.take_over(self.drop_stage(name))
         if wider is not None:
             stage.take_over(wider)
             if not wider.key_count:
-                del self.stages[wider.name]
+                self.drop_stage(wider.name)
         stage.axis_has_changed()
         if stage.row is None:
-            del self.stages[namespace]
+            self.drop_stage(namespace)
 
     def _stage_around(self, namespace: str) -> LiveStage | None:
         """The stage that a namespace's keys belong to as long as it is none itself."""
@@ -114,25 +116,33 @@ class LiveRun:
         for name in names:
             self._new_stage(name)
         for name, wider in inner.items():
-            self.stages[wider].take_over(self.stages.pop(name))
+            self.stages[wider].take_over(self.drop_stage(name))
 
     def _new_stage(self, name: str) -> LiveStage:
         stage = LiveStage(name, self._ticks, self.axes, self._key_axes)
         self.stages[name] = stage
+        for around in _around(name):
+            self._lying_within.setdefault(around, {})[name] = None
         return stage
+
+    def drop_stage(self, name: str) -> LiveStage:
+        """Keep a stage no longer; combinations of keys that tell of it must be forgotten."""
+        for around in _around(name):
+            within = self._lying_within[around]
+            del within[name]
+            if not within:
+                del self._lying_within[around]
+        return self.stages.pop(name)
 
     def _inner(self, names: Collection[str]) -> dict[str, str]:
         """Stages without an axis of their own that lie within one of these, and in which."""
-        wider = dict.fromkeys(names)
         found: dict[str, str] = {}
-        for name in self.stages:
-            if name in self.axes or name in wider:
-                continue
-            around = _within(name, wider)
-            if around is None and name and "" in wider and "" in self.axes:
-                around = "" if _within(name, self.axes) is None else None
-            if around is not None:
-                found[name] = around
+        for wider in sorted(names):  # of two that hold it, the one further in
+            if wider or "" not in self.axes:
+                inner: Iterable[str] = self._lying_within.get(wider, ())
+            else:  # everything that has no axis of its own
+                inner = [n for n in self.stages if n and _within(n, self.axes) is None]
+            found |= {name: wider for name in inner if name not in self.axes and name not in names}
         return found
 
     def namespaces(self, keys: Iterable[str]) -> dict[str, list[str]]:
@@ -174,6 +184,12 @@ def _common_namespace(keys: list[str]) -> str:
         lambda pair: pair[0] == pair[1], zip(lowest, highest, strict=False)
     )
     return "/".join(part for part, _ in shared)
+
+
+def _around(name: str) -> Iterator[str]:
+    """The namespaces that one lies in, from within."""
+    while name := name.rpartition("/")[0]:
+        yield name
 
 
 def _within(key: str, namespaces: Mapping[str, object]) -> str | None:

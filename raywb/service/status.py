@@ -9,6 +9,7 @@ from raywb.live import Live
 from raywb.reports import RunInfo, SourceStatus, Status
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
+from raywb.service.node_metrics import stale_s
 from raywb.service.rank_status import stage_statuses
 from raywb.service.run_settings import settings_of
 from raywb.service.runs import Runs
@@ -91,7 +92,7 @@ def _live(delivery: Delivery, runs: Runs) -> Live:
     return delivery.live_rows.live(
         numbers,
         now_s=time.time() if is_read else None,
-        nodes_stale_s=interval_s,
+        nodes_stale_s=stale_s(interval_s, delivery.live_rows.nodes_alive(numbers)),
     )
 
 
