@@ -1,4 +1,4 @@
-"""How busy the nodes of a run are, as its rows tell: the newest row, and who has left it of late."""
+"""How busy the nodes of a run are, as its rows tell: the newest row, and who is missing."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class LiveRows:
                     part.take(item)
             elif type(item) is OutDefine and item.step_metric:
                 self._run(item.run).define(item.name, item.step_metric)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a view stops nobody; it is counted
             self._note(error)
             if type(item) is OutRow and (run := self._runs.get(item.run)) is not None:
                 run.known.pop(tuple(item.metrics), None)
@@ -96,7 +96,7 @@ class LiveRows:
     def _try(self, describe: Callable[[], _T]) -> _T | None:
         try:
             return describe()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 - a view stops nobody; it is counted
             self._note(error)
             return None
 
@@ -172,11 +172,7 @@ class LiveRows:
         """
         run = self._run(row.run)
         keys = tuple(row.metrics)
-        self._remembered_keys += len(keys) + 1
-        if self._remembered_keys > MAX_REMEMBERED_KEYS:
-            for other in self._runs.values():
-                other.forget_combinations()
-            self._remembered_keys = len(keys) + 1
+        self._remember(len(keys) + 1)
         rest = [key for key in keys if not key.startswith(_OWN)]
         if has_nodes := NODES_SIGN in row.metrics:
             rest = [key for key in rest if not key.startswith(NODES)]
@@ -210,6 +206,14 @@ class LiveRows:
         if whole:  # for the others room may be found later
             run.known[keys] = parts
         return parts
+
+    def _remember(self, keys: int) -> None:
+        """So many keys more are to be remembered; beyond the limit all others are forgotten."""
+        self._remembered_keys += keys
+        if self._remembered_keys > MAX_REMEMBERED_KEYS:
+            for other in self._runs.values():
+                other.forget_combinations()
+            self._remembered_keys = keys
 
     def _to_begin(self, run: LiveRun, found: dict[str, list[str]], tracked: set[str]) -> list[str]:
         room = MAX_STAGES - sum(len(other.stages) for other in self._runs.values())
@@ -272,11 +276,8 @@ class LiveRows:
         tick = next(self._ticks)
         if surplus <= 0 and tick < self._look_again:
             return
-        wide = self._runs.values() if self._series + wanted > MAX_SERIES else ()
-        for other in wide:
-            for stage in other.stages.values():
-                if stage.key_count > LISTED_METRICS:
-                    self._release(other, stage.drop_surplus(LISTED_METRICS))
+        if self._series + wanted > MAX_SERIES:
+            self._drop_surplus_keys()
         if surplus > 0:  # some more than must be, since it takes a look at all of them
             surplus += MAX_STAGES // 8
         if self._series + wanted > MAX_SERIES:
@@ -284,6 +285,12 @@ class LiveRows:
         self._drop_stages(run, row, found, wanted, surplus, tick)
         if self._series + wanted > MAX_SERIES:
             self._look_again = tick + QUIET_ROWS
+
+    def _drop_surplus_keys(self) -> None:
+        for run in self._runs.values():
+            for stage in run.stages.values():
+                if stage.key_count > LISTED_METRICS:
+                    self._release(run, stage.drop_surplus(LISTED_METRICS))
 
     def _drop_stages(
         self,

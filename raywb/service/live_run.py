@@ -168,10 +168,10 @@ class LiveRun:
                 wider[own] = _within(own + "/", self.stages) or own
         found: dict[str, list[str]] = {}
         for key in keys:
-            own = stage_of.get(key)
-            if own is None:
-                own = wider[common or key.rpartition("/")[0]]
-            found.setdefault(own, []).append(key)
+            stage = stage_of.get(key)
+            if stage is None:
+                stage = wider[common or key.rpartition("/")[0]]
+            found.setdefault(stage, []).append(key)
         return found
 
 
