@@ -110,7 +110,8 @@ class NodeUsage(msgspec.Struct, frozen=True, kw_only=True):
         values: percentages and the rest by the keys of the ``nodes/<name>/`` series:
             ``cpu_percent``, ``memory_percent``, ``gpu_percent``, ``gpu_memory_percent`` …
         time_s: when it was read, in seconds since the epoch.
-        stale: later readings of other nodes came without this one.
+        stale: later readings of other nodes came without this one, or none has come for some
+            intervals.
     """
 
     name: str
@@ -123,14 +124,18 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     """The newest state of everything that logs rows.
 
     Attributes:
-        pipelines: those that run first, then the latest to end.
-        stages: by time of their newest row, the latest first.
+        pipelines: those that run first, then those that ended; of each the one with the newest
+            row first.
+        stages: by their newest row, the latest to come first.
         nodes: by name; empty on clusters so large that rows hold means only.
         all_nodes: what rows say of all nodes together: ``mean/cpu_percent``, ``answered`` … by
-            the key behind ``nodes/``.
+            the key behind ``nodes/``. When none has come for some intervals: ``alive``, and
+            ``answered`` as 0.
         series: how many series there are.
         untracked_series: series beyond the limit that are in W&B, and not in here; at least.
         more_pipelines, more_stages: how many there are beside those that are listed.
+        dropped_stages: those of them that made room for others, or found none; their rows are in
+            W&B, and not in here.
     """
 
     pipelines: list[PipelineProgress] = []
@@ -141,3 +146,4 @@ class Live(msgspec.Struct, frozen=True, kw_only=True):
     untracked_series: int = 0
     more_pipelines: int = 0
     more_stages: int = 0
+    dropped_stages: int = 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import random
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ import pytest
 from raywb.live import Live, PipelineProgress, StageProgress
 from raywb.nodes.utilization import Reading, metrics_of
 from raywb.rows import Channel, Define, Hello, Message, Row, Scalar, encode, frame
-from raywb.service import live_rows, live_stage
+from raywb.service import live_nodes, live_rows, live_stage
 from raywb.service.delivery import Delivery
 from raywb.service.live_rows import LiveRows
-from raywb.service.outbox import Cursor, Outbox, OutRow
+from raywb.service.outbox import Cursor, Outbox, OutDefine, OutRow
 from raywb.service.stage_runs import FIRST_STAGE_RUN
 
 BEGAN_S = 1_700_000_000.0
@@ -347,31 +348,36 @@ def test_memory_is_bounded_and_what_is_left_out_is_counted(
     assert late - early < 500_000
     live = folded.live()
     assert live.untracked_series == 400
-    assert live.series == 900
-    assert live.more_stages == 250 - live_rows.LISTED_STAGES
+    assert 800 < live.series <= 900
+    assert live.dropped_stages == 400
+    assert len(live.stages) == live_rows.LISTED_STAGES
+    assert live.more_stages < 400 + 500
     train = stages_of(live)["train"]
     assert train.metrics["loss"] == 3_999
     assert len(train.metrics) == live_stage.LISTED_METRICS
 
 
 def test_runs_that_rest_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A full fold forgets the run that has had no row for longest, not one that goes on."""
+    """A full fold gives up the stage that has had no row for longest, not one that goes on."""
     monkeypatch.setattr(live_rows, "MAX_SERIES", 10)
     folded = LiveRows()
     first, second, third = (FIRST_STAGE_RUN + n for n in range(3))
-    for number, at_s in ((first, 0.0), (second, 500.0)):
+    for number, at_s in ((first, 0.0), (second, 20.0)):
         metrics: dict[str, Scalar] = {f"a/{n}": n for n in range(5)}
         folded.take(OutRow(number, BEGAN_S + at_s, metrics))
-    late = OutRow(third, BEGAN_S + 550, {"b/x": 1})
+    late = OutRow(third, BEGAN_S + 50, {"b/x": 1})
     folded.take(late)
     assert [stage.run for stage in folded.live().stages] == [second, first]
     assert folded.live([third]).untracked_series == 1
-    folded.take(OutRow(third, BEGAN_S + 650, {"b/y": 1}))
+    assert folded.live([third]).dropped_stages == 1
+    monkeypatch.setattr(folded, "_look_again", 0)
+    folded.take(OutRow(third, BEGAN_S + 65, {"b/y": 1}))
     assert [stage.run for stage in folded.live().stages] == [third, second]
     assert folded.live([third]).stages[0].metrics == {"y": 1}
     for number in (1, 2):  # the cluster's own runs follow one another
-        folded.take(OutRow(number, BEGAN_S + 650, {f"c/{n}": n for n in range(5)}))
-    assert {stage.run for stage in folded.live().stages} == {second, third, 2}
+        folded.take(OutRow(number, BEGAN_S + 200, {f"c/{n}": n for n in range(5)}))
+    assert {stage.run for stage in folded.live().stages} >= {2}
+    assert folded.live([2]).untracked_series == 0
 
 
 def test_as_many_pipelines_as_come_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -386,3 +392,315 @@ def test_as_many_pipelines_as_come_are_bounded(monkeypatch: pytest.MonkeyPatch) 
     names = [one.name for one in folded.live().pipelines]
     assert len(names) == 10
     assert names[:2] == ["xenna", "xenna/sft_50"]
+
+
+#: Rows of one client after which a stage turns out to lie within another one.
+NARROW_THEN_WIDE: list[dict[str, Scalar]] = [
+    {"a/x": 1},
+    {"b/c/y": 1},
+    {"a/x": 2, "b/z": 3},
+    {"a/loss": 1.0},
+    {"a/x": 7, "b/z": 3},
+]
+
+
+def newest_of(live: Live) -> list[tuple[str, float]]:
+    """Every number that stages show, under its full name."""
+    return sorted(
+        (f"{stage.stage}/{key}" if stage.stage else key, value)
+        for stage in live.stages
+        for key, value in stage.metrics.items()
+    )
+
+
+def test_a_stage_that_lies_within_another_becomes_a_part_of_it(sources: Sources) -> None:
+    """Keys in ever other combinations are learnt anew, and none of their values is lost."""
+    sources.send(1, Channel(0, None, None, None))
+    truth: dict[str, Scalar] = {}
+    for at, metrics in enumerate(NARROW_THEN_WIDE):
+        sources.send(1, row(None, metrics, at_s=at))
+        truth |= metrics
+        assert newest_of(live_of(sources)) == sorted(truth.items())
+    stages = stages_of(live_of(sources))
+    assert stages["b"].metrics == {"c/y": 1, "z": 3}
+    assert stages["a"].main == "loss"
+    assert sources.delivery.outbox.rows_of(1) == len(NARROW_THEN_WIDE)
+    assert sources.delivery.live_rows.failures == 0
+
+
+def test_newest_values_are_the_truth_whatever_the_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nested keys in any combination, axes in between: each key once, with its newest value."""
+    seed = random.randrange(2**32)
+    print(f"seed {seed}")
+    rng = random.Random(seed)
+    for _ in range(60):
+        monkeypatch.setattr(live_rows, "MAX_REMEMBERED_KEYS", rng.choice([5, 40, 100_000]))
+        folded, truth = LiveRows(), dict[str, Scalar]()
+        for at in range(80):
+            if rng.random() < 0.03:
+                namespace = "/".join(rng.choices("abc", k=rng.randint(1, 3)))
+                folded.take(OutDefine(1, f"{namespace}/*", f"{namespace}/step", None))
+            metrics: dict[str, Scalar] = {}
+            for _ in range(rng.randint(1, 5)):
+                depth = rng.randint(0, 3)
+                name = rng.choice(["loss", "x", "y"])
+                key = "/".join([*rng.choices("abc", k=depth), name])
+                metrics[key] = rng.random() if rng.random() < 0.95 else math.inf
+            folded.take(OutRow(1, BEGAN_S + at, metrics))
+            truth |= metrics
+            assert newest_of(folded.live()) == sorted(truth.items()), (seed, at)
+        assert folded.failures == 0, folded.problem
+
+
+def test_a_view_that_fails_stops_neither_delivery_nor_recovery_nor_the_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows are in the outbox once, the service begins again, and the failures are counted."""
+
+    def fail(*_: object) -> None:
+        raise KeyError("odd")
+
+    delivery = Delivery(tmp_path)
+    delivery.open_run(1)
+    sources = Sources(delivery)
+    sources.send(1, Channel(0, "train", None, None), row(0, {"loss": 1.0}))
+    monkeypatch.setattr(live_stage.RowsAlike, "take", fail)
+    for step in range(1, 6):
+        sources.send(1, row(step, {"loss": 1.0}, at_s=step))
+    assert delivery.outbox.rows_of(1) == 6
+    assert delivery.live_rows.failures == 5
+    assert "odd" in str(delivery.live_rows.problem)
+    delivery.close()
+    again = Delivery(tmp_path)
+    assert again.outbox.rows_of(1) == 6
+    assert again.live_rows.failures == 6
+    monkeypatch.undo()
+    monkeypatch.setattr(live_stage.LiveStage, "describe", fail)
+    Sources(again).send(1, row(7, {"loss": 1.0}, at_s=9))
+    again.add([nodes_row(0, {"a": 1.0}, 1)])
+    live = live_of(Sources(again))
+    assert live.stages == []
+    assert [node.name for node in live.nodes] == ["a"]
+    assert again.live_rows.failures == 7
+    again.close()
+
+
+def test_a_batch_is_written_once_whatever_happens_to_it_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is in the outbox is not put there again at the next call."""
+    delivery = Delivery(tmp_path)
+    delivery.open_run(1)
+    sources = Sources(delivery)
+
+    def fail(*_: object) -> None:
+        raise KeyError("odd")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(delivery.folds[1], "apply", fail)
+        with pytest.raises(KeyError):
+            sources.send(1, Channel(0, "train", None, None), row(0, {"loss": 1.0}))
+    for _ in range(3):
+        delivery.advance(None)
+    assert delivery.outbox.rows_of(1) == 1
+    delivery.close()
+
+
+PIPELINE: dict[str, Scalar] = {
+    "pipeline_duration_s": 1.0,
+    "main_loop_rate_hz": 1.0,
+    "num_input_remaining": 5,
+    "progress": 50.0,
+}
+
+
+def pipeline_row(name: str, at_s: float, **values: Scalar) -> OutRow:
+    metrics = {f"{name}/{key}": value for key, value in (PIPELINE | values).items()}
+    return OutRow(1, BEGAN_S + at_s, metrics)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e308, "text", True])
+@pytest.mark.parametrize("key", ["ranks", "slowest_rank", "rank_spread_s", "step", "loss"])
+def test_odd_numbers_of_a_stage_do_no_harm(key: str, odd: Scalar) -> None:
+    """Whatever a user logs under a name that says something: the stage is shown."""
+    rows = [OutRow(1, BEGAN_S + n, {"train/loss": 1.0, f"train/{key}": odd}) for n in range(3)]
+    live = live_from_rows(rows)
+    assert [stage.stage for stage in live.stages] == ["train"]
+    msgspec.msgpack.decode(msgspec.msgpack.encode(live), type=Live)
+
+
+@pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf, 1e308, "text", True])
+def test_odd_numbers_of_a_pipeline_do_no_harm(odd: Scalar) -> None:
+    """No value of a snapshot keeps the pipeline from being shown."""
+    keys = [*PIPELINE, "inputs_processed_per_s", "outputs_per_s", "num_outputs"]
+    keys += ["bottleneck_stage_index", "stage/a/queue_in", "stage/a/resource/mem_gb"]
+    for key in keys:
+        values: dict[str, Any] = {"inputs_processed_per_s": 1e300, "stage/a/tasks_completed": 3}
+        folded = LiveRows()
+        folded.take(pipeline_row("xenna", 0.0, **(values | {key: odd})))
+        (one,) = folded.live().pipelines
+        assert one.name == "xenna"
+        assert folded.failures == 0
+
+
+def test_when_nobody_answers_any_more_all_nodes_are_stale() -> None:
+    """Without a further row their age tells; what was said of all of them is not the present."""
+    folded = LiveRows()
+    folded.take(nodes_row(0, {"a": 1.0, "b": 2.0}, 2))
+    fresh = folded.live(now_s=BEGAN_S + 59, nodes_stale_s=60)
+    assert [node.stale for node in fresh.nodes] == [False, False]
+    assert fresh.all_nodes["mean/cpu_percent"] == 1.5
+    old = folded.live(now_s=BEGAN_S + 61, nodes_stale_s=60)
+    assert [node.stale for node in old.nodes] == [True, True]
+    assert old.all_nodes == {"alive": 2, "answered": 0}
+    assert [node.stale for node in folded.live().nodes] == [False, False]
+
+
+def test_nodes_that_left_long_ago_are_forgotten() -> None:
+    """With spot nodes that come and go, only those of late are kept, and only their values."""
+    folded = LiveRows()
+    names = [f"ip-10-0-0-{n}" for n in range(64)]
+    tracemalloc.start()
+    try:
+        for at in range(600):
+            names[at % 64] = f"ip-10-0-0-{64 + at}"
+            folded.take(nodes_row(at * 15.0, dict.fromkeys(names, 1.0), 64))
+        held = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    live = folded.live()
+    gone = [node for node in live.nodes if node.stale]
+    assert len(live.nodes) - len(gone) == 64
+    assert len(gone) == live_nodes.GONE_ROWS
+    assert all(node.values == {"cpu_percent": 1.0} for node in live.nodes)
+    assert held < 3_000_000
+
+
+def test_a_stage_that_comes_late_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are too many, the one that is silent longest is given up, and counted."""
+    monkeypatch.setattr(live_rows, "MAX_STAGES", 200)
+    folded = LiveRows()
+    for n in range(500):
+        folded.take(OutRow(1, BEGAN_S + n, {f"w{n}/loss": 1.0}))
+        live = folded.live()
+        assert live.stages[0].stage == f"w{n}"
+        assert len(live.stages) + live.more_stages == n + 1
+    assert live.dropped_stages >= 300
+    # One that comes again is no dropped one any more.
+    folded.take(OutRow(1, BEGAN_S + 500, {"w0/loss": 2.0}))
+    live = folded.live()
+    assert live.stages[0].metrics == {"loss": 2.0}
+    assert len(live.stages) + live.more_stages == 500
+
+
+@pytest.mark.parametrize("of_one", [True, False])
+def test_a_training_after_very_many_keys_is_shown(
+    monkeypatch: pytest.MonkeyPatch, *, of_one: bool
+) -> None:
+    """Junk keys of one stage that goes on, or of many that are over, leave room for it."""
+    monkeypatch.setattr(live_rows, "MAX_SERIES", 1_000)
+    folded = LiveRows()
+    for n in range(3_000):
+        name = "junk" if of_one else f"junk{n // 10}"
+        folded.take(OutRow(1, BEGAN_S + n * 0.1, {f"{name}/k{n}": 1.0}))
+    for n in range(300):
+        if of_one:
+            folded.take(OutRow(1, BEGAN_S + 300 + n, {f"junk/more{n}": 1.0}))
+        folded.take(OutRow(1, BEGAN_S + 300 + n, {"train/loss": float(n), "train/step": n}))
+    train = stages_of(folded.live())["train"]
+    assert train.metrics == {"loss": 299.0}
+    assert train.history[0] == 0.0
+    assert train.steps_per_s == pytest.approx(1.0)
+    assert folded.live().untracked_series > 1_000
+    assert folded.live().series == 3_002 + (300 if of_one else 0)
+
+
+def test_stages_that_all_go_on_do_not_push_one_another_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A full fold gives up only what is silent: live stages keep their histories."""
+    monkeypatch.setattr(live_rows, "MAX_SERIES", 40)
+    folded = LiveRows()
+    for at in range(200):
+        for stage in range(8):
+            metrics: dict[str, Scalar] = {f"s{stage}/k{n}": float(at) for n in range(10)}
+            folded.take(OutRow(1, BEGAN_S + at, metrics))
+    live = folded.live()
+    assert {stage.stage for stage in live.stages} == {"s0", "s1", "s2", "s3"}
+    assert all(stage.history[0] == 0.0 for stage in live.stages)
+    assert live.dropped_stages == 4
+    for at in range(200, 300):
+        folded.take(OutRow(1, BEGAN_S + at, {"s7/k0": float(at)}))
+    assert folded.live().stages[0].stage == "s7"
+
+
+def test_pipelines_that_say_something_come_before_those_that_died() -> None:
+    """A killed driver leaves its pipeline running for ever; the ones at work are listed first."""
+    folded = LiveRows()
+    for n in range(60):
+        folded.take(pipeline_row(f"xenna/s_{n}", n * 1000.0))
+    folded.take(pipeline_row("xenna/done", 60_001.0, progress=100.0))
+    folded.take(pipeline_row("xenna/s_0", 60_002.0))
+    live = folded.live()
+    assert [one.name for one in live.pipelines[:2]] == ["xenna/s_0", "xenna/s_59"]
+    assert live.more_pipelines == 61 - live_rows.LISTED_PIPELINES
+    for n in range(60, 60 + live_rows.MAX_PIPELINES):
+        folded.take(pipeline_row(f"xenna/s_{n}", 70_000.0 + n))
+        if n % 20 == 0:
+            folded.take(pipeline_row("xenna/s_0", 70_000.5 + n))
+    live = folded.live()
+    assert len(live.pipelines) + live.more_pipelines == live_rows.MAX_PIPELINES
+    assert "xenna/s_0" in {one.name for one in live.pipelines}
+
+
+@pytest.mark.parametrize("odd_s", [1.7e12, 4.0e9, 0.0])
+def test_one_wrong_time_does_not_spoil_the_pace(odd_s: float) -> None:
+    """Milliseconds, a far future, 1970: a few rows later the pace is that of the rows again."""
+    folded = LiveRows()
+    for n in range(200):
+        time_s = odd_s if n == 5 else BEGAN_S + n * 0.5
+        folded.take(OutRow(1, time_s, {"train/loss": 1.0, "train/step": n}))
+    (stage,) = folded.live().stages
+    assert stage.steps_per_s == pytest.approx(2.0)
+
+
+def test_an_axis_for_everything_or_for_one_key_is_the_stages() -> None:
+    """In a run of the user's own, ``*`` covers all; a key's own definition goes before it."""
+    folded = LiveRows()
+    number = FIRST_STAGE_RUN
+    folded.take(OutRow(number, BEGAN_S, {"val/x": 1.0}))
+    folded.take(OutDefine(number, "*", "epoch", None))
+    for n in range(5):
+        folded.take(
+            OutRow(number, BEGAN_S + n, {"epoch": n, "loss": 1.0, "val/loss": 2.0, "it": 7 * n})
+        )
+    (stage,) = folded.live().stages
+    assert (stage.stage, stage.step, stage.steps_per_s) == ("", 4, pytest.approx(1.0))
+    assert stage.metrics == {"loss": 1.0, "val/loss": 2.0, "it": 28, "val/x": 1.0}
+    folded.take(OutDefine(number, "loss", "it", None))
+    for n in range(5, 10):
+        folded.take(OutRow(number, BEGAN_S + n, {"epoch": n, "loss": 1.0, "it": 7 * n}))
+    (stage,) = folded.live().stages
+    assert (stage.step, stage.steps_per_s) == (63, pytest.approx(7.0))
+
+
+def test_axes_stay_with_a_run_that_made_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A definition comes once: a run that goes on after a pause has its axis still."""
+    monkeypatch.setattr(live_rows, "MAX_SERIES", 6)
+    folded = LiveRows()
+    first, second = FIRST_STAGE_RUN, FIRST_STAGE_RUN + 1
+    folded.take(OutDefine(first, "a/*", "a/epoch", None))
+    folded.take(OutRow(first, BEGAN_S, {"a/epoch": 1, "a/loss": 1.0}))
+    folded.take(OutRow(second, BEGAN_S + 5_000, {f"b/{n}": 1.0 for n in range(6)}))
+    assert [stage.stage for stage in folded.live().stages] == ["b"]
+    folded.take(OutRow(first, BEGAN_S + 10_000, {"a/epoch": 2, "a/loss": 1.0}))
+    stage = folded.live().stages[0]
+    assert (stage.stage, stage.step, stage.metrics) == ("a", 2, {"loss": 1.0})
+
+
+def test_rows_of_very_many_keys_are_learnt_in_time() -> None:
+    """What a row with new keys costs grows with their number, not with its square."""
+    keys = [f"nodes/n{n}/cpu_percent" for n in range(20_000)]
+    began_s = time.perf_counter()
+    live_from_rows([OutRow(1, BEGAN_S, {"nodes/answered": 1, **dict.fromkeys(keys, 1.0)})])
+    assert time.perf_counter() - began_s < 2

@@ -22,6 +22,7 @@ from wandb_server import WandbServer
 
 from raywb.errors import SettingsConflict
 from raywb.rows import PROTOCOL, Row, encode, frame
+from raywb.service import live_rows, live_stage
 from raywb.service.state import load_state
 from raywb.settings import Settings
 
@@ -555,3 +556,52 @@ def test_state_is_whole_and_private(service: LocalService) -> None:
     assert [run.info.project for run in state.runs] == ["p"]
     assert Settings(**state.runs[0].settings).project == "p"
     assert service.directory.stat().st_mode & 0o077 == 0
+
+
+def test_no_row_stops_the_service_or_its_status(service: LocalService) -> None:
+    """Keys in changing combinations and odd numbers: rows once, a status, a finish, a restart."""
+    service.up()
+    service.start(project="demo", mode="disabled")
+    rows = [{"a/x": 1}, {"b/c/y": 1}, {"a/x": 2, "b/z": 3}, {"a/loss": 1.0}, {"a/x": 7, "b/z": 3}]
+    client, odd = service.client(), service.client("train")
+    for sent, row in enumerate(rows, start=1):
+        client.log(row)
+        client.flush(5)
+        # The service merges in steps: the fault needs one for each of these rows.
+        status = service.wait_for(lambda status, sent=sent: status.outbox_rows == sent)
+    assert status.received_rows == len(rows)
+    odd.log({"loss": 1.0, "ranks": math.nan, "slowest_rank": math.inf}, step=1)
+    odd.flush(5)
+    status = service.wait_for(lambda status: status.outbox_rows >= len(rows) + 1)
+    assert status.outbox_rows == len(rows) + 1
+    stages = {stage.stage: stage.metrics for stage in status.live.stages}
+    assert stages == {"a": {"x": 7, "loss": 1.0}, "b": {"c/y": 1, "z": 3}, "train": {"loss": 1.0}}
+    assert status.warnings == status.problems == []
+    service.down()
+    service.up()
+    assert service.status().outbox_rows == len(rows) + 1
+    assert service.service is not None
+    assert service.service.finish(20.0, 0).state != "failed"
+
+
+def test_what_the_views_leave_out_is_a_warning(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages beyond the limit, and rows that a view fails at, are told in the status."""
+    monkeypatch.setattr(live_rows, "MAX_STAGES", 2)
+    service.up()
+    service.start(project="demo", mode="disabled")
+    client = service.client()
+    for n in range(4):
+        client.log({f"w{n}/loss": 1.0})
+    status = service.wait_for(lambda status: status.outbox_rows == 4)
+    [warning] = status.warnings
+    assert "2 stages" in warning
+
+    def fail(*_: object) -> None:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(live_stage.LiveStage, "describe", fail)
+    status = service.status()
+    assert status.live.stages == []
+    assert "odd" in status.warnings[-1]

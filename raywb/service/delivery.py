@@ -171,10 +171,11 @@ class Delivery:
         return released
 
     def _write_unwritten(self) -> None:
-        if self._unwritten is not None:
-            self.outbox.append(self._unwritten)
-            self._take(self._unwritten)
+        if (batch := self._unwritten) is not None:
+            self.outbox.append(batch)
+            # It is written, whatever happens to it from here on: once more would be rows twice.
             self._unwritten = None
+            self._take(batch)
 
     def waiting_rows(self) -> int:
         """Rows in the ledger that belong to no run yet, since they came after a finish.

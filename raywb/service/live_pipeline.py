@@ -1,13 +1,15 @@
-"""What the newest row of a xenna pipeline says; no state, the keys are those of SPEC D."""
+"""What the newest row of a xenna pipeline says; the keys are those of SPEC D."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 
 from raywb.live import PipelineProgress, PipelineStageProgress
 from raywb.rows import Scalar
+from raywb.service.outbox import OutRow
 
-__all__ = ["PIPELINE_KEYS", "describe_pipeline"]
+__all__ = ["PIPELINE_KEYS", "LivePipeline", "describe_pipeline"]
 
 #: Keys that every row of a pipeline has, its axis first; by them it is known.
 PIPELINE_KEYS = ("pipeline_duration_s", "main_loop_rate_hz", "progress", "num_input_remaining")
@@ -16,6 +18,52 @@ PIPELINE_KEYS = ("pipeline_duration_s", "main_loop_rate_hz", "progress", "num_in
 MAX_ERROR_CHARS = 500
 
 _Number = int | float
+
+
+class LivePipeline:
+    """One pipeline, and its newest row.
+
+    Attributes:
+        row: that one.
+        seen: its number among the rows of all stages and pipelines.
+    """
+
+    __slots__ = ("name", "row", "seen", "ticks")
+
+    def __init__(self, name: str, ticks: Iterator[int]) -> None:
+        self.name = name
+        self.ticks = ticks
+        self.row: OutRow | None = None
+        self.seen = -1
+
+    def take(self, row: OutRow) -> None:
+        """Take one row in."""
+        self.row, self.seen = row, next(self.ticks)
+
+    def forget(self) -> None:
+        """Nothing of it depends on the combination of keys."""
+
+    @property
+    def is_running(self) -> bool:
+        """Whether its newest row says so."""
+        if self.row is None:
+            return False
+        prefix = self.name + "/" if self.name else ""
+        keys = ("progress", "error_type", "error_message")
+        found = {key: self.row.metrics.get(prefix + key) for key in keys}
+        return _state({k: v for k, v in found.items() if v is not None}) == "running"
+
+    def describe(self, run: int) -> PipelineProgress | None:
+        """The pipeline at this moment; None before its first row."""
+        if self.row is None:
+            return None
+        return describe_pipeline(self.name, run, self.row.metrics, self.row.time_s)
+
+
+def _state(row: Mapping[str, Scalar]) -> str:
+    if "error_type" in row or "error_message" in row:
+        return "failed"
+    return "done" if (_number(row, "progress") or 0.0) >= 100 else "running"
 
 
 def describe_pipeline(
@@ -32,11 +80,11 @@ def describe_pipeline(
     prefix = name + "/" if name else ""
     row = {key[len(prefix) :]: value for key, value in metrics.items() if key.startswith(prefix)}
     percent = _number(row, "progress") or 0.0
-    failed = "error_type" in row or "error_message" in row
+    state = _state(row)
     return PipelineProgress(
         name=name,
         run=run,
-        state="failed" if failed else "done" if percent >= 100 else "running",
+        state=state,
         percent=percent,
         duration_s=_number(row, "pipeline_duration_s") or 0.0,
         inputs_left=_count(row, "num_input_remaining"),
@@ -45,7 +93,7 @@ def describe_pipeline(
         time_s=time_s,
         inputs_per_s=_number(row, "inputs_processed_per_s"),
         outputs_per_s=_number(row, "outputs_per_s"),
-        error=_error(row) if failed else None,
+        error=_error(row) if state == "failed" else None,
     )
 
 
@@ -97,7 +145,8 @@ def _tasks_of_inputs(row: Mapping[str, Scalar], first: str) -> int:
         _count(row, f"stage/{first}/{key}") for key in ("tasks_completed", "queue_in", "slots_used")
     )
     per_task = (rate or 0.0) * (duration_s or 0.0) / taken if taken else 1.0
-    return -(-remaining // max(round(per_task), 1))
+    # A product of two odd numbers may be infinite.
+    return -(-remaining // max(round(min(per_task, 2.0**53)), 1))
 
 
 def _error(row: Mapping[str, Scalar]) -> str:
@@ -111,7 +160,7 @@ def _error(row: Mapping[str, Scalar]) -> str:
 
 def _number(row: Mapping[str, Scalar], key: str) -> float | None:
     value = row.get(key)
-    if isinstance(value, (str, bool)) or value is None or value != value:
+    if isinstance(value, (str, bool)) or value is None or not math.isfinite(value):
         return None
     return float(value)
 

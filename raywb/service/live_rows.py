@@ -5,363 +5,366 @@ nothing: what a row with these keys says, and of which stage, is found out when 
 combination are first seen. After that a row is only remembered, until somebody asks.
 
 Everything follows from the items in their order, so it is the same after a restart, and the same
-for somebody who reads them from the outbox's files.
+for somebody who reads them from the outbox's files. Nothing in here stops whoever feeds it: what
+fails is left out, and counted.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
+from typing import TypeVar
 
-from raywb.live import Live, NodeUsage, PipelineProgress
+from raywb.live import Live, NodeUsage
 from raywb.rows import Scalar
-from raywb.service.live_pipeline import PIPELINE_KEYS, describe_pipeline
-from raywb.service.live_stage import LiveStage, RowsAlike
+from raywb.service.live_nodes import NODES, NODES_SIGN, NodesRows
+from raywb.service.live_pipeline import PIPELINE_KEYS, LivePipeline
+from raywb.service.live_run import LiveRun, Part
+from raywb.service.live_stage import LISTED_METRICS, LiveStage
 from raywb.service.outbox import Item, OutDefine, OutRow
 from raywb.service.stage_runs import FIRST_STAGE_RUN
 
 __all__ = ["LiveRows"]
 
-#: Series that are tracked, over all runs; of others the number is known, up to the second limit.
+#: Keys of stages that are tracked, over all runs; of others only the number is known, up to the
+#: second limit.
 MAX_SERIES = 20_000
 MAX_UNTRACKED_SERIES = 20_000
 
-#: Stages, pipelines and nodes of one run that are tracked.
+#: Stages and pipelines of all runs that are tracked, and runs whose nodes are.
 MAX_STAGES = 2_000
 MAX_PIPELINES = 200
-MAX_NODES = 512
+MAX_RUNS_WITH_NODES = 8
 
 #: Keys in all combinations that are remembered; beyond it they are found out anew.
 MAX_REMEMBERED_KEYS = 100_000
 
-#: A run that has got no row for this long makes room for the series of others, in seconds.
-RESTING_S = 600.0
+#: A stage makes room for others when it has got no row for this long, in seconds, or while so many
+#: came of others: time alone is not to be trusted, since users set it.
+QUIET_S = 60.0
+QUIET_ROWS = 100
 
 #: How many of each :meth:`LiveRows.live` names.
 LISTED_STAGES = 100
 LISTED_PIPELINES = 50
 
-#: Keys of raywb's own, which are no stage's, and those of the nodes with the one in all of them.
+#: Keys of raywb's own, which are no stage's.
 _OWN = "raywb/"
-_NODES = "nodes/"
-_NODES_SIGN = "nodes/answered"
 
-#: What stands in a node's place in keys about all of them.
-_ALL_NODES = ("mean", "min", "max")
-
-
-class _PipelineRows:
-    """One pipeline, and its newest row."""
-
-    __slots__ = ("name", "row")
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.row: OutRow | None = None
-
-    def take(self, row: OutRow) -> None:
-        self.row = row
-
-    def forget(self) -> None:
-        """Nothing of it depends on the combination of keys."""
-
-    def is_running(self, run: int) -> bool:
-        described = self.describe(run)
-        return described is not None and described.state == "running"
-
-    def describe(self, run: int) -> PipelineProgress | None:
-        if self.row is None:
-            return None
-        return describe_pipeline(self.name, run, self.row.metrics, self.row.time_s)
-
-
-class _NodesRows:
-    """Rows that tell of certain nodes."""
-
-    __slots__ = ("names", "nodes")
-
-    def __init__(self, nodes: _Nodes, names: list[str]) -> None:
-        self.nodes = nodes
-        self.names = names
-
-    def take(self, row: OutRow) -> None:
-        self.nodes.row = row
-        for name in self.names:
-            self.nodes.rows[name] = row
-
-    def forget(self) -> None:
-        """The nodes themselves know their rows."""
-
-
-class _Nodes:
-    """The newest row of all, and of each node the newest that tells of it."""
-
-    __slots__ = ("row", "rows")
-
-    def __init__(self) -> None:
-        self.row: OutRow | None = None
-        self.rows: dict[str, OutRow] = {}
-
-    def describe(self) -> tuple[list[NodeUsage], dict[str, float]]:
-        if self.row is None:
-            return [], {}
-        split: dict[int, tuple[dict[str, dict[str, float]], dict[str, float]]] = {}
-        for row in (self.row, *self.rows.values()):
-            if id(row) not in split:
-                split[id(row)] = _split_nodes(row.metrics)
-        now, of_all = split[id(self.row)]
-        if not now:  # the cluster has become so large that rows hold means only
-            return [], of_all
-        usage = [
-            NodeUsage(
-                name=name,
-                values=split[id(row)][0].get(name, {}),
-                time_s=row.time_s,
-                stale=name not in now,
-            )
-            for name, row in sorted(self.rows.items())
-        ]
-        return usage, of_all
-
-
-class _Run:
-    """What is known of one run."""
-
-    def __init__(self) -> None:
-        self.known: dict[tuple[str, ...], list[_PipelineRows | _NodesRows | RowsAlike]] = {}
-        self.keys: set[str] = set()
-        self.untracked: set[int] = set()
-        #: The axis of each namespace that has one, as it was defined.
-        self.axes: dict[str, str] = {}
-        self.stages: dict[str, LiveStage] = {}
-        self.pipelines: dict[str, _PipelineRows] = {}
-        self.nodes = _Nodes()
-
-    @property
-    def time_s(self) -> float:
-        """When its newest row was logged."""
-        rows = [self.nodes.row, *(one.row for one in self.pipelines.values())]
-        rows += [stage.row for stage in self.stages.values()]
-        return max((row.time_s for row in rows if row is not None), default=0.0)
-
-    def forget_combinations(self) -> None:
-        """Find out anew what each combination of keys says; what rows said stays."""
-        for parts in self.known.values():
-            for part in parts:
-                part.forget()
-        self.known.clear()
+_T = TypeVar("_T")
 
 
 class LiveRows:
-    """Folds items of the outbox to what views show."""
+    """Folds items of the outbox to what views show.
+
+    Attributes:
+        failures: how often something could not be taken in or shown.
+        problem: what failed the last time.
+    """
 
     def __init__(self) -> None:
-        self._runs: dict[int, _Run] = {}
+        self.failures = 0
+        self.problem: str | None = None
+        self._runs: dict[int, LiveRun] = {}
+        self._ticks = itertools.count()
         self._series = 0
         self._remembered_keys = 0
+        #: Without room, it is looked for again at this row.
+        self._look_again = 0
 
     def take(self, item: Item) -> None:
-        """Take one item in, in the order of the outbox."""
-        if type(item) is OutRow:
-            run = self._runs.get(item.run)
-            parts = run.known.get(tuple(item.metrics)) if run is not None else None
-            for part in self._learn(item) if parts is None else parts:
-                part.take(item)
-        elif type(item) is OutDefine and item.step_metric and item.name.endswith("/*"):
-            self._define(self._run(item.run), item.name[:-2], item.step_metric)
+        """Take one item in, in the order of the outbox; nothing is raised."""
+        try:
+            if type(item) is OutRow:
+                run = self._runs.get(item.run)
+                parts = run.known.get(tuple(item.metrics)) if run is not None else None
+                for part in self._learn(item) if parts is None else parts:
+                    part.take(item)
+            elif type(item) is OutDefine and item.step_metric:
+                self._run(item.run).define(item.name, item.step_metric)
+        except Exception as error:  # noqa: BLE001 - a view stops nobody; it is counted
+            self._note(error)
+            if type(item) is OutRow and (run := self._runs.get(item.run)) is not None:
+                run.known.pop(tuple(item.metrics), None)
 
-    def live(self, runs: Iterable[int] | None = None) -> Live:
+    def _note(self, error: Exception) -> None:
+        self.failures += 1
+        self.problem = f"{type(error).__name__}: {error}"[:200]
+
+    def _try(self, describe: Callable[[], _T]) -> _T | None:
+        try:
+            return describe()
+        except Exception as error:  # noqa: BLE001 - a view stops nobody; it is counted
+            self._note(error)
+            return None
+
+    def live(
+        self,
+        runs: Iterable[int] | None = None,
+        *,
+        now_s: float | None = None,
+        nodes_stale_s: float = math.inf,
+    ) -> Live:
         """What the newest rows say.
 
         Args:
             runs: numbers of the runs that are asked for; all of them where it is None. Nodes are
                 those of the latest of them that tells of any.
+            now_s: the present, while nodes are read; None where nobody does.
+            nodes_stale_s: nodes of which a row said so much earlier are stale.
         """
         numbers = list(self._runs if runs is None else runs)
         chosen = {number: self._runs[number] for number in numbers if number in self._runs}
-        pipelines = [
-            described
-            for number, run in chosen.items()
-            for one in run.pipelines.values()
-            if (described := one.describe(number)) is not None
-        ]
-        running = [one for one in pipelines if one.state == "running"]
-        ended = [one for one in pipelines if one.state != "running"]
-        listed = [*running, *sorted(ended, key=lambda one: -one.time_s)]
+        found = [(one.seen, n, one) for n, run in chosen.items() for one in run.pipelines.values()]
+        found.sort(key=lambda one: -one[0])
+        described = [self._try(lambda n=n, one=one: one.describe(n)) for _, n, one in found]  # type: ignore[misc]
+        known = [one for one in described if one is not None]
+        pipelines = sorted(known, key=lambda one: one.state != "running")
         stages = [
-            (stage.row.time_s, number, stage)
+            (stage.seen, number, stage)
             for number, run in chosen.items()
             for stage in run.stages.values()
             if stage.row is not None
         ]
         stages.sort(key=lambda one: -one[0])
-        with_nodes = [number for number, run in chosen.items() if run.nodes.row is not None]
-        nodes, all_nodes = chosen[max(with_nodes)].nodes.describe() if with_nodes else ([], {})
+        listed = [
+            self._try(lambda n=number, stage=stage: stage.describe(n))  # type: ignore[misc]
+            for _, number, stage in stages[:LISTED_STAGES]
+        ]
+        nodes: list[NodeUsage] = []
+        all_nodes: dict[str, float] = {}
+        if with_nodes := [number for number, run in chosen.items() if run.nodes.row is not None]:
+            latest = chosen[max(with_nodes)].nodes
+            nodes, all_nodes = self._try(lambda: latest.describe(now_s, nodes_stale_s)) or ([], {})
         untracked = sum(len(run.untracked) for run in chosen.values())
+        shown = sum(len(run.keys) + len(run.shown) for run in chosen.values())
+        dropped = sum(len(run.dropped) for run in chosen.values())
         return Live(
-            pipelines=listed[:LISTED_PIPELINES],
-            stages=[stage.describe(number) for _, number, stage in stages[:LISTED_STAGES]],
+            pipelines=pipelines[:LISTED_PIPELINES],
+            stages=[one for one in listed if one is not None],
             nodes=nodes,
             all_nodes=all_nodes,
-            series=sum(len(run.keys) for run in chosen.values()) + untracked,
+            series=shown + untracked,
             untracked_series=untracked,
-            more_pipelines=max(len(listed) - LISTED_PIPELINES, 0),
-            more_stages=max(len(stages) - LISTED_STAGES, 0),
+            more_pipelines=max(len(pipelines) - LISTED_PIPELINES, 0),
+            more_stages=max(len(stages) - LISTED_STAGES, 0) + dropped,
+            dropped_stages=dropped,
         )
 
-    def _run(self, number: int) -> _Run:
-        return self._runs.setdefault(number, _Run())
+    def nodes_alive(self, runs: Iterable[int]) -> int:
+        """How many nodes there were, as the newest row of any of these runs says; 0 if none."""
+        found = [run.nodes.alive for number in runs if (run := self._runs.get(number)) is not None]
+        return max(found, default=0)
 
-    def _define(self, run: _Run, namespace: str, axis: str) -> None:
-        if run.axes.get(namespace) == axis or len(run.axes) >= MAX_SERIES:
-            return
-        run.axes[namespace] = axis
-        run.forget_combinations()
-        self._drop_within(run, namespace)
+    def _run(self, number: int) -> LiveRun:
+        run = self._runs.get(number)
+        if run is None:
+            run = self._runs[number] = LiveRun(self._ticks)
+        return run
 
-    def _drop_within(self, run: _Run, namespace: str) -> None:
-        """What was taken for a stage lies within one: it was a part of that one's keys."""
-        inner = [name for name in run.stages if name.startswith(namespace + "/")]
-        if inner := [name for name in inner if name not in run.axes]:
-            run.forget_combinations()
-            for name in inner:
-                del run.stages[name]
+    def _learn(self, row: OutRow) -> list[Part]:
+        """Find out what rows with these keys tell of.
 
-    def _learn(self, row: OutRow) -> list[_PipelineRows | _NodesRows | RowsAlike]:
-        """Find out what rows with these keys tell of."""
+        What there is to forget is forgotten before the first part of this row is made: parts
+        that were made belong to what they were made for.
+        """
         run = self._run(row.run)
         keys = tuple(row.metrics)
-        self._remembered_keys += len(keys) + 1
+        self._remember(len(keys) + 1)
+        rest = [key for key in keys if not key.startswith(_OWN)]
+        if has_nodes := NODES_SIGN in row.metrics:
+            rest = [key for key in rest if not key.startswith(NODES)]
+        pipelines = _pipelines_in(rest, row.metrics)
+        if pipelines:
+            prefixes = tuple(name + "/" if name else "" for name in pipelines)
+            rest = [key for key in rest if not key.startswith(prefixes)]
+        found = run.namespaces(rest)
+        self._make_room(run, row, found)
+        tracked = self._admit(run, found, keys)
+        if begun := self._to_begin(run, found, tracked):
+            run.begin(begun)
+        if begun_pipelines := [name for name in pipelines if name not in run.pipelines]:
+            self._begin_pipelines(run, begun_pipelines)
+
+        parts: list[Part] = []
+        if has_nodes:
+            self._drop_nodes()
+            run.note_nodes(keys)
+            parts.append(NodesRows(run.nodes, row))
+        parts += [run.pipelines[name] for name in pipelines if name in run.pipelines]
+        whole = True
+        for namespace, own in found.items():
+            stage = run.stages.get(namespace)
+            if stage is not None:
+                run.dropped.discard(_hash(namespace))
+                parts.append(stage.rows_alike([key for key in own if key in run.keys], row))
+            else:
+                whole = False
+                _count(run.dropped, namespace)
+        if whole:  # for the others room may be found later
+            run.known[keys] = parts
+        return parts
+
+    def _remember(self, keys: int) -> None:
+        """So many keys more are to be remembered; beyond the limit all others are forgotten."""
+        self._remembered_keys += keys
         if self._remembered_keys > MAX_REMEMBERED_KEYS:
             for other in self._runs.values():
                 other.forget_combinations()
-            self._remembered_keys = len(keys) + 1
-        self._admit(run, row)
-        parts: list[_PipelineRows | _NodesRows | RowsAlike] = []
-        rest = [key for key in keys if not key.startswith(_OWN)]
-        if _NODES_SIGN in row.metrics:
-            told = [key for key in rest if key.startswith(_NODES)]
-            parts.append(self._nodes_rows(run, row))
-            rest = [key for key in rest if key not in set(told)]
-        for namespace in _pipelines_in(rest, row.metrics):
-            prefix = namespace + "/" if namespace else ""
-            parts.append(self._pipeline_rows(row.run, run, namespace))
-            rest = [key for key in rest if not key.startswith(prefix)]
-        for namespace, found in sorted(self._namespaces(run, rest).items()):
-            if (alike := self._stage_rows(run, namespace, found, row)) is not None:
-                parts.append(alike)
-        run.known[keys] = parts
-        return parts
+            self._remembered_keys = keys
 
-    def _admit(self, run: _Run, row: OutRow) -> None:
-        """Count the series that are new, and track them while there is room."""
-        fresh = [key for key in row.metrics if key not in run.keys]
-        if self._series + len(fresh) > MAX_SERIES:
-            self._make_room(row)
-        for key in fresh:
+    def _to_begin(self, run: LiveRun, found: dict[str, list[str]], tracked: set[str]) -> list[str]:
+        room = MAX_STAGES - sum(len(other.stages) for other in self._runs.values())
+        begun = [
+            name
+            for name, keys in found.items()
+            if name not in run.stages and any(key in tracked for key in keys)
+        ]
+        for name in begun[room:]:
+            self._release(run, [key for key in found[name] if key in run.keys])
+        return begun[:room]
+
+    def _admit(self, run: LiveRun, found: dict[str, list[str]], keys: Collection[str]) -> set[str]:
+        """Count the series that are new, and track those of stages while there is room.
+
+        Returns:
+            Those keys that are tracked.
+        """
+        of_stages: list[list[str]] = [[], []]
+        for namespace, own in found.items():
+            stage = run.stages.get(namespace)
+            room = LISTED_METRICS - (stage.key_count if stage is not None else 0)
+            fresh = [key for key in own if key not in run.keys]
+            of_stages[0] += fresh[: max(room, 0)]
+            of_stages[1] += fresh[max(room, 0) :]
+        for key in itertools.chain(*of_stages):
             if self._series < MAX_SERIES:
                 run.keys.add(key)
-                run.untracked.discard(zlib.crc32(key.encode()))
+                run.untracked.discard(_hash(key))
                 self._series += 1
-            elif len(run.untracked) < MAX_UNTRACKED_SERIES:
-                run.untracked.add(zlib.crc32(key.encode()))
-
-    def _make_room(self, row: OutRow) -> None:
-        """Forget runs that rest, the one that does for longest first; by the rows' own time.
-
-        The cluster's runs follow one another, so all but the latest rest.
-        """
-        latest = max((n for n in (*self._runs, row.run) if n < FIRST_STAGE_RUN), default=0)
-        times_s = {number: run.time_s for number, run in self._runs.items() if number != row.run}
-        resting = [
-            number
-            for number, time_s in times_s.items()
-            if number < latest or time_s < row.time_s - RESTING_S
-        ]
-        for number in sorted(resting, key=times_s.__getitem__):
-            if self._series + len(row.metrics) <= MAX_SERIES:
-                return
-            self._series -= len(self._runs.pop(number).keys)
-
-    def _nodes_rows(self, run: _Run, row: OutRow) -> _NodesRows:
-        names = list(_split_nodes(row.metrics)[0])
-        nodes = run.nodes
-        surplus = len(nodes.rows.keys() | set(names)) - MAX_NODES
-        if surplus > 0:
-            gone = [name for name in nodes.rows if name not in set(names)]
-            gone.sort(key=lambda name: nodes.rows[name].time_s)
-            for name in gone[:surplus]:
-                del nodes.rows[name]
-        return _NodesRows(nodes, names)
-
-    def _pipeline_rows(self, number: int, run: _Run, namespace: str) -> _PipelineRows:
-        found = run.pipelines.get(namespace)
-        if found is None:
-            if len(run.pipelines) >= MAX_PIPELINES:
-                # The first that has ended; rows of it would begin it anew.
-                ended = (one for one in run.pipelines.values() if not one.is_running(number))
-                oldest = next(ended, next(iter(run.pipelines.values())))
-                del run.pipelines[oldest.name]
-                run.forget_combinations()
-            found = run.pipelines[namespace] = _PipelineRows(namespace)
-        return found
-
-    def _stage_rows(
-        self, run: _Run, namespace: str, keys: list[str], row: OutRow
-    ) -> RowsAlike | None:
-        stage = run.stages.get(namespace)
-        tracked = [key for key in keys if key in run.keys]
-        if stage is None:
-            if len(run.stages) >= MAX_STAGES or not tracked:
-                return None
-            if namespace:
-                self._drop_within(run, namespace)
-            stage = run.stages[namespace] = LiveStage(namespace)
-        stage.axis = run.axes.get(namespace, stage.axis)
-        return stage.rows_alike(tracked, row)
-
-    def _namespaces(self, run: _Run, keys: list[str]) -> dict[str, list[str]]:
-        """Which stage each key of a row belongs to.
-
-        A namespace with an axis of its own is a stage. Where there is none, it is what all keys
-        of the row have in common; and where they have nothing in common, each key's own.
-        """
-        found: dict[str, list[str]] = {}
-        rest = []
-        for key in keys:
-            namespace = _within(key, run.axes)
-            if namespace is None:
-                rest.append(key)
             else:
-                found.setdefault(namespace, []).append(key)
-        common = _common_namespace(rest)
-        for key in rest:
-            # What is known already, with this key in it, is the wider one.
-            own = common or key.rpartition("/")[0]
-            namespace = _within(own + "/", run.stages) if own else ""
-            found.setdefault(own if namespace is None else namespace, []).append(key)
-        return found
+                _count(run.untracked, key)
+        owned = {key for own in found.values() for key in own}
+        for key in keys:
+            if key not in owned:
+                _count(run.shown, key)
+        return owned & run.keys
+
+    def _release(self, run: LiveRun, keys: Iterable[str]) -> None:
+        """Track these keys no longer."""
+        for key in keys:
+            if key in run.keys:
+                run.keys.remove(key)
+                _count(run.untracked, key)
+                self._series -= 1
+
+    def _make_room(self, run: LiveRun, row: OutRow, found: dict[str, list[str]]) -> None:
+        """For the stages of a row: wide ones give up what nobody is shown, silent ones all."""
+        begun = sum(name not in run.stages for name in found)
+        stages = sum(len(other.stages) for other in self._runs.values())
+        surplus = stages + begun - MAX_STAGES
+        wanted = 0
+        for name, own in found.items():
+            known = run.stages.get(name)
+            room = LISTED_METRICS - (known.key_count if known is not None else 0)
+            if room > 0:
+                wanted += min(room, sum(key not in run.keys for key in own))
+        if surplus <= 0 and (not wanted or self._series + wanted <= MAX_SERIES):
+            return
+        tick = next(self._ticks)
+        if surplus <= 0 and tick < self._look_again:
+            return
+        if self._series + wanted > MAX_SERIES:
+            self._drop_surplus_keys()
+        if surplus > 0:  # some more than must be, since it takes a look at all of them
+            surplus += MAX_STAGES // 8
+        if self._series + wanted > MAX_SERIES:
+            wanted += MAX_SERIES // 16
+        self._drop_stages(run, row, found, wanted, surplus, tick)
+        if self._series + wanted > MAX_SERIES:
+            self._look_again = tick + QUIET_ROWS
+
+    def _drop_surplus_keys(self) -> None:
+        for run in self._runs.values():
+            for stage in run.stages.values():
+                if stage.key_count > LISTED_METRICS:
+                    self._release(run, stage.drop_surplus(LISTED_METRICS))
+
+    def _drop_stages(
+        self,
+        run: LiveRun,
+        row: OutRow,
+        kept: Collection[str],
+        wanted: int,
+        surplus: int,
+        tick: int,
+    ) -> None:
+        """Give up stages, the one that is silent longest first."""
+        latest = max((n for n in self._runs if n < FIRST_STAGE_RUN), default=0)
+
+        def is_quiet(number: int, stage: LiveStage) -> bool:
+            if number < latest or tick - stage.seen >= QUIET_ROWS:
+                return True
+            return stage.row is None or row.time_s - stage.row.time_s >= QUIET_S
+
+        candidates = sorted(
+            (
+                (number >= latest, stage.seen, number, stage)
+                for number, other in self._runs.items()
+                for name, stage in other.stages.items()
+                if not (other is run and name in kept)
+            ),
+            key=lambda one: one[:2],
+        )
+        changed: set[int] = set()
+        for _, _, number, stage in candidates:
+            has_room = self._series + wanted <= MAX_SERIES
+            if surplus <= 0 and (has_room or not is_quiet(number, stage)):
+                if has_room:
+                    break
+                continue
+            other = self._runs[number]
+            if number not in changed:
+                changed.add(number)
+                other.forget_combinations()
+            other.drop_stage(stage.name)
+            self._release(other, stage.all_keys())
+            _count(other.dropped, stage.name)
+            surplus -= 1
+
+    def _begin_pipelines(self, run: LiveRun, names: list[str]) -> None:
+        """Begin some; of very many those go that have ended, then those that are silent longest."""
+        names = names[:MAX_PIPELINES]
+        surplus = sum(len(other.pipelines) for other in self._runs.values())
+        surplus += len(names) - MAX_PIPELINES
+        if surplus > 0:
+            candidates = sorted(
+                (one.is_running, one.seen, number, name)
+                for number, other in self._runs.items()
+                for name, one in other.pipelines.items()
+            )
+            for _, _, number, name in candidates[:surplus]:
+                self._runs[number].forget_combinations()
+                del self._runs[number].pipelines[name]
+        for name in names:
+            run.pipelines[name] = LivePipeline(name, self._ticks)
+
+    def _drop_nodes(self) -> None:
+        """Rows of nodes are large: those of runs of long ago are kept no longer."""
+        numbers = sorted(n for n, run in self._runs.items() if run.nodes.row is not None)
+        for number in numbers[: -MAX_RUNS_WITH_NODES or None]:
+            self._runs[number].forget_nodes()
 
 
-def _common_namespace(keys: list[str]) -> str:
-    """What all keys have before their last slash at the least; empty where they differ."""
-    if not keys:
-        return ""
-    lowest, highest = (key.split("/")[:-1] for key in (min(keys), max(keys)))
-    shared = itertools.takewhile(
-        lambda pair: pair[0] == pair[1], zip(lowest, highest, strict=False)
-    )
-    return "/".join(part for part, _ in shared)
+def _hash(name: str) -> int:
+    return zlib.crc32(name.encode(errors="surrogatepass"))
 
 
-def _within(key: str, namespaces: Mapping[str, object]) -> str | None:
-    """The longest of the namespaces that a key lies in."""
-    while key:
-        key = key.rpartition("/")[0]
-        if key and key in namespaces:
-            return key
-    return None
+def _count(counted: set[int], name: str) -> None:
+    if len(counted) < MAX_UNTRACKED_SERIES:
+        counted.add(_hash(name))
 
 
 def _pipelines_in(keys: list[str], metrics: dict[str, Scalar]) -> list[str]:
@@ -373,20 +376,3 @@ def _pipelines_in(keys: list[str], metrics: dict[str, Scalar]) -> list[str]:
         for prefix in prefixes
         if prefix[-1:] in ("", "/") and all(prefix + other in metrics for other in others)
     ]
-
-
-def _split_nodes(
-    metrics: dict[str, Scalar],
-) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
-    """What a row of the nodes says of each, and of all together."""
-    by_name: dict[str, dict[str, float]] = {}
-    of_all: dict[str, float] = {}
-    for key, value in metrics.items():
-        if not key.startswith(_NODES) or isinstance(value, (str, bool)):
-            continue
-        name, slash, rest = key[len(_NODES) :].partition("/")
-        if slash and name not in _ALL_NODES:
-            by_name.setdefault(name, {})[rest] = value
-        else:
-            of_all[key[len(_NODES) :]] = value
-    return by_name, of_all

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
-from raywb.nodes.utilization import metrics_of, read_nodes
+from raywb.nodes.utilization import AT_ONCE, NODE_TIMEOUT_S, metrics_of, read_nodes
 from raywb.rows import Scalar
 from raywb.service.delivery import Delivery
 from raywb.service.inventory import Inventory
@@ -14,7 +15,7 @@ from raywb.service.run_settings import settings_of
 from raywb.service.runs import Runs
 from raywb.service.state import RunState
 
-__all__ = ["NodeMetrics"]
+__all__ = ["NodeMetrics", "stale_s"]
 
 #: The x-axis of all these series: seconds since the service first read the nodes for the run.
 AXIS = "nodes/time_s"
@@ -25,6 +26,27 @@ LOOK_S = 1.0
 #: Nodes that are read in a second: with more of them the interval is longer, so that the service
 #: has time for its sources.
 NODES_PER_S = 20.0
+
+
+#: Without a row for so many pauses, and the time that it takes to ask, nothing is known of the
+#: present.
+STALE_PAUSES = 3
+
+
+def pause_s(interval_s: float, nodes: int) -> float:
+    """How long it is from one reading to the next, in seconds."""
+    return max(interval_s, nodes / NODES_PER_S)
+
+
+def stale_s(interval_s: float, nodes: int) -> float:
+    """From which age on a row says nothing of the present, in seconds.
+
+    Args:
+        interval_s: as it was set for the run.
+        nodes: how many are asked.
+    """
+    asking_s = NODE_TIMEOUT_S * math.ceil(nodes / AT_ONCE)
+    return STALE_PAUSES * pause_s(interval_s, nodes) + asking_s
 
 
 class NodeMetrics:
@@ -78,8 +100,8 @@ class NodeMetrics:
                 read_at = time.monotonic()
                 continue
             interval_s = settings_of(run).node_metrics_interval_s
-            pause_s = max(interval_s, len(self._inventory.endpoints()) / NODES_PER_S)
-            remaining_s = read_at + pause_s - time.monotonic()
+            until_next_s = pause_s(interval_s, len(self._inventory.endpoints()))
+            remaining_s = read_at + until_next_s - time.monotonic()
             if remaining_s > 0:
                 await asyncio.sleep(min(remaining_s, LOOK_S))
                 continue

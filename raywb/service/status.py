@@ -9,7 +9,9 @@ from raywb.live import Live
 from raywb.reports import RunInfo, SourceStatus, Status
 from raywb.service.delivery import Delivery
 from raywb.service.ingest import Ingest
+from raywb.service.node_metrics import stale_s
 from raywb.service.rank_status import stage_statuses
+from raywb.service.run_settings import settings_of
 from raywb.service.runs import Runs
 
 __all__ = ["make_status"]
@@ -52,6 +54,8 @@ def make_status(
     if restored:
         found.append(f"service.json was damaged on disk {restored} times; its copy was used")
     found += [f"{count} requests refused: {reason}" for reason, count in ingest.refused.items()]
+    live = _live(delivery, runs)
+    warnings = [one.warning for one in stages if one.warning]
     return Status(
         version=__version__,
         run=info,
@@ -72,8 +76,8 @@ def make_status(
         undelivered_updates=runs.undelivered_updates(run),
         stage_runs=runs.stages.status(),
         stages=stages,
-        warnings=[one.warning for one in stages if one.warning],
-        live=_live(delivery, runs),
+        warnings=warnings + _live_warnings(delivery, live),
+        live=live,
     )
 
 
@@ -83,7 +87,30 @@ def _live(delivery: Delivery, runs: Runs) -> Live:
     if run is None:
         return Live()
     numbers = [run.number, *(one.number for one in runs.stages.of(run))]
-    return delivery.live_rows.live(numbers)
+    interval_s = settings_of(run).node_metrics_interval_s
+    is_read = runs.open is run and interval_s and runs.sink_status(run).state != "resting"
+    return delivery.live_rows.live(
+        numbers,
+        now_s=time.time() if is_read else None,
+        nodes_stale_s=stale_s(interval_s, delivery.live_rows.nodes_alive(numbers)),
+    )
+
+
+def _live_warnings(delivery: Delivery, live: Live) -> list[str]:
+    """What the views do not show; W&B has it all."""
+    found = []
+    if live.untracked_series or live.dropped_stages:
+        found.append(
+            f"{live.untracked_series} series and {live.dropped_stages} stages are more than "
+            f"raywb's views can follow, and are not shown there; W&B has them"
+        )
+    view = delivery.live_rows
+    if view.failures:
+        found.append(
+            f"{view.failures} times a row could not be taken in or shown by raywb's views, which "
+            f"may lack something; W&B has all rows (the last time: {view.problem})"
+        )
+    return found
 
 
 def _damage(delivery: Delivery) -> list[str]:
