@@ -12,23 +12,28 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import psutil
 import pytest
+from aiohttp import web
 from click.testing import CliRunner
 from local_service import LocalService, local_service
 
 from raywb.cli import main
 from raywb.errors import ServiceUnavailable, SettingsError
-from raywb.reports import PageAddress
+from raywb.reports import PageAddress, RunInfo
 from raywb.service.ingest import STRANGER_S
+from raywb.service.outbox import Batch, Outbox, OutRow
+from raywb.service.state import RunState, ServiceState, save_state
 from raywb.view.history.history_process import HistoryProcess
-from raywb.view.history.requests import SeriesRequest
-from raywb.view.page.application import MAX_KEYS
+from raywb.view.history.requests import DirectoryRequest, SeriesRequest
+from raywb.view.page.application import MAX_KEYS, Page, page_application
 from raywb.view.page.command import addresses
 
 ROWS = 300
@@ -435,6 +440,121 @@ def test_the_address_says_how_to_get_there() -> None:
         mode="network", hostname="head", loopback_port=80, address="10.0.0.1:80", token="secret"
     )
     assert addresses(page, "laptop")[1] == "http://10.0.0.1:80/?token=secret"
+
+
+def one_run(directory: Path, rows: int = 1) -> Path:
+    """A service's directory that was left, with a run of some rows; returns its outbox."""
+    outbox = Outbox(directory / "outbox")
+    outbox.append(Batch(1, 0, [], [OutRow(1, 1e9 + n, {"a/x": float(n)}) for n in range(rows)]))
+    outbox.close()
+    info = RunInfo(project="p", id="abcd0001", name="n", mode="offline", dir=str(directory))
+    run = RunState(number=1, info=info, settings={})
+    save_state(directory, ServiceState(cluster_id="c" * 56, token="t", runs=[run]))
+    return directory / "outbox"
+
+
+def test_an_outbox_that_cannot_be_read_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+    """The same process says why, in the overview too, and goes on when it can be read again."""
+    (segment,) = one_run(tmp_path).glob("*.log")
+    kept = segment.rename(tmp_path / "kept")
+    segment.mkdir()
+
+    async def ask() -> None:
+        process = HistoryProcess(tmp_path)
+        for _ in range(3):
+            with pytest.raises(ServiceUnavailable, match=r"outbox cannot be read.*directory"):
+                await process.ask(SeriesRequest(1))
+        pid = process.pid
+        (problem, _) = (await process.tell(DirectoryRequest()))["status"]["problems"]
+        assert "outbox cannot be read" in problem
+        segment.rmdir()
+        kept.rename(segment)
+        async with asyncio.timeout(10):
+            while "outbox" in (await process.tell(DirectoryRequest()))["status"]["problems"][0]:
+                await asyncio.sleep(0.05)
+        assert (await process.tell(SeriesRequest(1)))["rows_read"] == 1
+        for file in segment.parent.iterdir():
+            file.unlink()
+        # What was read may be gone as a whole, too.
+        async with asyncio.timeout(10):
+            while (await process.tell(DirectoryRequest()))["runs"][0]["rows"]:
+                await asyncio.sleep(0.05)
+        assert process.pid == pid is not None
+        await process.close()
+
+    asyncio.run(ask())
+
+
+def test_a_process_that_dies_at_once_is_not_started_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second time on there is a pause, and whoever asks is told how it ended."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\nexit 3\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    async def ask() -> list[str]:
+        process = HistoryProcess(tmp_path)
+        said = []
+        for _ in range(5):
+            with pytest.raises(ServiceUnavailable) as caught:
+                await process.ask(SeriesRequest(1))
+            said.append(str(caught.value))
+        return said
+
+    said = asyncio.run(ask())
+    assert (tmp_path / "starts").read_text() == "\n\n"
+    assert "ended with code 3" in said[0]
+    assert all("again and again" in one for one in said[2:])
+
+
+class Failing:
+    """A source that has no overview, and counts who asks for it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def overview(self) -> dict[str, Any]:
+        self.asked += 1
+        raise ServiceUnavailable("nothing can be read")
+
+
+@contextlib.contextmanager
+def page_of(source: Any) -> Iterator[Server]:
+    """A page of this source, in a thread of its own."""
+    ports: Queue[int] = Queue()
+    ended = asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        runner = web.AppRunner(page_application(Page(source)), access_log=None, shutdown_timeout=1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports.put(runner.addresses[0][1])
+        await ended.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield Server(ports.get(timeout=10))
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(20)
+        assert not thread.is_alive()
+        loop.close()
+
+
+def test_listeners_are_told_of_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them hear why there is no overview, for which the source is asked once a second."""
+    source = Failing()
+    with page_of(source) as server, contextlib.ExitStack() as stack:
+        for _ in range(5):
+            events = stack.enter_context(server.events())
+            assert next(events) == {"error": "nothing can be read"}
+        assert source.asked <= 2
+        assert server.get("/api/overview", 503)["error"] == "nothing can be read"
 
 
 def test_the_historys_process_is_replaced_and_ends_when_unused(service: LocalService) -> None:

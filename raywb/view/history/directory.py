@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raywb import __version__
+from raywb.errors import DirectoryError
 from raywb.reports import SinkStatus, StageRunStatus, Status
 from raywb.service.live_rows import LiveRows
 from raywb.service.state import FILE_NAME, RunState, ServiceState, load_left_state
@@ -110,30 +111,41 @@ class LeftRuns:
             self._state, self._state_at = load_left_state(self._directory), at
         return self._state
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, trouble: str | None = None) -> dict[str, Any]:
         """The overview in the shape of the page's API, less the present time.
 
+        Args:
+            trouble: why the outbox cannot be read, if it cannot: a problem of the run.
+
         Raises:
-            DirectoryError: the service's state cannot be read.
+            DirectoryError: the service's state cannot be read, or the outbox, and there is no
+                run whose problem that would be.
         """
         state, live = self.state, is_worked_in(self._directory)
         last = state.runs[-1] if state.runs else None
         number = last.number if last is not None else 0
+        status = None
+        if last is not None:
+            status = self._status(state, last, trouble, live=live)
+        elif trouble is not None:
+            raise DirectoryError(trouble)
         return {
             "live": live,
             "runs": runs_of(state, self._reader.seen(), live=live),
             "run": number,
-            "status": self._status(state, last, live=live) if last is not None else None,
+            "status": status,
             "reading": self._reader.reading(number),
             "ray_dashboard": None,
             "version": __version__,
         }
 
-    def _status(self, state: ServiceState, run: RunState, *, live: bool) -> Status:
+    def _status(
+        self, state: ServiceState, run: RunState, trouble: str | None, *, live: bool
+    ) -> Status:
         seen = self._reader.seen()
         history = seen.get(run.number, _NOTHING)
         report = run.report
-        problems = []
+        problems = [] if trouble is None else [trouble]
         if report is None and not live:
             problems.append(
                 "nobody ended this run, and no service works in its directory on this machine: "

@@ -1,7 +1,7 @@
 """The process that reads a directory's history, seen from whoever asks it.
 
 It is started at the first question, ends when nobody has asked for some minutes, and is started
-again when it died. Its memory and time are its own.
+again when it died, after a pause if it dies again and again. Its memory and time are its own.
 """
 
 from __future__ import annotations
@@ -29,6 +29,10 @@ IDLE_S = 300.0
 #: Longest that an answer may take, in seconds.
 ANSWER_S = 30.0
 
+#: One that lived for less has died early, in seconds: the second time and later it is started
+#: again only after a pause, which doubles up to this.
+EARLY_S = 60.0
+
 #: Answers that may be waited for at the same time.
 QUEUE = 64
 
@@ -53,8 +57,9 @@ class HistoryProcess:
         self._waiting = 0
         self._idle: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[None] | None = None
-        #: How often it was started.
-        self.starts = 0
+        self._began = 0.0
+        self._early_deaths = 0
+        self._not_before = 0.0
 
     @property
     def pid(self) -> int | None:
@@ -106,16 +111,27 @@ class HistoryProcess:
                 header = await child.stdout.readexactly(LENGTH.size)
                 reply = await child.stdout.readexactly(LENGTH.unpack(header)[0])
         except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
-            await self._end()
-            raise ServiceUnavailable(
-                "the history's process ended or did not answer; it is started again at the next "
-                "question"
-            ) from error
+            raise ServiceUnavailable(await self._mourn(child)) from error
         except asyncio.CancelledError:
             # Its answer would be taken for that to the next question.
             self._kill()
             raise
         return reply
+
+    async def _mourn(self, child: asyncio.subprocess.Process) -> str:
+        """End what does not answer any more; returns what is to be said of it."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(1.0):
+                await child.wait()
+        code = child.returncode
+        await self._end()
+        now = asyncio.get_running_loop().time()
+        self._early_deaths = self._early_deaths + 1 if now - self._began < EARLY_S else 0
+        pause_s = min(2.0**self._early_deaths, EARLY_S) if self._early_deaths > 1 else 0.0
+        self._not_before = now + pause_s
+        how = "did not answer" if code is None else f"ended with code {code}"
+        when = f"in {pause_s:.0f} s" if pause_s else "at the next question"
+        return f"the process that reads the history {how}; it is started again {when}"
 
     def _end_later(self) -> None:
         if self._idle is not None:
@@ -125,18 +141,29 @@ class HistoryProcess:
     async def _running(self) -> asyncio.subprocess.Process:
         if self._child is not None and self._child.returncode is None:
             return self._child
-        self.starts += 1
-        self._child = await asyncio.create_subprocess_exec(
-            sys.executable,
-            "-m",
-            "raywb.view.history",
-            *self._options,
-            str(self.directory),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            limit=2**20,
-            env=child_environment(process_environment()),
-        )
+        loop = asyncio.get_running_loop()
+        if (left_s := self._not_before - loop.time()) > 0:
+            raise ServiceUnavailable(
+                "the process that reads the history ended again and again (its standard error "
+                f"says why); it is started again in {left_s:.0f} s"
+            )
+        try:
+            self._child = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-m",
+                "raywb.view.history",
+                *self._options,
+                str(self.directory),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=asyncio.subprocess.PIPE,
+                limit=2**20,
+                env=child_environment(process_environment()),
+            )
+        except OSError as error:
+            raise ServiceUnavailable(
+                f"the process that reads the history cannot be started: {error}"
+            ) from error
+        self._began = loop.time()
         return self._child
 
     def _rest(self) -> None:

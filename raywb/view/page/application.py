@@ -91,7 +91,7 @@ class Page:
         self._on_entitled = on_entitled
         self._listeners = 0
         self._closing = asyncio.Event()
-        self._overview: tuple[float, bytes] = (0.0, b"")
+        self._overview: tuple[float, bytes | RaywbError] = (-math.inf, b"")
         self._asking = asyncio.Lock()
         # Only what lies there now is served, under exactly these names.
         self._files = {
@@ -206,12 +206,18 @@ class Page:
         return _json_bytes(_with_time(await self._latest_overview()))
 
     async def _latest_overview(self) -> bytes:
-        """The overview, of this second, less the present time."""
+        """The overview, of this second, less the present time; as is why there is none."""
         async with self._asking:
             if time.monotonic() - self._overview[0] > OVERVIEW_S / 2:
-                overview = msgspec.json.encode(await self._source.overview())
+                overview: bytes | RaywbError
+                try:
+                    overview = msgspec.json.encode(await self._source.overview())
+                except RaywbError as error:
+                    overview = error
                 self._overview = (time.monotonic(), overview)
-            return self._overview[1]
+            if isinstance(found := self._overview[1], RaywbError):
+                raise found
+            return found
 
     async def _get_series(self, request: web.Request) -> web.StreamResponse:
         asked = SeriesRequest(_whole_number(request, "run"))
