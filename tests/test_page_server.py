@@ -586,6 +586,30 @@ def test_the_historys_process_is_replaced_and_ends_when_unused(service: LocalSer
     asyncio.run(ask())
 
 
+def test_the_historys_process_does_not_end_while_it_answers(tmp_path: Path) -> None:
+    """An answer that takes longer than it may be unused does not end it."""
+    one_run(tmp_path)
+
+    async def ask() -> None:
+        process = HistoryProcess(tmp_path, idle_s=0.3)
+        await process.ask(SeriesRequest(1))
+        pid = process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        asking = asyncio.create_task(process.ask(SeriesRequest(1)))
+        await asyncio.sleep(0.5)
+        os.kill(pid, signal.SIGCONT)
+        await asking
+        await process.ask(SeriesRequest(1))
+        assert process.pid == pid
+        async with asyncio.timeout(10):
+            while process.pid is not None:
+                await asyncio.sleep(0.05)
+        await process.close()
+
+    asyncio.run(ask())
+
+
 def test_the_historys_process_ends_with_its_parent(service: LocalService, live: Server) -> None:
     """Nothing is left of it when the pipe that it is asked through is closed."""
     live.get("/api/series?run=1")

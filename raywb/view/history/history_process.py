@@ -85,13 +85,15 @@ class HistoryProcess:
         if self._waiting >= QUEUE:
             raise ServiceUnavailable("too many questions at once; ask again in a moment")
         self._waiting += 1
+        if not idle:
+            self._keep()
         try:
             async with self._turn:
                 reply = await self._ask(msgspec.json.encode(request))
-            if not idle:
-                self._end_later()
         finally:
             self._waiting -= 1
+            if not idle:
+                self._end_later()
         if reply[:1] != b"\1":
             raise ServiceUnavailable(str(msgspec.json.decode(reply[1:])["error"]))
         return reply[1:]
@@ -133,9 +135,14 @@ class HistoryProcess:
         when = f"in {pause_s:.0f} s" if pause_s else "at the next question"
         return f"the process that reads the history {how}; it is started again {when}"
 
-    def _end_later(self) -> None:
+    def _keep(self) -> None:
+        """It is asked something: it does not end before it has answered."""
         if self._idle is not None:
             self._idle.cancel()
+        self._idle = None
+
+    def _end_later(self) -> None:
+        self._keep()
         self._idle = asyncio.get_running_loop().call_later(self._idle_s, self._rest)
 
     async def _running(self) -> asyncio.subprocess.Process:
@@ -167,11 +174,17 @@ class HistoryProcess:
         return self._child
 
     def _rest(self) -> None:
+        self._idle = None
         self._ending = asyncio.get_running_loop().create_task(self._rest_if_unused())
 
     async def _rest_if_unused(self) -> None:
         async with self._turn:
-            await self._end()
+            if self._idle is not None:
+                return  # somebody asked meanwhile
+            if self._waiting:
+                self._end_later()
+            else:
+                await self._end()
 
     def _kill(self) -> None:
         if self._child is not None and self._child.returncode is None:
@@ -189,6 +202,5 @@ class HistoryProcess:
 
     async def close(self) -> None:
         """End it."""
-        if self._idle is not None:
-            self._idle.cancel()
+        self._keep()
         await self._end()
