@@ -501,6 +501,7 @@ def test_a_process_that_dies_at_once_is_not_started_for_ever(
             with pytest.raises(ServiceUnavailable) as caught:
                 await process.ask(SeriesRequest(1))
             said.append(str(caught.value))
+        await process.close()
         return said
 
     said = asyncio.run(ask())
@@ -605,6 +606,38 @@ def test_the_historys_process_does_not_end_while_it_answers(tmp_path: Path) -> N
         async with asyncio.timeout(10):
             while process.pid is not None:
                 await asyncio.sleep(0.05)
+        await process.close()
+
+    asyncio.run(ask())
+
+
+def test_an_answer_that_comes_late_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is not ended for it, and nobody gets the answer to another question."""
+    monkeypatch.setattr("raywb.view.history.history_process.ANSWER_S", 0.3)
+    one_run(tmp_path)
+
+    async def ask() -> None:
+        process = HistoryProcess(tmp_path)
+        await process.start()
+        pid = process.pid
+        assert pid is not None
+        while True:
+            with contextlib.suppress(ServiceUnavailable):  # until it has loaded what it needs
+                await process.ask(SeriesRequest(2))
+                break
+        for again in (SeriesRequest(1), SeriesRequest(3)):
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(ServiceUnavailable, match="ask again"):
+                await process.ask(SeriesRequest(1))
+            os.kill(pid, signal.SIGCONT)
+            assert (await process.tell(again))["run"] == again.run
+        assert process.pid == pid
+        monkeypatch.setattr("raywb.view.history.history_process.STUCK_S", 0.5)
+        os.kill(pid, signal.SIGSTOP)
+        for _ in range(2):
+            with pytest.raises(ServiceUnavailable):
+                await process.ask(SeriesRequest(1))
+        assert process.pid is None
         await process.close()
 
     asyncio.run(ask())

@@ -11,7 +11,7 @@ import contextlib
 import struct
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -26,8 +26,10 @@ LENGTH = struct.Struct(">I")
 #: It is ended when nobody has asked for so long, in seconds.
 IDLE_S = 300.0
 
-#: Longest that an answer may take, in seconds.
+#: Longest that whoever asks waits for an answer, in seconds, and after which the process is taken
+#: for stuck. In between it is left alone: what it has read would have to be read again.
 ANSWER_S = 30.0
+STUCK_S = 300.0
 
 #: One that lived for less has died early, in seconds: the second time and later it is started
 #: again only after a pause, which doubles up to this.
@@ -35,6 +37,15 @@ EARLY_S = 60.0
 
 #: Answers that may be waited for at the same time.
 QUEUE = 64
+
+
+class _Question(NamedTuple):
+    """What the process works on; its answer, and when it came, on the loop's clock."""
+
+    message: bytes
+    asked_at: float
+    child: asyncio.subprocess.Process
+    answer: asyncio.Task[tuple[bytes, float]]
 
 
 class HistoryProcess:
@@ -57,6 +68,7 @@ class HistoryProcess:
         self._waiting = 0
         self._idle: asyncio.TimerHandle | None = None
         self._ending: asyncio.Task[None] | None = None
+        self._question: _Question | None = None
         self._began = 0.0
         self._early_deaths = 0
         self._not_before = 0.0
@@ -103,22 +115,29 @@ class HistoryProcess:
         return msgspec.json.decode(await self.ask(request))
 
     async def _ask(self, message: bytes) -> bytes:
+        loop = asyncio.get_running_loop()
+        if (before := self._question) is not None:
+            # Whoever asked went, and the answer comes all the same; who asks it again has it.
+            reply, answered_at = await self._answer_to(before)
+            if before.message == message and loop.time() - answered_at < ANSWER_S:
+                return reply
         child = await self._running()
+        answer = loop.create_task(_exchange(child, message))
+        self._question = _Question(message, loop.time(), child, answer)
+        return (await self._answer_to(self._question))[0]
+
+    async def _answer_to(self, question: _Question) -> tuple[bytes, float]:
+        """Wait for an answer, which goes on to be waited for when this is cancelled."""
+        await asyncio.wait([question.answer], timeout=ANSWER_S)
+        if not question.answer.done():
+            if asyncio.get_running_loop().time() - question.asked_at > STUCK_S:
+                raise ServiceUnavailable(await self._mourn(question.child))
+            raise ServiceUnavailable("the history is long in answering; ask again in a moment")
+        self._question = None
         try:
-            async with asyncio.timeout(ANSWER_S):
-                assert child.stdin is not None
-                assert child.stdout is not None
-                child.stdin.write(LENGTH.pack(len(message)) + message)
-                await child.stdin.drain()
-                header = await child.stdout.readexactly(LENGTH.size)
-                reply = await child.stdout.readexactly(LENGTH.unpack(header)[0])
-        except (TimeoutError, OSError, asyncio.IncompleteReadError) as error:
-            raise ServiceUnavailable(await self._mourn(child)) from error
-        except asyncio.CancelledError:
-            # Its answer would be taken for that to the next question.
-            self._kill()
-            raise
-        return reply
+            return question.answer.result()
+        except (OSError, asyncio.IncompleteReadError) as error:
+            raise ServiceUnavailable(await self._mourn(question.child)) from error
 
     async def _mourn(self, child: asyncio.subprocess.Process) -> str:
         """End what does not answer any more; returns what is to be said of it."""
@@ -195,12 +214,30 @@ class HistoryProcess:
     async def _end(self) -> None:
         child = self._child
         self._kill()
+        if self._question is not None:
+            self._question.answer.cancel()
+            self._question = None
         if child is not None:
             if child.stdin is not None:
                 child.stdin.close()
             await child.wait()
+            if child.stdout is not None:
+                # Then nothing is left that the loop would have to close later.
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(1.0):
+                        await child.stdout.read()
 
     async def close(self) -> None:
         """End it."""
         self._keep()
         await self._end()
+
+
+async def _exchange(child: asyncio.subprocess.Process, message: bytes) -> tuple[bytes, float]:
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdin.write(LENGTH.pack(len(message)) + message)
+    await child.stdin.drain()
+    header = await child.stdout.readexactly(LENGTH.size)
+    reply = await child.stdout.readexactly(LENGTH.unpack(header)[0])
+    return reply, asyncio.get_running_loop().time()
