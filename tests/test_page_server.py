@@ -547,6 +547,49 @@ def page_of(source: Any) -> Iterator[Server]:
         loop.close()
 
 
+class Growing:
+    """A source whose overview is large, and new each time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def overview(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"asked": self.asked, "large": "x" * 1_500_000}
+
+
+def listen(port: int) -> socket.socket:
+    """A connection on which events were asked for, of which nothing is read."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return connection
+
+
+def test_who_takes_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listeners are bounded; the connection of one that reads nothing is closed after a time."""
+    application = "raywb.view.page.application."
+    for name, value in (("KEEP_ALIVE_S", 0.4), ("OVERVIEW_S", 0.1), ("MAX_LISTENERS", 3)):
+        monkeypatch.setattr(application + name, value)
+    with page_of(Growing()) as server, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(listen(server.port)) for _ in range(3)]
+        for connection in silent:
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        assert "3 pages listen" in server.get("/api/events", 503)["error"]
+        deadline = time.monotonic() + 10
+        while server_sockets(server.port):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with server.events() as events:
+            assert next(events)["large"]
+
+
+def server_sockets(port: int) -> int:
+    """Connections that a server in this process holds on its port."""
+    connections = psutil.Process().net_connections("tcp")
+    ours = [one for one in connections if one.laddr and one.laddr.port == port]
+    return [one.status for one in ours].count(psutil.CONN_ESTABLISHED)
+
+
 def test_listeners_are_told_of_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them hear why there is no overview, for which the source is asked once a second."""
     source = Failing()

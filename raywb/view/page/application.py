@@ -258,8 +258,12 @@ class Page:
             await response.prepare(request)
             if request.method != "HEAD":
                 await self._send_events(response)
-        except (ConnectionError, TimeoutError):
-            pass  # the page was closed, or takes nothing any more; it comes again by itself
+        except ConnectionError:
+            pass  # the page was closed; it comes again by itself
+        except TimeoutError:
+            # It takes nothing any more. What waits for it would else wait for ever.
+            if request.transport is not None:
+                request.transport.abort()
         finally:
             self._listeners -= 1
         return response
