@@ -558,6 +558,53 @@ class Growing:
         return {"asked": self.asked, "large": "x" * 1_500_000}
 
 
+class Aging:
+    """A source of which nothing changes but ages, and a value when it is set."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.value = 0
+
+    async def overview(self) -> dict[str, Any]:
+        self.asked += 1
+        source = {"heard_ago_s": self.asked + 0.5, "killed": False}
+        stage = {"silent_s": 1e-05 * self.asked, "last_row_s": 2 * self.asked}
+        return {"value": self.value, "sources": [source], "stages": [stage]}
+
+
+def test_ages_alone_are_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What grows by itself is told every now and then, what is new at once."""
+    monkeypatch.setattr("raywb.view.page.application.OVERVIEW_S", 0.05)
+    monkeypatch.setattr("raywb.view.page.application.KEEP_ALIVE_S", 0.5)
+    source = Aging()
+    with page_of(source) as server, server.events() as events:
+        assert next(events)["value"] == 0
+        asked = source.asked
+        assert next(events)["sources"][0]["heard_ago_s"] >= asked + 4.5
+        source.value = 1
+        assert next(events)["value"] == 1
+
+
+def test_a_page_is_told_of_the_first_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many it gets some, those that are open first, and how many there are in each state."""
+    monkeypatch.setattr("raywb.service.page_source.MAX_SOURCES", 3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    with local_service(tmp_path) as local:
+        local.up()
+        local.start(mode="disabled")
+        clients = [local.client("training/a", rank=rank, world_size=5) for rank in range(5)]
+        for client in clients:
+            client.log({"loss": 1.0}, step=0)
+            assert client.flush(10.0)
+        assert local.service is not None
+        server = Server(local.service.page_address().loopback_port or 0)
+        found = server.wait_for("/api/overview", lambda one: one["sources"] == {"live": 5})
+        assert len(found["status"]["sources"]) == 3
+
+
 def listen(port: int) -> socket.socket:
     """A connection on which events were asked for, of which nothing is read."""
     connection = socket.create_connection(("127.0.0.1", port))
