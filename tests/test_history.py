@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import defaultdict
 from pathlib import Path
 from random import Random
@@ -316,3 +317,24 @@ def test_many_sets_of_keys_are_no_trouble(tmp_path: Path, monkeypatch: pytest.Mo
     reader = OutboxReader(tmp_path)
     read_all(reader)
     assert same(columns(reader), truth(tmp_path, [1]))
+
+
+def test_a_wide_row_costs_no_more_than_its_keys(tmp_path: Path) -> None:
+    """The list of 10,000 series in one table is there at once, and right when rows have come."""
+    outbox = Outbox(tmp_path)
+    keys = [f"nodes/node-{n:04d}/metric_{m}" for n in range(1000) for m in range(10)]
+    outbox.append(Batch(1, 0, [], [OutRow(1, 1.0, {key: float(n) for n, key in enumerate(keys)})]))
+    reader = OutboxReader(tmp_path)
+    read_all(reader)
+    began = time.process_time()
+    series = answer_series(reader, SeriesRequest(1))["series"]
+    assert time.process_time() - began < 0.7
+    assert [one["key"] for one in series] == keys
+    assert series[-1]["last"] == 9999.0
+    outbox.append(Batch(1, 0, [], [OutRow(1, 2.0, {keys[-1]: math.nan, keys[0]: -1.0})]))
+    outbox.close()
+    read_all(reader)
+    series = answer_series(reader, SeriesRequest(1))["series"]
+    assert (series[0]["min"], series[0]["max"], series[0]["points"]) == (-1.0, 0.0, 2)
+    assert (series[-1]["min"], series[-1]["max"]) == (9999.0, 9999.0)
+    assert math.isnan(series[-1]["last"])

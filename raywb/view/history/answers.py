@@ -23,7 +23,7 @@ def answer_series(reader: OutboxReader, request: SeriesRequest) -> dict[str, Any
     run = reader.runs.get(request.run, RunHistory(request.run))
     return {
         "run": request.run,
-        "series": [run.summary_of(key) for key in run.keys],
+        "series": run.summaries(),
         **reader.reading(request.run),
     }
 
