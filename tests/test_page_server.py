@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import http.client
 import json
@@ -417,11 +418,19 @@ def test_several_runs_directories_are_listed(service: LocalService, tmp_path: Pa
         assert overview["run"] == overview["runs"][0]["number"]
         assert {run["state"] for run in overview["runs"]} == {"unfinished"}
         assert "nobody ended this run" in overview["status"]["problems"][0]
+        assert [run["rows"] for run in overview["runs"]][1] is None
+        with open(tmp_path / "old" / "lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            server.wait_for("/api/overview", lambda one: one["runs"][1]["state"] == "running")
+        server.wait_for("/api/overview", lambda one: one["runs"][1]["state"] == "unfinished")
         for run in overview["runs"]:
             path = f"/api/series?run={run['number']}"
             found = server.wait_for(path, lambda answer: answer["rows_read"] >= ROWS)
             assert found["run"] == run["number"]
             assert "training/a/loss" in [one["key"] for one in found["series"]]
+        old = server.wait_for("/api/overview", lambda one: one["runs"][1]["rows"])["runs"][1]
+        assert old["rows"] >= ROWS
+        assert old["started_s"] is not None
 
 
 def test_a_port_that_is_taken_is_named(service: LocalService, live: Server) -> None:

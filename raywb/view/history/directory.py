@@ -47,7 +47,8 @@ def runs_of(state: ServiceState, seen: Mapping[int, Seen], *, live: bool) -> lis
 
     Args:
         state: what the service wrote down.
-        seen: what was read of the outbox, by run, as far as anything was.
+        seen: what was read of the outbox, by run, as far as anything was; the rows of others are
+            None, unless a report counts them.
         live: whether a service works in the directory.
     """
     cluster_runs = {run.number for run in state.runs}
@@ -55,9 +56,9 @@ def runs_of(state: ServiceState, seen: Mapping[int, Seen], *, live: bool) -> lis
     for run in state.all_runs:
         history = seen.get(run.number, _NOTHING)
         report = run.report
-        rows = history.rows
+        rows = history.rows if run.number in seen else None
         if report is not None:
-            rows = max(rows, report.delivered_rows + report.undelivered_rows)
+            rows = max(history.rows, report.delivered_rows + report.undelivered_rows)
         found.append(
             {
                 "number": run.number,
@@ -131,7 +132,7 @@ class LeftRuns:
             raise DirectoryError(trouble)
         return {
             "live": live,
-            "runs": runs_of(state, self._reader.seen(), live=live),
+            "runs": runs_of(state, self._seen(state), live=live),
             "run": number,
             "status": status,
             "reading": self._reader.reading(number),
@@ -185,6 +186,13 @@ class LeftRuns:
             ],
             live=self._live_rows.live([run.number, *(one.number for one in stage_runs)]),
         )
+
+    def _seen(self, state: ServiceState) -> dict[int, Seen]:
+        """What was read of each run; a run of which nothing is to be read has no rows."""
+        seen = self._reader.seen()
+        if self._reader.position < self._reader.end:
+            return seen
+        return {**{run.number: _NOTHING for run in state.all_runs}, **seen}
 
     def _losses(self, number: int) -> dict[str, int]:
         """What the service has logged of losses into a run; it does so every few seconds."""
