@@ -449,6 +449,14 @@ def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
     assert "service.json" in result.output
 
 
+def test_a_directory_that_cannot_be_read_is_not_taken_for_a_port(tmp_path: Path) -> None:
+    """What is wrong with the directory is said, and nothing of an address."""
+    result = CliRunner().invoke(main, ["ui", str(tmp_path / ("x" * 300))])
+    assert result.exit_code == 6
+    assert "cannot be read" in result.output
+    assert "listened on" not in result.output
+
+
 def test_the_address_says_how_to_get_there() -> None:
     """On the head it is opened; elsewhere the port is forwarded; with a token it is shown."""
     page = PageAddress(mode="loopback", hostname="head", loopback_port=81, address="10.0.0.1:80")

@@ -428,7 +428,7 @@ class Ingest:
 def _is_on_loopback(connection: RequestHandler) -> bool:
     transport = connection.transport
     name = transport.get_extra_info("sockname") if transport is not None else None
-    return bool(name) and is_loopback_address(str(name[0]))
+    return name is not None and is_loopback_address(str(name[0]))
 
 
 async def _listen_on(runner: web.AppRunner, host: str, port: int) -> int:
