@@ -25,6 +25,7 @@ from raywb.view.history.columns import THINNING, Points
 from raywb.view.history.downsampling import downsample
 from raywb.view.history.outbox_reader import OutboxReader
 from raywb.view.history.requests import PointsRequest, SeriesRequest
+from raywb.view.history.run_history import Piece
 
 LONG = bool(os.environ.get("RAYWB_LONG"))
 
@@ -338,3 +339,20 @@ def test_a_wide_row_costs_no_more_than_its_keys(tmp_path: Path) -> None:
     assert (series[0]["min"], series[0]["max"], series[0]["points"]) == (-1.0, 0.0, 2)
     assert (series[-1]["min"], series[-1]["max"]) == (9999.0, 9999.0)
     assert math.isnan(series[-1]["last"])
+
+
+def test_an_axis_is_read_once_for_all_that_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many series of one table in one request cost one join of their axis."""
+    reader = filled(tmp_path, 300)
+    run = reader.run(1)
+    read: list[str] = []
+    points = run.points
+    monkeypatch.setattr(run, "points", lambda key: read.append(key) or points(key))
+    keys = ["training/a/loss", "training/b/loss", "training/a/loss2"]
+    run.add([Piece(("training/a/loss2",), np.array([300]), np.array([0.0]), np.array([[1.0]]))])
+    got = answer_points(reader, PointsRequest(1, keys))["series"]
+    assert read.count("training/a/step") == 1
+    assert got["training/a/loss"]["x"] == [float(n) for n in range(100)]
+    assert got["training/a/loss2"]["x"] == []
