@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,22 +20,45 @@ if TYPE_CHECKING:
 
 __all__ = ["LeftRuns", "is_worked_in", "runs_of"]
 
+#: The kernel's list of locks, less those of other PID namespaces.
+LOCKS = Path("/proc/locks")
+
 _LOST = "raywb/lost/"
 
 _NOTHING = Seen(0, 0, None, None)
 
 
 def is_worked_in(directory: Path) -> bool:
-    """Whether a service on this machine works in a directory: it holds its lock.
+    """Whether a service works in a directory: it holds its lock.
 
-    The lock is not tried, since a service that begins just then would find it taken.
+    Where the kernel's list does not show the lock, since it is another container's or the file
+    system numbers its devices otherwise, it is tried, shared, and let go at once; a service
+    that begins in that instant tries again.
     """
+    lock = directory / "lock"
     try:
-        file = os.stat(directory / "lock")
-        locks = Path("/proc/locks").read_text()
+        if _is_listed(os.stat(lock)):
+            return True
+        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
-    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no locks on this file system: no service works there either
+    finally:
+        os.close(fd)
+    return False
+
+
+def _is_listed(lock: os.stat_result) -> bool:
+    try:
+        locks = LOCKS.read_text()
+    except OSError:
+        return False
+    place = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
     return any(
         fields[1] == "FLOCK" and place in fields
         for line in locks.splitlines()
