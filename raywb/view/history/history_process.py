@@ -229,8 +229,10 @@ class HistoryProcess:
 
     async def close(self) -> None:
         """End it."""
-        self._keep()
         await self._end()
+        if self._ending is not None:
+            await self._ending
+        self._keep()
 
 
 async def _exchange(child: asyncio.subprocess.Process, message: bytes) -> tuple[bytes, float]:
