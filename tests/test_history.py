@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import time
 from collections import defaultdict
 from pathlib import Path
 from random import Random
@@ -24,6 +25,7 @@ from raywb.view.history.columns import THINNING, Points
 from raywb.view.history.downsampling import downsample
 from raywb.view.history.outbox_reader import OutboxReader
 from raywb.view.history.requests import PointsRequest, SeriesRequest
+from raywb.view.history.run_history import Piece
 
 LONG = bool(os.environ.get("RAYWB_LONG"))
 
@@ -216,6 +218,7 @@ def test_a_series_is_drawn_over_its_own_axis(tmp_path: Path) -> None:
         assert (
             got["min"] == got["max"] == got["mean"] == [math.sin(1 + 3 * n) for n in range(10, 21)]
         )
+        assert got["last"] == math.sin(61)
         assert got["points"] == 11
         assert got["axis"] == ("training/b/step" if x == "axis" else None)
 
@@ -253,6 +256,7 @@ def test_buckets_keep_least_and_greatest(pairs: list[tuple[float, float]], limit
     assert got.x == sorted(got.x)
     assert got.points == len(pairs)
     ordered = [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+    assert repr(got.last) == repr(ordered[-1] if ordered else None)
     if len(pairs) <= limit:
         assert repr(got.mean) == repr(ordered) == repr(got.low) == repr(got.high)
         return
@@ -314,3 +318,41 @@ def test_many_sets_of_keys_are_no_trouble(tmp_path: Path, monkeypatch: pytest.Mo
     reader = OutboxReader(tmp_path)
     read_all(reader)
     assert same(columns(reader), truth(tmp_path, [1]))
+
+
+def test_a_wide_row_costs_no_more_than_its_keys(tmp_path: Path) -> None:
+    """The list of 10,000 series in one table is there at once, and right when rows have come."""
+    outbox = Outbox(tmp_path)
+    keys = [f"nodes/node-{n:04d}/metric_{m}" for n in range(1000) for m in range(10)]
+    outbox.append(Batch(1, 0, [], [OutRow(1, 1.0, {key: float(n) for n, key in enumerate(keys)})]))
+    reader = OutboxReader(tmp_path)
+    read_all(reader)
+    began = time.process_time()
+    series = answer_series(reader, SeriesRequest(1))["series"]
+    assert time.process_time() - began < 0.7
+    assert [one["key"] for one in series] == keys
+    assert series[-1]["last"] == 9999.0
+    outbox.append(Batch(1, 0, [], [OutRow(1, 2.0, {keys[-1]: math.nan, keys[0]: -1.0})]))
+    outbox.close()
+    read_all(reader)
+    series = answer_series(reader, SeriesRequest(1))["series"]
+    assert (series[0]["min"], series[0]["max"], series[0]["points"]) == (-1.0, 0.0, 2)
+    assert (series[-1]["min"], series[-1]["max"]) == (9999.0, 9999.0)
+    assert math.isnan(series[-1]["last"])
+
+
+def test_an_axis_is_read_once_for_all_that_share_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Many series of one table in one request cost one join of their axis."""
+    reader = filled(tmp_path, 300)
+    run = reader.run(1)
+    read: list[str] = []
+    points = run.points
+    monkeypatch.setattr(run, "points", lambda key: read.append(key) or points(key))
+    keys = ["training/a/loss", "training/b/loss", "training/a/loss2"]
+    run.add([Piece(("training/a/loss2",), np.array([300]), np.array([0.0]), np.array([[1.0]]))])
+    got = answer_points(reader, PointsRequest(1, keys))["series"]
+    assert read.count("training/a/step") == 1
+    assert got["training/a/loss"]["x"] == [float(n) for n in range(100)]
+    assert got["training/a/loss2"]["x"] == []

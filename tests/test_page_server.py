@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
+import fcntl
 import http.client
 import json
 import os
@@ -12,23 +12,29 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from queue import Queue
 from typing import Any
 
 import psutil
 import pytest
+from aiohttp import web
 from click.testing import CliRunner
 from local_service import LocalService, local_service
 
 from raywb.cli import main
 from raywb.errors import ServiceUnavailable, SettingsError
-from raywb.reports import PageAddress
+from raywb.reports import PageAddress, RunInfo
 from raywb.service.ingest import STRANGER_S
+from raywb.service.outbox import Batch, Outbox, OutRow
+from raywb.service.state import RunState, ServiceState, lock_directory, save_state
+from raywb.view.history.directory import is_worked_in
 from raywb.view.history.history_process import HistoryProcess
-from raywb.view.history.requests import SeriesRequest
-from raywb.view.page.application import MAX_KEYS
+from raywb.view.history.requests import DirectoryRequest, SeriesRequest
+from raywb.view.page.application import MAX_KEYS, Page, page_application
 from raywb.view.page.command import addresses
 
 ROWS = 300
@@ -121,8 +127,23 @@ def live(service: LocalService) -> Server:
 def left(service: LocalService) -> Iterator[tuple[Server, str]]:
     """The page of the same directory without the service, from a process of its own."""
     command = [sys.executable, "-m", "raywb", "ui", str(service.directory), "--no-open"]
-    with serving([*command, "--port", str(free_port())]) as found:
+    with serving([*command, "--port", "0"]) as found:
         yield found
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_service_at_work_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
+) -> None:
+    """Also one whose lock the kernel does not list here; to look takes no lock away."""
+    if not listed:
+        monkeypatch.setattr("raywb.view.history.directory.LOCKS", tmp_path / "nothing")
+    assert not is_worked_in(tmp_path)
+    held = lock_directory(tmp_path)
+    assert is_worked_in(tmp_path)
+    os.close(held)
+    assert not is_worked_in(tmp_path)
+    os.close(lock_directory(tmp_path))
 
 
 @contextlib.contextmanager
@@ -143,12 +164,6 @@ def serving(command: list[str]) -> Iterator[tuple[Server, str]]:
         finally:
             process.send_signal(signal.SIGINT)
             assert process.wait(20) == 0
-
-
-def free_port() -> int:
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        return int(some.getsockname()[1])
 
 
 @pytest.fixture(params=["live", "left"])
@@ -198,6 +213,9 @@ def test_values_are_those_that_were_logged(server: Server) -> None:
     thinned = server.get(asked + "&points=10&from=100&to=199")["series"]["training/a/loss"]
     assert thinned["points"] == 100
     assert len(thinned["x"]) == 10
+    assert thinned["last"] == 1 / 200
+    # The newest in the file is not the one at the greatest step.
+    assert points["training/b/loss"]["last"] is None
     assert (max(thinned["max"]), min(thinned["min"])) == (1 / 101, 1 / 200)
 
 
@@ -292,8 +310,14 @@ def test_no_answer_holds_a_secret(service: LocalService, server: Server) -> None
         assert not [secret for secret in (token, view, "k" * 40) if secret.encode() in everything]
 
 
-def test_by_another_address_a_token_is_wanted(tmp_path: Path) -> None:
-    """Shown once it becomes a cookie; the sources' own token opens nothing, and a wrong one."""
+def test_by_another_address_a_token_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shown once it becomes a cookie; the sources' own token opens nothing, and a wrong one.
+
+    A connection on which nothing is shown is a problem of the run.
+    """
+    monkeypatch.setattr("raywb.service.ingest.STRANGER_S", 0.1)
     ours = own_address()
     with local_service(tmp_path) as local:
         local.up(ui="network")
@@ -303,6 +327,7 @@ def test_by_another_address_a_token_is_wanted(tmp_path: Path) -> None:
         boot._loop.call(_listen_elsewhere(boot, ours), 10)
         address = boot.page_address()
         outside = Server(address.loopback_port or 0, ours)
+        silent = socket.create_connection((ours, outside.port))
         assert "error" in outside.get("/api/overview", 401)
         bearer = f"Bearer {address.token}"
         assert outside.get("/api/overview", Authorization=bearer)["live"]
@@ -318,6 +343,8 @@ def test_by_another_address_a_token_is_wanted(tmp_path: Path) -> None:
         local.start(ui="loopback")
         assert outside.ask("/api/overview", Authorization=bearer)[0] == 403
         assert Server(outside.port).ask("/api/overview")[0] == 200
+        with silent:
+            local.wait_for(lambda status: "no token in time" in " ".join(status.problems))
 
 
 async def _listen_elsewhere(service: Any, host: str) -> None:
@@ -359,6 +386,8 @@ def test_pages_stay_and_strangers_go(
         silent.settimeout(10.0)
         with contextlib.suppress(ConnectionError):
             assert silent.recv(1) == b""
+        # Browsers open connections in advance: that is no problem of the run.
+        assert not [one for one in service.status().problems if "no token" in one]
         client = service.client("later")
         client.log({"x": 1})
         assert client.flush(10.0)
@@ -371,15 +400,20 @@ def test_the_directory_is_left_as_it_is(service: LocalService, left: tuple[Serve
     server, said = left
     assert str(service.directory) in said
 
-    def files() -> dict[str, str]:
+    def files() -> dict[Path, bytes]:
         kept = [path for path in service.directory.rglob("*") if path.is_file()]
-        still = [path for path in kept if path.suffix != ".log" and "wandb" not in path.parts]
-        return {str(path): hashlib.sha256(path.read_bytes()).hexdigest() for path in still}
+        return {path: path.read_bytes() for path in kept if "wandb" not in path.parts}
 
     before = files()
     server.get("/api/overview")
     server.get("/api/series?run=1")
-    assert files() == before
+    after = files()
+    assert after.keys() == before.keys()
+    # The service is still there: its logs may have grown, and nothing else.
+    for path, content in after.items():
+        assert content[: len(before[path])] == before[path], path
+        assert path.suffix == ".log" or content == before[path], path
+    assert any(path.parent.name == "outbox" for path in before)
 
 
 def test_several_runs_directories_are_listed(service: LocalService, tmp_path: Path) -> None:
@@ -398,11 +432,19 @@ def test_several_runs_directories_are_listed(service: LocalService, tmp_path: Pa
         assert overview["run"] == overview["runs"][0]["number"]
         assert {run["state"] for run in overview["runs"]} == {"unfinished"}
         assert "nobody ended this run" in overview["status"]["problems"][0]
+        assert [run["rows"] for run in overview["runs"]][1] is None
+        with open(tmp_path / "old" / "lock", "wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            server.wait_for("/api/overview", lambda one: one["runs"][1]["state"] == "running")
+        server.wait_for("/api/overview", lambda one: one["runs"][1]["state"] == "unfinished")
         for run in overview["runs"]:
             path = f"/api/series?run={run['number']}"
             found = server.wait_for(path, lambda answer: answer["rows_read"] >= ROWS)
             assert found["run"] == run["number"]
             assert "training/a/loss" in [one["key"] for one in found["series"]]
+        old = server.wait_for("/api/overview", lambda one: one["runs"][1]["rows"])["runs"][1]
+        assert old["rows"] >= ROWS
+        assert old["started_s"] is not None
 
 
 def test_a_port_that_is_taken_is_named(service: LocalService, live: Server) -> None:
@@ -421,6 +463,14 @@ def test_a_directory_without_runs_is_refused(tmp_path: Path) -> None:
     assert "service.json" in result.output
 
 
+def test_a_directory_that_cannot_be_read_is_not_taken_for_a_port(tmp_path: Path) -> None:
+    """What is wrong with the directory is said, and nothing of an address."""
+    result = CliRunner().invoke(main, ["ui", str(tmp_path / ("x" * 300))])
+    assert result.exit_code == 6
+    assert "cannot be read" in result.output
+    assert "listened on" not in result.output
+
+
 def test_the_address_says_how_to_get_there() -> None:
     """On the head it is opened; elsewhere the port is forwarded; with a token it is shown."""
     page = PageAddress(mode="loopback", hostname="head", loopback_port=81, address="10.0.0.1:80")
@@ -432,6 +482,212 @@ def test_the_address_says_how_to_get_there() -> None:
         mode="network", hostname="head", loopback_port=80, address="10.0.0.1:80", token="secret"
     )
     assert addresses(page, "laptop")[1] == "http://10.0.0.1:80/?token=secret"
+
+
+def one_run(directory: Path, rows: int = 1) -> Path:
+    """A service's directory that was left, with a run of some rows; returns its outbox."""
+    outbox = Outbox(directory / "outbox")
+    outbox.append(Batch(1, 0, [], [OutRow(1, 1e9 + n, {"a/x": float(n)}) for n in range(rows)]))
+    outbox.close()
+    info = RunInfo(project="p", id="abcd0001", name="n", mode="offline", dir=str(directory))
+    run = RunState(number=1, info=info, settings={})
+    save_state(directory, ServiceState(cluster_id="c" * 56, token="t", runs=[run]))
+    return directory / "outbox"
+
+
+def test_an_outbox_that_cannot_be_read_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
+    """The same process says why, in the overview too, and goes on when it can be read again."""
+    (segment,) = one_run(tmp_path).glob("*.log")
+    kept = segment.rename(tmp_path / "kept")
+    segment.mkdir()
+
+    async def ask() -> None:
+        process = HistoryProcess(tmp_path)
+        for _ in range(3):
+            with pytest.raises(ServiceUnavailable, match=r"outbox cannot be read.*directory"):
+                await process.ask(SeriesRequest(1))
+        pid = process.pid
+        (problem, _) = (await process.tell(DirectoryRequest()))["status"]["problems"]
+        assert "outbox cannot be read" in problem
+        segment.rmdir()
+        kept.rename(segment)
+        async with asyncio.timeout(10):
+            while "outbox" in (await process.tell(DirectoryRequest()))["status"]["problems"][0]:
+                await asyncio.sleep(0.05)
+        assert (await process.tell(SeriesRequest(1)))["rows_read"] == 1
+        for file in segment.parent.iterdir():
+            file.unlink()
+        # What was read may be gone as a whole, too.
+        async with asyncio.timeout(10):
+            while (await process.tell(DirectoryRequest()))["runs"][0]["rows"]:
+                await asyncio.sleep(0.05)
+        assert process.pid == pid is not None
+        await process.close()
+
+    asyncio.run(ask())
+
+
+def test_a_process_that_dies_at_once_is_not_started_for_ever(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the second time on there is a pause, and whoever asks is told how it ended."""
+    program = tmp_path / "python"
+    program.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\nexit 3\n")
+    program.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(program))
+
+    async def ask() -> list[str]:
+        process = HistoryProcess(tmp_path)
+        said = []
+        for _ in range(5):
+            with pytest.raises(ServiceUnavailable) as caught:
+                await process.ask(SeriesRequest(1))
+            said.append(str(caught.value))
+        await process.close()
+        return said
+
+    said = asyncio.run(ask())
+    assert (tmp_path / "starts").read_text() == "\n\n"
+    assert "ended with code 3" in said[0]
+    assert all("again and again" in one for one in said[2:])
+
+
+class Failing:
+    """A source that has no overview, and counts who asks for it."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def overview(self) -> dict[str, Any]:
+        self.asked += 1
+        raise ServiceUnavailable("nothing can be read")
+
+
+@contextlib.contextmanager
+def page_of(source: Any) -> Iterator[Server]:
+    """A page of this source, in a thread of its own."""
+    ports: Queue[int] = Queue()
+    ended = asyncio.Event()
+    loop = asyncio.new_event_loop()
+
+    async def serve() -> None:
+        runner = web.AppRunner(page_application(Page(source)), access_log=None, shutdown_timeout=1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        ports.put(runner.addresses[0][1])
+        await ended.wait()
+        await runner.cleanup()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    try:
+        yield Server(ports.get(timeout=10))
+    finally:
+        loop.call_soon_threadsafe(ended.set)
+        thread.join(20)
+        assert not thread.is_alive()
+        loop.close()
+
+
+class Growing:
+    """A source whose overview is large, and new each time."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def overview(self) -> dict[str, Any]:
+        self.asked += 1
+        return {"asked": self.asked, "large": "x" * 1_500_000}
+
+
+class Aging:
+    """A source of which nothing changes but ages, and a value when it is set."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+        self.value = 0
+
+    async def overview(self) -> dict[str, Any]:
+        self.asked += 1
+        source = {"heard_ago_s": self.asked + 0.5, "killed": False}
+        stage = {"silent_s": 1e-05 * self.asked, "last_row_s": 2 * self.asked}
+        return {"value": self.value, "sources": [source], "stages": [stage]}
+
+
+def test_ages_alone_are_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What grows by itself is told every now and then, what is new at once."""
+    monkeypatch.setattr("raywb.view.page.application.OVERVIEW_S", 0.05)
+    monkeypatch.setattr("raywb.view.page.application.KEEP_ALIVE_S", 0.5)
+    source = Aging()
+    with page_of(source) as server, server.events() as events:
+        assert next(events)["value"] == 0
+        asked = source.asked
+        assert next(events)["sources"][0]["heard_ago_s"] >= asked + 4.5
+        source.value = 1
+        assert next(events)["value"] == 1
+
+
+def test_a_page_is_told_of_the_first_sources(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of many it gets some, those that are open first, and how many there are in each state."""
+    monkeypatch.setattr("raywb.service.page_source.MAX_SOURCES", 3)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
+    with local_service(tmp_path) as local:
+        local.up()
+        local.start(mode="disabled")
+        clients = [local.client("training/a", rank=rank, world_size=5) for rank in range(5)]
+        for client in clients:
+            client.log({"loss": 1.0}, step=0)
+            assert client.flush(10.0)
+        assert local.service is not None
+        server = Server(local.service.page_address().loopback_port or 0)
+        found = server.wait_for("/api/overview", lambda one: one["sources"] == {"live": 5})
+        assert len(found["status"]["sources"]) == 3
+
+
+def listen(port: int) -> socket.socket:
+    """A connection on which events were asked for, of which nothing is read."""
+    connection = socket.create_connection(("127.0.0.1", port))
+    connection.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    return connection
+
+
+def test_who_takes_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Listeners are bounded; the connection of one that reads nothing is closed after a time."""
+    application = "raywb.view.page.application."
+    for name, value in (("KEEP_ALIVE_S", 0.4), ("OVERVIEW_S", 0.1), ("MAX_LISTENERS", 3)):
+        monkeypatch.setattr(application + name, value)
+    with page_of(Growing()) as server, contextlib.ExitStack() as stack:
+        silent = [stack.enter_context(listen(server.port)) for _ in range(3)]
+        for connection in silent:
+            assert connection.recv(12) == b"HTTP/1.1 200"
+        assert "3 pages listen" in server.get("/api/events", 503)["error"]
+        deadline = time.monotonic() + 10
+        while server_sockets(server.port):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        with server.events() as events:
+            assert next(events)["large"]
+
+
+def server_sockets(port: int) -> int:
+    """Connections that a server in this process holds on its port."""
+    connections = psutil.Process().net_connections("tcp")
+    ours = [one for one in connections if one.laddr and one.laddr.port == port]
+    return [one.status for one in ours].count(psutil.CONN_ESTABLISHED)
+
+
+def test_listeners_are_told_of_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them hear why there is no overview, for which the source is asked once a second."""
+    source = Failing()
+    with page_of(source) as server, contextlib.ExitStack() as stack:
+        for _ in range(5):
+            events = stack.enter_context(server.events())
+            assert next(events) == {"error": "nothing can be read"}
+        assert source.asked <= 2
+        assert server.get("/api/overview", 503)["error"] == "nothing can be read"
 
 
 def test_the_historys_process_is_replaced_and_ends_when_unused(service: LocalService) -> None:
@@ -458,6 +714,62 @@ def test_the_historys_process_is_replaced_and_ends_when_unused(service: LocalSer
         await asyncio.sleep(0)
         asking.cancel()
         assert json.loads(await process.ask(SeriesRequest(1)))["run"] == 1
+        await process.close()
+
+    asyncio.run(ask())
+
+
+def test_the_historys_process_does_not_end_while_it_answers(tmp_path: Path) -> None:
+    """An answer that takes longer than it may be unused does not end it."""
+    one_run(tmp_path)
+
+    async def ask() -> None:
+        process = HistoryProcess(tmp_path, idle_s=0.3)
+        await process.ask(SeriesRequest(1))
+        pid = process.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        asking = asyncio.create_task(process.ask(SeriesRequest(1)))
+        await asyncio.sleep(0.5)
+        os.kill(pid, signal.SIGCONT)
+        await asking
+        await process.ask(SeriesRequest(1))
+        assert process.pid == pid
+        async with asyncio.timeout(10):
+            while process.pid is not None:
+                await asyncio.sleep(0.05)
+        await process.close()
+
+    asyncio.run(ask())
+
+
+def test_an_answer_that_comes_late_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The process is not ended for it, and nobody gets the answer to another question."""
+    monkeypatch.setattr("raywb.view.history.history_process.ANSWER_S", 0.3)
+    one_run(tmp_path)
+
+    async def ask() -> None:
+        process = HistoryProcess(tmp_path)
+        await process.start()
+        pid = process.pid
+        assert pid is not None
+        while True:
+            with contextlib.suppress(ServiceUnavailable):  # until it has loaded what it needs
+                await process.ask(SeriesRequest(2))
+                break
+        for again in (SeriesRequest(1), SeriesRequest(3)):
+            os.kill(pid, signal.SIGSTOP)
+            with pytest.raises(ServiceUnavailable, match="ask again"):
+                await process.ask(SeriesRequest(1))
+            os.kill(pid, signal.SIGCONT)
+            assert (await process.tell(again))["run"] == again.run
+        assert process.pid == pid
+        monkeypatch.setattr("raywb.view.history.history_process.STUCK_S", 0.5)
+        os.kill(pid, signal.SIGSTOP)
+        for _ in range(2):
+            with pytest.raises(ServiceUnavailable):
+                await process.ask(SeriesRequest(1))
+        assert process.pid is None
         await process.close()
 
     asyncio.run(ask())

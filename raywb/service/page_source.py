@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import hashlib
 import hmac
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import msgspec
 
 from raywb import __version__
 from raywb.errors import ServiceUnavailable
-from raywb.reports import Status
+from raywb.reports import SourceStatus, Status
 from raywb.service.runs import Runs
 from raywb.service.state import ServiceState
 from raywb.view.history.directory import runs_of
@@ -29,6 +30,10 @@ from raywb.view.history.requests import (
 from raywb.view.page.sources import UnknownRun
 
 __all__ = ["ServiceSource", "view_token"]
+
+
+#: Sources that the page is told of; of the others it is told how many they are.
+MAX_SOURCES = 200
 
 
 def view_token(token: str) -> str:
@@ -71,6 +76,7 @@ class ServiceSource:
     async def overview(self) -> dict[str, Any]:
         """The overview, less the present time."""
         status = await self._status()
+        states = Counter(_state_of(source, status.silence_s) for source in status.sources)
         last = self._runs.last
         number = last.number if last is not None else 0
         self._ask_for_progress(number)
@@ -84,7 +90,8 @@ class ServiceSource:
             "live": True,
             "runs": runs,
             "run": number,
-            "status": status,
+            "status": msgspec.structs.replace(status, sources=_first(status)),
+            "sources": states,
             "reading": {**reading, "rows_total": max(rows, reading["rows_read"])},
             "ray_dashboard": self._dashboard,
             "version": __version__,
@@ -130,3 +137,18 @@ class ServiceSource:
         if self._asking is not None:
             self._asking.cancel()
         await self._process.close()
+
+
+def _state_of(source: SourceStatus, silence_s: float) -> str:
+    if source.ended:
+        return "killed" if source.killed else "ended"
+    heard = source.heard_ago_s is not None and source.heard_ago_s <= silence_s
+    return "live" if heard else "silent"
+
+
+def _first(status: Status) -> list[SourceStatus]:
+    """Those sources that matter most: silent ones, then live ones, then those that ended."""
+    order = ["silent", "live", "killed", "ended"]
+    return sorted(
+        status.sources, key=lambda source: order.index(_state_of(source, status.silence_s))
+    )[:MAX_SOURCES]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -23,7 +23,7 @@ def answer_series(reader: OutboxReader, request: SeriesRequest) -> dict[str, Any
     run = reader.runs.get(request.run, RunHistory(request.run))
     return {
         "run": request.run,
-        "series": [run.summary_of(key) for key in run.keys],
+        "series": run.summaries(),
         **reader.reading(request.run),
     }
 
@@ -32,11 +32,12 @@ def answer_points(reader: OutboxReader, request: PointsRequest) -> dict[str, Any
     """The values of some series of a run; those that it does not have are left out."""
     run = reader.runs.get(request.run, RunHistory(request.run))
     series = {}
+    axes = _Axes(run)
     for key in dict.fromkeys(request.keys):
         if not run.has(key):
             continue
         points = run.points(key)
-        axis, x, points = _x_of(run, key, points, request.x)
+        axis, x, points = _x_of(run, key, points, request.x, axes)
         buckets = downsample(x, points, request.points, request.begin, request.end)
         series[key] = {
             "axis": axis,
@@ -45,12 +46,54 @@ def answer_points(reader: OutboxReader, request: PointsRequest) -> dict[str, Any
             "max": buckets.high,
             "mean": buckets.mean,
             "points": buckets.points,
+            "last": buckets.last,
         }
     return {"run": request.run, "x": request.x, "series": series, **reader.reading(request.run)}
 
 
+class _Axes:
+    """Axes of one request: each is read once, and brought to the rows of a table once."""
+
+    def __init__(self, run: RunHistory) -> None:
+        self._run = run
+        self._steps: dict[str, Points] = {}
+        self._joined: dict[tuple[str, bool], list[_Joined]] = {}
+
+    def join(self, name: str, carried_on: bool, rows: npt.NDArray[np.int64]) -> _Joined:
+        """The axis at these rows."""
+        joined = self._joined.setdefault((name, carried_on), [])
+        for one in joined:
+            if np.array_equal(one.rows, rows):
+                return one
+        if name not in self._steps:
+            self._steps[name] = self._run.points(name)
+        steps = self._steps[name]
+        at = np.searchsorted(steps.rows, rows, side="right") - 1
+        here = at >= 0
+        if not carried_on:
+            here &= (steps.rows[at] == rows) | (rows < self._run.thinned_rows)
+        # W&B puts the last value of an axis that is carried on into rows that lack it.
+        everywhere = bool(here.all())
+        found = steps.low[at if everywhere else at[here]]
+        joined.append(_Joined(rows, found, None if everywhere else here))
+        return joined[-1]
+
+
+class _Joined(NamedTuple):
+    """An axis at some rows.
+
+    Attributes:
+        x: its values, of the rows that have one.
+        here: which of the rows have one; None is all.
+    """
+
+    rows: npt.NDArray[np.int64]
+    x: npt.NDArray[np.float64]
+    here: npt.NDArray[np.bool_] | None
+
+
 def _x_of(
-    run: RunHistory, key: str, points: Points, x: str
+    run: RunHistory, key: str, points: Points, x: str, axes: _Axes
 ) -> tuple[str | None, npt.NDArray[np.float64], Points]:
     """The name of a series' x, its values, and the points that have one."""
     if x == "time":
@@ -59,13 +102,5 @@ def _x_of(
     if axis is None:
         return None, points.rows.astype(np.float64), points
     name, carried_on = axis
-    steps = run.points(name)
-    at = np.searchsorted(steps.rows, points.rows, side="right") - 1
-    if carried_on:
-        # W&B puts the last value of the axis into rows that lack it.
-        here = at >= 0
-    else:
-        here = (at >= 0) & ((steps.rows[at] == points.rows) | (points.rows < run.thinned_rows))
-    if not here.all():
-        at, points = at[here], points.at(here)
-    return name, steps.low[at], points
+    joined = axes.join(name, carried_on, points.rows)
+    return name, joined.x, points if joined.here is None else points.at(joined.here)

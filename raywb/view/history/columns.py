@@ -69,7 +69,6 @@ class Block:
         rows, times: of each row; of the first row of each bucket.
         low: by key, the values; the least of each bucket in a block that is thinned.
         high, total, count: the others, of a thinned block.
-        first, until: numbers of its rows.
     """
 
     def __init__(self, keys: int, capacity: int, *, thinned: bool = False) -> None:
@@ -112,6 +111,7 @@ class Table:
 
     Attributes:
         keys: the keys of its columns.
+        columns: which column a key has.
         blocks: its rows, in their order.
         size: how many rows it has had.
         low, high: least and greatest finite value of each key; NaN where there is none.
@@ -121,6 +121,7 @@ class Table:
 
     def __init__(self, keys: tuple[str, ...]) -> None:
         self.keys = keys
+        self.columns = {key: column for column, key in enumerate(keys)}
         self.blocks: list[Block] = []
         self.size = 0
         self.low = np.full(len(keys), np.nan)
@@ -128,6 +129,11 @@ class Table:
         self.last = np.full(len(keys), np.nan)
         self.last_row = -1
         self.last_time_s = 0.0
+
+    @property
+    def extremes(self) -> tuple[Floats, Floats, Floats]:
+        """By key, the least and the greatest finite value, and the last."""
+        return self.low, self.high, self.last
 
     def append(self, rows: Ints, times: Floats, values: Floats) -> int:
         """Take in rows behind those that are here.
@@ -174,7 +180,7 @@ class Table:
 
     def points(self, key: str) -> Iterator[Points]:
         """One key's values, block by block."""
-        column = self.keys.index(key)
+        column = self.columns[key]
         for block in self.blocks:
             yield block.points(column)
 

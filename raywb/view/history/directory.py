@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raywb import __version__
+from raywb.errors import DirectoryError
 from raywb.reports import SinkStatus, StageRunStatus, Status
 from raywb.service.live_rows import LiveRows
 from raywb.service.state import FILE_NAME, RunState, ServiceState, load_left_state
@@ -18,22 +20,45 @@ if TYPE_CHECKING:
 
 __all__ = ["LeftRuns", "is_worked_in", "runs_of"]
 
+#: The kernel's list of locks, less those of other PID namespaces.
+LOCKS = Path("/proc/locks")
+
 _LOST = "raywb/lost/"
 
 _NOTHING = Seen(0, 0, None, None)
 
 
 def is_worked_in(directory: Path) -> bool:
-    """Whether a service on this machine works in a directory: it holds its lock.
+    """Whether a service works in a directory: it holds its lock.
 
-    The lock is not tried, since a service that begins just then would find it taken.
+    Where the kernel's list does not show the lock, since it is another container's or the file
+    system numbers its devices otherwise, it is tried, shared, and let go at once; a service
+    that begins in that instant tries again.
     """
+    lock = directory / "lock"
     try:
-        file = os.stat(directory / "lock")
-        locks = Path("/proc/locks").read_text()
+        if _is_listed(os.stat(lock)):
+            return True
+        fd = os.open(lock, os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
         return False
-    place = f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}"
+    try:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False  # no locks on this file system: no service works there either
+    finally:
+        os.close(fd)
+    return False
+
+
+def _is_listed(lock: os.stat_result) -> bool:
+    try:
+        locks = LOCKS.read_text()
+    except OSError:
+        return False
+    place = f"{os.major(lock.st_dev):02x}:{os.minor(lock.st_dev):02x}:{lock.st_ino}"
     return any(
         fields[1] == "FLOCK" and place in fields
         for line in locks.splitlines()
@@ -46,7 +71,8 @@ def runs_of(state: ServiceState, seen: Mapping[int, Seen], *, live: bool) -> lis
 
     Args:
         state: what the service wrote down.
-        seen: what was read of the outbox, by run, as far as anything was.
+        seen: what was read of the outbox, by run, as far as anything was; the rows of others are
+            None, unless a report counts them.
         live: whether a service works in the directory.
     """
     cluster_runs = {run.number for run in state.runs}
@@ -54,9 +80,9 @@ def runs_of(state: ServiceState, seen: Mapping[int, Seen], *, live: bool) -> lis
     for run in state.all_runs:
         history = seen.get(run.number, _NOTHING)
         report = run.report
-        rows = history.rows
+        rows = history.rows if run.number in seen else None
         if report is not None:
-            rows = max(rows, report.delivered_rows + report.undelivered_rows)
+            rows = max(history.rows, report.delivered_rows + report.undelivered_rows)
         found.append(
             {
                 "number": run.number,
@@ -110,30 +136,41 @@ class LeftRuns:
             self._state, self._state_at = load_left_state(self._directory), at
         return self._state
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, trouble: str | None = None) -> dict[str, Any]:
         """The overview in the shape of the page's API, less the present time.
 
+        Args:
+            trouble: why the outbox cannot be read, if it cannot: a problem of the run.
+
         Raises:
-            DirectoryError: the service's state cannot be read.
+            DirectoryError: the service's state cannot be read, or the outbox, and there is no
+                run whose problem that would be.
         """
         state, live = self.state, is_worked_in(self._directory)
         last = state.runs[-1] if state.runs else None
         number = last.number if last is not None else 0
+        status = None
+        if last is not None:
+            status = self._status(state, last, trouble, live=live)
+        elif trouble is not None:
+            raise DirectoryError(trouble)
         return {
             "live": live,
-            "runs": runs_of(state, self._reader.seen(), live=live),
+            "runs": runs_of(state, self._seen(state), live=live),
             "run": number,
-            "status": self._status(state, last, live=live) if last is not None else None,
+            "status": status,
             "reading": self._reader.reading(number),
             "ray_dashboard": None,
             "version": __version__,
         }
 
-    def _status(self, state: ServiceState, run: RunState, *, live: bool) -> Status:
+    def _status(
+        self, state: ServiceState, run: RunState, trouble: str | None, *, live: bool
+    ) -> Status:
         seen = self._reader.seen()
         history = seen.get(run.number, _NOTHING)
         report = run.report
-        problems = []
+        problems = [] if trouble is None else [trouble]
         if report is None and not live:
             problems.append(
                 "nobody ended this run, and no service works in its directory on this machine: "
@@ -173,6 +210,13 @@ class LeftRuns:
             ],
             live=self._live_rows.live([run.number, *(one.number for one in stage_runs)]),
         )
+
+    def _seen(self, state: ServiceState) -> dict[int, Seen]:
+        """What was read of each run; a run of which nothing is to be read has no rows."""
+        seen = self._reader.seen()
+        if self._reader.position < self._reader.end:
+            return seen
+        return {**{run.number: _NOTHING for run in state.all_runs}, **seen}
 
     def _losses(self, number: int) -> dict[str, int]:
         """What the service has logged of losses into a run; it does so every few seconds."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import numpy as np
 
@@ -53,6 +54,7 @@ class RunHistory:
         self._tables: dict[tuple[str, ...], Table] = {}
         self._of_key: dict[str, list[Table]] = {}
         self._axes: dict[str, tuple[str, bool] | None] = {}
+        self._summaries: list[dict[str, float | int | str | None]] | None = None
 
     # -- what comes in --------------------------------------------------------------------------
 
@@ -60,6 +62,7 @@ class RunHistory:
         """Take a metric definition in."""
         self.defines[item.name] = item
         self._axes.clear()
+        self._summaries = None
 
     def note_rows(self, rows: int, logged: int, first_s: float, last_s: float) -> None:
         """The run goes on up to ``rows`` rows; times are of the first and last of those new."""
@@ -91,6 +94,7 @@ class RunHistory:
             self._append(_in_order(some))
 
     def _append(self, piece: Piece) -> None:
+        self._summaries = None
         table = self._tables.get(piece.keys)
         if table is None:
             table = self._tables[piece.keys] = Table(piece.keys)
@@ -160,22 +164,38 @@ class RunHistory:
     def last(self, key: str) -> float:
         """The newest value of a series."""
         newest = max(self._of_key[key], key=lambda table: table.last_row)
-        return float(newest.last[newest.keys.index(key)])
+        return float(newest.last[newest.columns[key]])
 
-    def summary_of(self, key: str) -> Mapping[str, float | int | str | None]:
-        """One series in the list of all of them."""
+    def summaries(self) -> list[dict[str, float | int | str | None]]:
+        """The list of all series; it is made anew when something has come in."""
+        if self._summaries is None:
+            values = {
+                id(table): list(zip(*map(_listed, table.extremes), strict=True))
+                for table in self._tables.values()
+            }
+            self._summaries = [
+                self._summary(key, [values[id(t)][t.columns[key]] for t in tables])
+                for key, tables in self._of_key.items()
+            ]
+        return self._summaries
+
+    def _summary(
+        self, key: str, extremes: Sequence[tuple[float, ...]]
+    ) -> dict[str, float | int | str | None]:
+        """One series, from least, greatest and last value in each of its tables."""
         tables = self._of_key[key]
-        columns = [table.keys.index(key) for table in tables]
+        lows, highs, lasts = zip(*extremes, strict=True)
+        newest = max(range(len(tables)), key=lambda at: tables[at].last_row)
         axis = self.axis_of(key)
         return {
             "key": key,
             "namespace": key.rpartition("/")[0],
             "axis": axis[0] if axis else None,
             "points": sum(table.size for table in tables),
-            "last": self.last(key),
-            "min": _least([t.low[c] for t, c in zip(tables, columns, strict=True)]),
-            "max": -_least([-t.high[c] for t, c in zip(tables, columns, strict=True)]),
-            "time_s": max(tables, key=lambda table: table.last_row).last_time_s,
+            "last": lasts[newest],
+            "min": min((low for low in lows if not math.isnan(low)), default=math.nan),
+            "max": max((high for high in highs if not math.isnan(high)), default=math.nan),
+            "time_s": tables[newest].last_time_s,
         }
 
     def points(self, key: str) -> Points:
@@ -191,8 +211,8 @@ class RunHistory:
         return joined if here.all() else joined.at(here)
 
 
-def _least(values: list[float]) -> float:
-    return float(np.fmin.reduce(np.array(values)))
+def _listed(values: npt.NDArray[np.float64]) -> list[float]:
+    return cast("list[float]", values.tolist())
 
 
 def _in_order(pieces: list[Piece]) -> Piece:

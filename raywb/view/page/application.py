@@ -25,7 +25,7 @@ import re
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import msgspec
 from aiohttp import web
@@ -47,9 +47,13 @@ MAX_KEY_CHARACTERS = 1_024
 #: Who listens to events at the same time.
 MAX_LISTENERS = 100
 
-#: Shortest time between two overviews, and longest without a word to a listener, in seconds.
+#: Shortest time between two overviews, and longest without a word to a listener, in seconds; so
+#: often it is also told how old everything is.
 OVERVIEW_S = 1.0
 KEEP_ALIVE_S = 15.0
+
+#: Ages in an overview: they grow by themselves, and to a page that is no news.
+_AGES = re.compile(rb'"(?:heard_ago_s|silent_s|last_row_s)":[0-9.e+-]+')
 
 _NUMBER = re.compile(r"[0-9]{1,18}")
 _IMPORT_MAP = re.compile(r"<script type=\"importmap\">(.*?)</script>", re.DOTALL)
@@ -63,6 +67,22 @@ class _Refused(Exception):
     def __init__(self, status: int, text: str) -> None:
         super().__init__(text)
         self.status = status
+
+
+class _Overview(NamedTuple):
+    """An overview, encoded once for all who ask.
+
+    Attributes:
+        body: what is answered, with the time at which it was so.
+        event: the same as an event.
+        less_time: without the time.
+        less_ages: without that and without ages.
+    """
+
+    body: bytes
+    event: bytes
+    less_time: bytes
+    less_ages: bytes
 
 
 class Page:
@@ -91,7 +111,7 @@ class Page:
         self._on_entitled = on_entitled
         self._listeners = 0
         self._closing = asyncio.Event()
-        self._overview: tuple[float, bytes] = (0.0, b"")
+        self._overview: tuple[float, _Overview | RaywbError | None] = (-math.inf, None)
         self._asking = asyncio.Lock()
         # Only what lies there now is served, under exactly these names.
         self._files = {
@@ -203,15 +223,21 @@ class Page:
         return web.FileResponse(file)
 
     async def _get_overview(self, _: web.Request) -> web.StreamResponse:
-        return _json_bytes(_with_time(await self._latest_overview()))
+        return _json_bytes((await self._latest_overview()).body)
 
-    async def _latest_overview(self) -> bytes:
-        """The overview, of this second, less the present time."""
+    async def _latest_overview(self) -> _Overview:
+        """The overview of this second; who asks within it is also told alike why there is none."""
         async with self._asking:
-            if time.monotonic() - self._overview[0] > OVERVIEW_S / 2:
-                overview = msgspec.json.encode(await self._source.overview())
+            made_at, overview = self._overview
+            if overview is None or time.monotonic() - made_at > OVERVIEW_S / 2:
+                try:
+                    overview = _encoded(msgspec.json.encode(await self._source.overview()))
+                except RaywbError as error:
+                    overview = error
                 self._overview = (time.monotonic(), overview)
-            return self._overview[1]
+            if isinstance(overview, RaywbError):
+                raise overview
+            return overview
 
     async def _get_series(self, request: web.Request) -> web.StreamResponse:
         asked = SeriesRequest(_whole_number(request, "run"))
@@ -252,29 +278,37 @@ class Page:
             await response.prepare(request)
             if request.method != "HEAD":
                 await self._send_events(response)
-        except (ConnectionError, TimeoutError):
-            pass  # the page was closed, or takes nothing any more; it comes again by itself
+        except ConnectionError:
+            pass  # the page was closed; it comes again by itself
+        except TimeoutError:
+            # It takes nothing any more. What waits for it would else wait for ever.
+            if request.transport is not None:
+                request.transport.abort()
         finally:
             self._listeners -= 1
         return response
 
     async def _send_events(self, response: web.StreamResponse) -> None:
-        sent, sent_at = b"", 0.0
+        sent: _Overview | None = None
+        sent_at = time.monotonic()
         while not self._closing.is_set():
+            event = b""
+            waited = time.monotonic() - sent_at > KEEP_ALIVE_S
             try:
                 overview = await self._latest_overview()
             except RaywbError as error:
-                overview = b""
+                sent = None
                 text = msgspec.json.encode({"error": str(error)})
-                await _write(response, b"event: trouble\ndata: " + text + b"\n\n")
-            now = time.monotonic()
-            if overview and overview != sent:
-                data = _with_time(overview)
-                await _write(response, b"event: overview\ndata: " + data + b"\n\n")
-                sent, sent_at = overview, now
-            elif now - sent_at > KEEP_ALIVE_S:
-                await _write(response, b": still here\n\n")
-                sent_at = now
+                event = b"event: trouble\ndata: " + text + b"\n\n"
+            else:
+                aged = waited and sent is not None and overview.less_time != sent.less_time
+                if sent is None or overview.less_ages != sent.less_ages or aged:
+                    sent, event = overview, overview.event
+                elif waited:
+                    event = b": still here\n\n"
+            if event:
+                await _write(response, event)
+                sent_at = time.monotonic()
             try:
                 async with asyncio.timeout(OVERVIEW_S):
                     await self._closing.wait()
@@ -376,8 +410,10 @@ async def _write(response: web.StreamResponse, data: bytes) -> None:
         await response.write(data)
 
 
-def _with_time(overview: bytes) -> bytes:
-    return b'{"now_s":%.3f,' % time.time() + overview[1:]
+def _encoded(overview: bytes) -> _Overview:
+    body = b'{"now_s":%.3f,' % time.time() + overview[1:]
+    event = b"event: overview\ndata: " + body + b"\n\n"
+    return _Overview(body, event, overview, _AGES.sub(b"", overview))
 
 
 def _json(value: dict[str, str], status: int = 200) -> web.Response:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from raywb.errors import ServiceUnavailable, SettingsError
+from raywb.errors import DirectoryError, ServiceUnavailable, SettingsError
 from raywb.reports import PageAddress
 from raywb.settings import process_environment
 
@@ -41,41 +41,38 @@ def open_browser(url: str, *, wanted: bool | None) -> None:
 
 
 def serve_directory(
-    directory: Path,
+    directories: list[Path],
     *,
     host: str,
     port: int | None,
-    tell: Callable[[list[Path], str], None],
+    tell: Callable[[str], None],
 ) -> None:
-    """Serve the page of a run's directory, or of one that holds several, until it is interrupted.
+    """Serve the page of runs' directories until it is interrupted.
 
     Args:
-        directory: the service's directory, or one that holds such.
+        directories: the services' directories, those that are to be shown first first.
         host: address to listen on; a token is needed unless it is a loopback address.
         port: port to listen on; None is any.
-        tell: is told the directories, newest first, and the page's address, once it is served.
+        tell: is told the page's address, once it is served.
 
     Raises:
-        DirectoryError: there is no run in it.
         OSError: the address cannot be listened on.
     """
-    from raywb.view.page.sources import find_directories
-
-    asyncio.run(_serve(find_directories(directory), host, port, tell))
+    asyncio.run(_serve(directories, host, port, tell))
 
 
 async def _serve(
     directories: list[Path],
     host: str,
     port: int | None,
-    tell: Callable[[list[Path], str], None],
+    tell: Callable[[str], None],
 ) -> None:
     from raywb.view.page.sources import DirectorySource
 
     source = DirectorySource(directories)
     try:
         await source.begin()  # it reads while this process still loads what it serves with
-        await _serve_source(source, host, port, lambda url: tell(directories, url))
+        await _serve_source(source, host, port, tell)
     finally:
         await source.close()
 
@@ -199,13 +196,20 @@ def ui(directory: Path | None, host: str, port: int | None, wanted: bool | None)
         _show_live(wanted)
         return
 
-    def tell(directories: list[Path], url: str) -> None:
+    from raywb.view.page.sources import find_directories
+
+    try:
+        directories = find_directories(directory.absolute())
+    except OSError as error:
+        raise DirectoryError(f"{directory} cannot be read: {error.strerror or error}") from error
+
+    def tell(url: str) -> None:
         more = f" and {len(directories) - 1} more" if len(directories) > 1 else ""
         click.echo(f"raywb: showing {directories[0]}{more}\n\n    {url}\n\nCtrl-C ends it.")
         open_browser(url, wanted=wanted)
 
     try:
-        serve_directory(directory.absolute(), host=host, port=port, tell=tell)
+        serve_directory(directories, host=host, port=port, tell=tell)
     except OSError as error:
         raise click.ClickException(
             f"{host} cannot be listened on ({error.strerror or error}): choose another --port"

@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
 
-from raywb.errors import DirectoryError
-from raywb.service.state import FILE_NAME, load_left_state
+from raywb.errors import DirectoryError, ServiceUnavailable
+from raywb.service.state import FILE_NAME, ServiceState, load_left_state
 from raywb.view.history.directory import is_worked_in, runs_of
 from raywb.view.history.history_process import HistoryProcess
-from raywb.view.history.requests import DirectoryRequest, PointsRequest, SeriesRequest
+from raywb.view.history.requests import (
+    DirectoryRequest,
+    PointsRequest,
+    Progress,
+    ProgressRequest,
+    Seen,
+    SeriesRequest,
+)
 
 __all__ = ["DirectorySource", "PageSource", "UnknownRun", "find_directories"]
 
 #: Runs of the second directory are numbered from here, those of the third from twice that …:
 #: every service numbers its own from 1.
 NUMBERS_OF_A_DIRECTORY = 100_000_000
+
+
+#: Longest that an overview waits for another directory's process, in seconds.
+PROGRESS_S = 0.3
 
 
 class UnknownRun(Exception):
@@ -74,8 +87,10 @@ class DirectorySource:
     def __init__(self, directories: list[Path]) -> None:
         self._directories = directories
         self._processes: dict[int, HistoryProcess] = {}
-        #: What other directories said of their runs, and when their state was written.
-        self._elsewhere: dict[int, tuple[int, list[dict[str, Any]]]] = {}
+        #: What was read of other directories, by directory and run.
+        self._seen: dict[int, dict[int, Seen]] = {}
+        #: What other directories' services wrote down last, and when.
+        self._elsewhere: dict[int, tuple[int, ServiceState]] = {}
 
     async def begin(self) -> None:
         """Begin to read the first directory, before anybody asks."""
@@ -96,22 +111,32 @@ class DirectorySource:
         """The overview of the first directory, with the runs of all of them."""
         answer: dict[str, Any] = await self._process(0).tell(DirectoryRequest())
         for at in range(1, len(self._directories)):
-            answer["runs"] += self._runs_elsewhere(at)
+            answer["runs"] += await self._runs_elsewhere(at)
         return answer
 
-    def _runs_elsewhere(self, at: int) -> list[dict[str, Any]]:
+    async def _runs_elsewhere(self, at: int) -> list[dict[str, Any]]:
         directory = self._directories[at]
         try:
             written = (directory / FILE_NAME).stat().st_mtime_ns
             if at not in self._elsewhere or self._elsewhere[at][0] != written:
-                state = load_left_state(directory)
-                runs = runs_of(state, {}, live=is_worked_in(directory))
-                offset = at * NUMBERS_OF_A_DIRECTORY
-                runs = [{**run, "number": run["number"] + offset} for run in runs]
-                self._elsewhere[at] = written, runs
+                self._elsewhere[at] = written, load_left_state(directory)
         except (OSError, DirectoryError):
             return []  # removed since, or damaged: shown when it is opened by itself
-        return self._elsewhere[at][1]
+        seen = await self._seen_elsewhere(at)
+        runs = runs_of(self._elsewhere[at][1], seen, live=is_worked_in(directory))
+        offset = at * NUMBERS_OF_A_DIRECTORY
+        return [{**run, "number": run["number"] + offset} for run in runs]
+
+    async def _seen_elsewhere(self, at: int) -> dict[int, Seen]:
+        """What the directory's process has read; none is started for this."""
+        process = self._processes.get(at)
+        if process is not None and process.pid is not None:
+            # The first directory's page waits for no other; who asks for a series is told why.
+            with contextlib.suppress(ServiceUnavailable, TimeoutError):
+                async with asyncio.timeout(PROGRESS_S):
+                    answer = await process.ask(ProgressRequest(0), idle=True)
+                self._seen[at] = msgspec.json.decode(answer, type=Progress).runs
+        return self._seen.get(at, {})
 
     async def series(self, request: SeriesRequest) -> bytes:
         """JSON of a run's series."""
