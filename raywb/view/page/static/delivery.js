@@ -15,7 +15,8 @@ const KEPT = 2000;
 let noted = { run: null, x: [], received: [], delivered: [], waiting: [] };
 
 /** Remember how the rows stand now. */
-export function noteDelivery({ live, now_s: now, status } = {}) {
+export function noteDelivery(overview) {
+  const { live, now_s: now, status } = overview ?? {};
   if (!live || !status) return;
   if (noted.run !== status.run.id) noted = { run: status.run.id, x: [], received: [], delivered: [], waiting: [] };
   if (noted.x.length && now <= noted.x[noted.x.length - 1]) return;
@@ -32,14 +33,12 @@ function deliveredOf(mode, sink) {
 }
 
 export function delivery(given) {
-  const { status, run } = given;
+  const { status, isPresent, stageRun: own } = given;
   const title = el("h1", null, "Delivery");
   const parts = [title];
   if (!status) return [...parts, empty("How this run was delivered is not known here: its service wrote no status."), chartsOf(given)].filter(Boolean);
-  const isPresent = status.run.id === run.id;
-  const own = status.stage_runs.find((one) => one.run.id === run.id);
   if (isPresent || own) parts.push(numbers(given, isPresent ? status : own, isPresent));
-  else parts.push(empty("This run has ended; the numbers below are those of the service at present."));
+  else parts.push(empty("How this run was delivered is not known here; what is below is of the present one."));
   return [...parts, undelivered(status), unconfirmed(status), chartsOf(given), losses(status), sinks(status), sources(status)].filter(Boolean);
 }
 

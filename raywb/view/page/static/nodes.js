@@ -36,7 +36,7 @@ export function nodes(given) {
   const found = ofNodes(series ?? []);
   const title = el("h1", null, "Nodes");
   if (!found.metrics.length && !status?.nodes.length && !given.nodeUsage.length) {
-    return [title, empty(series ? "No node of the cluster is known in this run. On a Ray cluster they appear by themselves, and again at every interval of " : "Loading…", series ? el("code", null, "node_metrics_interval_s") : null, series ? "." : null)];
+    return [title, empty(series ? "No node of the cluster is known in this run. On a Ray cluster they appear by themselves, and again at every interval of " : (given.seriesTrouble || "Loading…"), series ? el("code", null, "node_metrics_interval_s") : null, series ? "." : null)];
   }
   return [title, summary(given), heatMap(given, found), listing(given), charts(given, found)].filter(Boolean);
 }
