@@ -243,6 +243,77 @@ def test_a_lost_connection_is_seen_and_comes_back(
     tab.close()
 
 
+def test_many_tabs_share_one_stream(service: LocalService, browser: Any, url: str) -> None:
+    """A browser has six connections per server: eight tabs load all the same, and are all told."""
+    first = Tab(browser, url)
+    pages = [first.page, *(first.context.new_page() for _ in range(7))]
+    streams: list[str] = []
+    first.context.on(
+        "request", lambda request: streams.append(request.url) if "events" in request.url else None
+    )
+    for page in pages:
+        page.goto(f"{url}#/overview")
+        page.wait_for_selector(".connection[data-state=live]")
+    client = service.client("training/shared")
+    client.log({"loss": 0.125}, step=77)
+    for page in pages:
+        page.locator(".card", has_text="training/shared").wait_for()
+    assert len(streams) == 1
+    pages[0].close()
+    client.log({"loss": 0.125}, step=78)
+    for page in pages[1:]:
+        card = page.locator(".card", has_text="training/shared")
+        card.get_by_text("step 78", exact=True).wait_for()
+    assert len(streams) == 2, "one of the others has it now"
+    first.close()
+
+
+def test_a_tab_that_is_not_seen_has_no_stream(browser: Any, url: str) -> None:
+    """Hidden, it lets go of its connection; seen again, it is told again."""
+    tab = Tab(browser, url)
+    tab.page.add_init_script(
+        """window.open_streams = 0;
+        const Real = EventSource;
+        window.EventSource = class extends Real {
+            constructor(url) { super(url); window.open_streams += 1; }
+            close() { super.close(); window.open_streams -= 1; }
+        };"""
+    )
+    page = tab.show("overview")
+    page.wait_for_selector(".connection[data-state=live]")
+    for hidden, streams in ((True, 0), (False, 1)):
+        page.evaluate(
+            """(hidden) => {
+                Object.defineProperty(document, 'hidden', {value: hidden, configurable: true});
+                document.dispatchEvent(new Event('visibilitychange'));
+            }""",
+            hidden,
+        )
+        page.wait_for_function("(streams) => window.open_streams === streams", arg=streams)
+    tab.close()
+    assert tab.errors == []
+
+
+def test_without_a_stream_the_page_asks(service: LocalService, browser: Any, url: str) -> None:
+    """Where no stream opens, as behind some proxies, and where there are no locks, it is live."""
+    for lacks in ("stream", "locks"):
+        tab = Tab(browser, url)
+        if lacks == "stream":
+            tab.page.route("**/api/events", lambda route: None)
+        else:
+            script = "Object.defineProperty(Navigator.prototype, 'locks', {value: undefined});"
+            tab.page.add_init_script(script)
+        page = tab.show("overview")
+        page.wait_for_selector(".connection[data-state=live]")
+        if lacks == "stream":
+            service.client("training/no_stream").log({"loss": 1.0}, step=1)
+            page.locator(".card", has_text="training/no_stream").wait_for()
+        else:
+            assert not any("events" in one for one in tab.requests)
+        tab.close()
+        assert tab.errors == []
+
+
 def _listen_anew(page: Any) -> None:
     """As after a visit to another page: Chromium lets a stream that is open go on offline."""
     page.evaluate("dispatchEvent(new PageTransitionEvent('pagehide'))")
@@ -334,7 +405,7 @@ def test_the_first_trouble_is_shown(browser: Any, url: str) -> None:
 
 
 def test_charts_come_back_after_a_failure(browser: Any, url: str) -> None:
-    """One refused request is told of, and asked again: the run's end has no new rows to wait for."""
+    """A refusal is told of, and the question asked again, whether or not new rows come."""
     tab = Tab(browser, url)
     busy = {"error": "busy"}
     tab.page.route("**/api/points*", lambda route: route.fulfill(status=503, json=busy))

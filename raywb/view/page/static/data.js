@@ -3,6 +3,9 @@
  * Both sources have the same face; the shapes are those of the server's API, see README.md.
  */
 
+import { getJson } from "raywb/fetch";
+import { OverviewStream } from "raywb/stream";
+
 /** Most keys in one request, and most characters of its address: proxies refuse long ones. */
 const KEYS_PER_REQUEST = 24;
 const ADDRESS_CHARS = 4000;
@@ -12,9 +15,6 @@ const REQUESTS_AT_ONCE = 2;
 
 /** Answers that are kept, so that scrolling back asks nothing. */
 const KEPT_ANSWERS = 400;
-
-/** Pause before a connection that was refused is tried again, in milliseconds: first and longest. */
-const RETRY_MS = [1000, 15000];
 
 /** Runs whose state of reading is kept. */
 const KEPT_RUNS = 50;
@@ -80,53 +80,17 @@ class Source extends EventTarget {
 /** A service, or `raywb ui` on a directory. */
 export class Server extends Source {
   isReport = false;
-  #events = null;
-  #retry = 0;
   #waiting = [];
   #timer = 0;
   #running = 0;
   #kept = new Map();
 
   start() {
-    this.#listen();
-    addEventListener("pagehide", () => this.#events?.close());
-    addEventListener("pageshow", (event) => event.persisted && this.#listen());
-    addEventListener("online", () => ["lost", "refused"].includes(this.connection) && this.#listen());
-  }
-
-  #listen() {
-    this.#events?.close();
-    const events = new EventSource("api/events");
-    this.#events = events;
-    events.addEventListener("overview", (event) => {
-      this.#retry = 0;
-      this._told(JSON.parse(event.data));
-      this._changed(this.overview.live ? "live" : "ended");
-    });
-    events.addEventListener("trouble", (event) => this._changed("lost", JSON.parse(event.data).error));
-    events.onerror = async () => {
-      if (events !== this.#events) return;
-      const trouble = await this.#reason();
-      if (events !== this.#events) return;
-      // The browser itself tries again where the connection broke, and never after an error answer.
-      if (events.readyState !== EventSource.CLOSED) {
-        this._changed("lost", trouble);
-        return;
-      }
-      this._changed(trouble ? "refused" : "lost", trouble);
-      const pause = Math.min(RETRY_MS[0] * 2 ** this.#retry++, RETRY_MS[1]);
-      setTimeout(() => events === this.#events && this.#listen(), pause);
+    const told = (overview) => {
+      this._told(overview);
+      this._changed(overview.live ? "live" : "ended");
     };
-  }
-
-  /** Why there are no events, as the server says; nothing where no server answers. */
-  async #reason() {
-    try {
-      await getJson("api/overview");
-    } catch (error) {
-      return error.fromServer ? error.message : "";
-    }
-    return "";
+    new OverviewStream(told, (connection, trouble) => this._changed(connection, trouble)).start();
   }
 
   /** Every series of numbers of a run, in order of first sight. */
@@ -235,26 +199,12 @@ export class Report extends Source {
     if (!all) return { ...nothing(), isWhole: true };
     const inside = (_, index) => all.x[index] >= from && all.x[index] <= to;
     const [x, min, max, mean] = ["x", "min", "max", "mean"].map((name) => all[name].filter(inside));
-    return { ...all, x, min, max, mean, isWhole: true };
+    // Of a part that ends before the series does, its last bucket is all that is known.
+    const last = x.at(-1) === all.x.at(-1) ? all.last : undefined;
+    return { ...all, x, min, max, mean, last, isWhole: true };
   }
 }
 
 function nothing() {
   return { axis: null, x: [], min: [], max: [], mean: [], points: 0 };
-}
-
-async function getJson(address) {
-  const answer = await fetch(address, { headers: { Accept: "application/json" } });
-  let body;
-  try {
-    body = await answer.json();
-  } catch {
-    throw new Error(`the server answered ${answer.status} without JSON`);
-  }
-  if (!answer.ok) {
-    const error = new Error(body.error ?? `the server answered ${answer.status}`);
-    error.fromServer = true;
-    throw error;
-  }
-  return body;
 }
