@@ -216,6 +216,7 @@ def test_a_series_is_drawn_over_its_own_axis(tmp_path: Path) -> None:
         assert (
             got["min"] == got["max"] == got["mean"] == [math.sin(1 + 3 * n) for n in range(10, 21)]
         )
+        assert got["last"] == math.sin(61)
         assert got["points"] == 11
         assert got["axis"] == ("training/b/step" if x == "axis" else None)
 
@@ -253,6 +254,7 @@ def test_buckets_keep_least_and_greatest(pairs: list[tuple[float, float]], limit
     assert got.x == sorted(got.x)
     assert got.points == len(pairs)
     ordered = [value for _, value in sorted(pairs, key=lambda pair: pair[0])]
+    assert repr(got.last) == repr(ordered[-1] if ordered else None)
     if len(pairs) <= limit:
         assert repr(got.mean) == repr(ordered) == repr(got.low) == repr(got.high)
         return

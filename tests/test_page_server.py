@@ -198,6 +198,9 @@ def test_values_are_those_that_were_logged(server: Server) -> None:
     thinned = server.get(asked + "&points=10&from=100&to=199")["series"]["training/a/loss"]
     assert thinned["points"] == 100
     assert len(thinned["x"]) == 10
+    assert thinned["last"] == 1 / 200
+    # The newest in the file is not the one at the greatest step.
+    assert points["training/b/loss"]["last"] is None
     assert (max(thinned["max"]), min(thinned["min"])) == (1 / 101, 1 / 200)
 
 

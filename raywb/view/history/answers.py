@@ -45,6 +45,7 @@ def answer_points(reader: OutboxReader, request: PointsRequest) -> dict[str, Any
             "max": buckets.high,
             "mean": buckets.mean,
             "points": buckets.points,
+            "last": buckets.last,
         }
     return {"run": request.run, "x": request.x, "series": series, **reader.reading(request.run)}
 

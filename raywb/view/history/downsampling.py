@@ -21,6 +21,7 @@ class Buckets(NamedTuple):
 
     Attributes:
         points: how many values lie in the range.
+        last: the value at the greatest x in it, of equal x the newest; None where there is none.
     """
 
     x: list[float]
@@ -28,6 +29,7 @@ class Buckets(NamedTuple):
     high: list[float]
     mean: list[float]
     points: int
+    last: float | None
 
 
 def downsample(
@@ -57,9 +59,10 @@ def downsample(
         order = np.argsort(x, kind="stable")
         x, points = x[order], points.at(order)
     count = int(points.weight.sum())
+    last = float(points.total[-1] / points.weight[-1]) if len(x) else None
     if len(x) <= limit:
-        mean = points.total / points.weight
-        return Buckets(x.tolist(), points.low.tolist(), points.high.tolist(), mean.tolist(), count)
+        low, high, mean = points.low, points.high, points.total / points.weight
+        return Buckets(x.tolist(), low.tolist(), high.tolist(), mean.tolist(), count, last)
     low, high, total = points.low, points.high, points.total
     weight = points.weight
     finite = np.isfinite(total)
@@ -80,6 +83,7 @@ def downsample(
         # The mean of a rounded sum may lie a hair outside of its bucket's values.
         np.clip(mean, low, high).tolist(),
         count,
+        last,
     )
 
 
