@@ -270,7 +270,7 @@ class RaywbChart extends HTMLElement {
   /** The last values in words: for who cannot see the drawing, and beside it. */
   #describe() {
     const { title, lines } = this.#spec;
-    const lasts = this.#lines.map((line) => line.mean.findLast((one) => one !== null));
+    const lasts = this.#lines.map(lastOf);
     const words = this.#lines.map((line, index) => {
       const low = line.min.reduce((a, b) => (b !== null && b < a ? b : a), Infinity);
       const high = line.max.reduce((a, b) => (b !== null && b > a ? b : a), -Infinity);
@@ -295,6 +295,11 @@ class RaywbChart extends HTMLElement {
       readout.replaceChildren(...(place ? [el("small", null, place)] : []), el("b", null, lines.length ? value(now[0]) : "–"));
     }
   }
+}
+
+/** The newest value of a line in its range; a bucket's mean only where nobody said it. */
+export function lastOf({ last, mean }) {
+  return last === undefined ? mean.findLast((one) => one !== null) : last;
 }
 
 /** As many digits as the range needs, so that the address stays short. */

@@ -1,6 +1,6 @@
 /** `<raywb-heat-map>`: how busy each node was, a line per node, time from left to right. */
 
-import { onTheme, sourceOf } from "raywb/charts";
+import { lastOf, onTheme, sourceOf } from "raywb/charts";
 import { el } from "raywb/dom";
 import { value } from "raywb/format";
 import { axisKind, xText } from "raywb/plot";
@@ -150,7 +150,7 @@ class RaywbHeatMap extends HTMLElement {
     [grid.from, (grid.from + grid.to) / 2, grid.to].forEach((x, index) => {
       ends.children[index].textContent = grid.columns && Number.isFinite(x) ? xText(x, kind, name) : "";
     });
-    canvas.setAttribute("aria-label", `${this.#spec.title}. Newest values: ${this.#spec.rows.map((row, index) => `${row.label} ${value(this.#found[index].mean.findLast((one) => one !== null))}`).join(", ")}`);
+    canvas.setAttribute("aria-label", `${this.#spec.title}. Newest values: ${this.#spec.rows.map((row, index) => `${row.label} ${value(lastOf(this.#found[index]))}`).join(", ")}`);
   }
 
   #place(event) {
