@@ -20,6 +20,7 @@ from ray_cluster import FOREIGN
 from watched_run import (
     BOTTLENECK,
     HOSTILE,
+    MANY_NODES,
     NODES,
     PIPELINE_STAGES,
     RANKS,
@@ -359,13 +360,43 @@ def test_a_second_directory_is_read_to_its_end(second: str, browser: Any) -> Non
     page.wait_for_selector(f".focus [role=img][aria-label*='{SECOND_ROWS:,} points']")
     page.wait_for_function("() => !document.querySelector('#top .reading')")
     label = page.locator(".focus [role=img]").get_attribute("aria-label")
-    assert f"{SECOND_ROWS - 1:,}" in label
+    assert f"last {SECOND_ROWS - 1:,}," in label, "the last value, not the last bucket's mean"
+    assert page.locator(".focus .readout b").inner_text() == f"{SECOND_ROWS - 1:,}"
+    tab.show(f"training?run={SECOND}&key=t/loss&axis=row&from=0&to=70000.5")
+    page.wait_for_selector(".focus [role=img][aria-label*='last 70,000,']")
     tab.requests.clear()
     tab.show(f"training?run={SECOND}")
     page.locator("raywb-chart canvas").nth(4).wait_for()
     assert len(tab.requests) <= 2, "nothing is asked for again once all is read"
     tab.close()
     assert tab.errors == []
+
+
+def test_of_very_many_nodes_the_extremes_are_shown(second: str, browser: Any) -> None:
+    """The heat map stays as high as a screen, asks for no more than it shows, and says so."""
+    tab = Tab(browser, second)
+    page = tab.show("nodes?run=1")
+    page.wait_for_selector("raywb-heat-map canvas[aria-label*=Newest]")
+    page.get_by_text(f"64 of {MANY_NODES} nodes").wait_for()
+    label = page.locator("raywb-heat-map canvas").get_attribute("aria-label")
+    shown = {int(one) for one in re.findall(r"\bn(\d+) ", label)}
+    assert shown == {*range(32), *range(MANY_NODES - 32, MANY_NODES)}
+    asked = sum(one.count("cpu_percent") for one in tab.requests if "api/points" in one)
+    assert asked <= 64 + 4
+    tab.close()
+
+
+def test_lines_of_one_chart_lose_no_point(tab: Tab) -> None:
+    """Where lines with different steps meet, points of the same step are one with their range."""
+    page = tab.show("training")
+    line = {"x": [1, 1, 2, 2, 3], "min": [4, 1, None, 5, 6], "max": [4, 2, None, 5, 6]}
+    line["mean"] = [4, 1, None, 5, 6]
+    merged = page.evaluate(
+        "async (line) => (await import('raywb/plot')).merged({...line, last: 6})", line
+    )
+    assert (merged["x"], merged["last"]) == ([1, 2, 3], 6)
+    assert (merged["min"], merged["max"]) == ([1, 5, 6], [4, 5, 6])
+    assert merged["mean"] == [2.5, 5, 6]
 
 
 def test_a_run_is_not_told_of_as_another_with_its_id(second: str, browser: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 from local_service import LocalService
 
 from raywb.reports import RunInfo
-from raywb.service.outbox import Batch, Outbox, OutRow
+from raywb.service.outbox import Batch, Outbox, OutDefine, OutRow
 from raywb.service.state import FILE_NAME, RunState, ServiceState, save_state
 
 #: A name that a browser would run if the page took it for markup.
@@ -31,6 +31,9 @@ BOTTLENECK = 2
 INPUTS = 6000
 NODES = tuple(f"gpu-node-{number}" for number in range(8))
 HOUR_S = 3600.0
+
+#: More nodes than the heat map has lines.
+MANY_NODES = 180
 
 
 def log_run(service: LocalService, seed: int = 7) -> None:
@@ -168,6 +171,11 @@ def log_two_directories(root: Path, *, rows: int) -> None:
                 for n in found
             ]
             outbox.append(Batch(1, begin, [], items))
+        outbox.append(Batch(1, count, [], [OutDefine(1, "nodes/*", "nodes/time_s", None)]))
+        for n in range(3):
+            usage = {f"nodes/n{k}/cpu_percent": k / 2 for k in range(MANY_NODES)}
+            row = OutRow(1, 1.7e9 + n, {"nodes/time_s": float(n)} | usage)
+            outbox.append(Batch(1, count + n, [], [row]))
         outbox.close()
         info = RunInfo(project="p", id="same0001", name=name, mode="offline", dir=str(directory))
         run = RunState(number=1, info=info, settings={})
