@@ -513,7 +513,7 @@ def test_a_stage_can_be_linked_to(tab: Tab) -> None:
     tab.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page = tab.show("pipelines")
     page.get_by_label(f"Copy the link to stage {PIPELINE_STAGES[1]}").click()
-    page.wait_for_selector("button.copy.done")
+    page.wait_for_selector("button.copy[data-done]")
     link = page.evaluate("navigator.clipboard.readText()")
     page.goto("about:blank")
     page.goto(link)

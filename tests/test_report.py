@@ -353,7 +353,7 @@ class ManySeries:
     def points(self, run: int, keys: Any, points: int) -> dict[str, Any]:
         self.asked.append(points)
         values = [math.sin(place) for place in range(points)]
-        chart = {"axis": None, "x": list(range(points)), "points": 1_000_000}
+        chart = {"axis": None, "x": list(range(points)), "points": 1_000_000, "last": 0.5}
         chart |= {"min": values, "mean": values, "max": values}
         return {"series": dict.fromkeys(keys, chart)}
 
