@@ -49,7 +49,8 @@ class Tab:
         self.url = url
         self.context = browser.new_context(**{"viewport": {"width": 1360, "height": 900}} | options)
         self.page = self.context.new_page()
-        self.page.set_default_timeout(10_000)
+        # The process that reads history gives way to everything else on the machine.
+        self.page.set_default_timeout(30_000)
         self.errors: list[str] = []
         self.requests: list[str] = []
         self.page.on("console", self._note)

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from browser import Tab, chromium
 from click.testing import CliRunner, Result
@@ -20,6 +21,7 @@ from local_service import LocalService, local_service
 
 from raywb.cli import EXIT_DIRECTORY, main
 from raywb.service.outbox import Cursor, Outbox, OutRow
+from raywb.service.state import load_left_state, save_state
 from raywb.view.report import pictures
 from raywb.view.report.contents import MOST_POINTS, MOST_SERIES, collect
 
@@ -267,6 +269,7 @@ def test_a_run_at_work_and_one_that_was_left(left: LocalService, tmp_path: Path)
     done = write_report(left.directory, "--output", path)
     assert "A service was at work" in done.output
     assert "A service was at work" in path.read_text(encoding="utf-8")
+    assert data_of(path)["overview"]["live"] is False, "the file does not go on"
     assert data_of(path)["points"]["1"]["s/x"]["mean"] == list(range(100))
     assert left.status().problems == []
     left.down()
@@ -283,6 +286,21 @@ def test_the_newest_of_several(left: LocalService, finished: Path, tmp_path: Pat
     done = write_report(tmp_path / "project", "--output", tmp_path / "r.html")
     assert f"{left.directory} is the newest of 2" in done.output
     assert data_of(tmp_path / "r.html")["overview"]["runs"][0]["name"] == "left"
+
+
+def test_a_long_name_is_cut_to_a_file_name(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """File systems count the bytes of a name, of which a letter may have four."""
+    shutil.copytree(finished, tmp_path / "long")
+    state = load_left_state(tmp_path / "long")
+    (run,) = state.runs
+    run.info = msgspec.structs.replace(run.info, name="模" * 110)
+    save_state(tmp_path / "long", state)
+    monkeypatch.chdir(tmp_path)
+    write_report(tmp_path / "long")
+    (written,) = tmp_path.glob("*.html")
+    assert set(written.stem) == {"模"}
 
 
 def test_damage_is_told(finished: Path, tmp_path: Path) -> None:
@@ -335,7 +353,7 @@ class ManySeries:
     def points(self, run: int, keys: Any, points: int) -> dict[str, Any]:
         self.asked.append(points)
         values = [math.sin(place) for place in range(points)]
-        chart = {"axis": None, "x": list(range(points)), "points": 1_000_000}
+        chart = {"axis": None, "x": list(range(points)), "points": 1_000_000, "last": 0.5}
         chart |= {"min": values, "mean": values, "max": values}
         return {"series": dict.fromkeys(keys, chart)}
 

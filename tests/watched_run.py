@@ -7,12 +7,18 @@ outbox. Only the values are made up, and the rows' times, which lie within the p
 from __future__ import annotations
 
 import math
+import os
 import random
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from local_service import LocalService
+
+from raywb.reports import RunInfo
+from raywb.service.outbox import Batch, Outbox, OutDefine, OutRow
+from raywb.service.state import FILE_NAME, RunState, ServiceState, save_state
 
 #: A name that a browser would run if the page took it for markup.
 HOSTILE = "<img src=x onerror=window.hacked=1>"
@@ -25,6 +31,9 @@ BOTTLENECK = 2
 INPUTS = 6000
 NODES = tuple(f"gpu-node-{number}" for number in range(8))
 HOUR_S = 3600.0
+
+#: More nodes than the heat map has lines.
+MANY_NODES = 180
 
 
 def log_run(service: LocalService, seed: int = 7) -> None:
@@ -145,3 +154,31 @@ def _node_rows(source: random.Random, began_s: float) -> Iterator[dict[str, Any]
                 sums[key] = sums.get(key, 0.0) + value
         row |= {f"nodes/mean/{key}": round(one / len(NODES), 3) for key, one in sums.items()}
         yield row
+
+
+def log_two_directories(root: Path, *, rows: int) -> None:
+    """Two directories, written as a service leaves them; the second one takes a while to read.
+
+    Their runs have the same id, as those of two clusters may that were told one.
+    """
+    for name, count in (("old", rows), ("new", 50)):
+        directory = root / name
+        outbox = Outbox(directory / "outbox")
+        for begin in range(0, count, 500):
+            found = range(begin, min(count, begin + 500))
+            items = [
+                OutRow(1, 1.7e9 + n, {f"t/v{k}": float(n) for k in range(4)} | {"t/loss": n})
+                for n in found
+            ]
+            outbox.append(Batch(1, begin, [], items))
+        outbox.append(Batch(1, count, [], [OutDefine(1, "nodes/*", "nodes/time_s", None)]))
+        for n in range(3):
+            usage = {f"nodes/n{k}/cpu_percent": k / 2 for k in range(MANY_NODES)}
+            row = OutRow(1, 1.7e9 + n, {"nodes/time_s": float(n)} | usage)
+            outbox.append(Batch(1, count + n, [], [row]))
+        outbox.close()
+        info = RunInfo(project="p", id="same0001", name=name, mode="offline", dir=str(directory))
+        run = RunState(number=1, info=info, settings={})
+        save_state(directory, ServiceState(cluster_id="c" * 56, token="t", runs=[run]))
+        written_s = time.time() - (60 if name == "old" else 0)
+        os.utime(directory / FILE_NAME, (written_s, written_s))

@@ -17,6 +17,9 @@ __all__ = ["report"]
 #: Most points of a series that anybody may ask for.
 _MOST_POINTS_PER_SERIES = 20_000
 
+#: Longest name of a file that this command chooses; with ``.html.part`` it stays below 255.
+_NAME_BYTES = 200
+
 
 @click.command()
 @click.argument("directory", type=click.Path(path_type=Path))
@@ -99,7 +102,9 @@ def _name(contents: Contents) -> str:
 
 
 def _plain(name: str) -> str:
-    return re.sub(r"[^\w.-]+", "-", name).strip("-.")[:120] or "report"
+    """A file's name, less its ending, that fits a file system: those count bytes."""
+    plain = re.sub(r"[^\w.-]+", "-", name).strip("-.").encode()[:_NAME_BYTES]
+    return plain.decode(errors="ignore") or "report"
 
 
 def _in_words(contents: Contents) -> str:

@@ -85,7 +85,8 @@ def collect(source: Source, points: int | None = None) -> Contents:
         points: most points of a series; by default as many as the page would ask for, and fewer
             of very many series, so that all of them fit into :data:`MOST_POINTS`.
     """
-    overview = source.overview() | {"now_s": time.time()}
+    # A file does not change, whoever was at work when it was written.
+    overview = source.overview() | {"now_s": time.time(), "live": False}
     found: dict[int, dict[str, Any]] = {}
     room, left_out = MOST_SERIES, 0
     for run in overview["runs"]:
@@ -125,6 +126,7 @@ def _points(
                 **one,
                 "x": [_short(value, 15) for value in one["x"]],
                 **{name: [_short(v, 9) for v in one[name]] for name in ("min", "max", "mean")},
+                "last": _short(one["last"], 9),
             }
     return found
 

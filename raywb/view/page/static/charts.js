@@ -11,6 +11,9 @@ const NEAR_PX = 240;
 /** Shortest time between two looks for new points of one chart, in milliseconds. */
 const REFRESH_MS = 2000;
 
+/** Longest pause after requests that failed, one after the other. */
+const FAILED_MS = 30000;
+
 /** Points of one line: more than a chart is wide is nothing that could be seen. */
 const POINTS = 500;
 const POINTS_LARGE = 1500;
@@ -109,8 +112,10 @@ class RaywbChart extends HTMLElement {
   #lines = null;
   #plot = null;
   #abort = null;
-  #version = "";
-  #askedAt = 0;
+  /** Of what is drawn; null where there is more to ask for. */
+  #version = null;
+  #next = 0;
+  #pause = REFRESH_MS;
   #parts = null;
 
   get spec() {
@@ -147,7 +152,7 @@ class RaywbChart extends HTMLElement {
 
   setSeen(isSeen) {
     this.#isSeen = isSeen;
-    if (isSeen && this.#lines && this.#version === source.version) {
+    if (isSeen && this.#lines && this.#version === source.version(this.#spec.run)) {
       if (!this.#plot) this.#draw();
     } else if (isSeen) {
       this.#load();
@@ -160,8 +165,8 @@ class RaywbChart extends HTMLElement {
 
   /** Look for new points, where there may be any; true where it is too early for that. */
   refresh() {
-    if (!this.#isSeen || this.#abort || this.#version === source.version) return false;
-    if (Date.now() - this.#askedAt < REFRESH_MS) return true;
+    if (!this.#isSeen || this.#abort || this.#version === source.version(this.#spec.run)) return false;
+    if (Date.now() < this.#next) return true;
     this.#load();
     return false;
   }
@@ -199,26 +204,32 @@ class RaywbChart extends HTMLElement {
     this.#abort?.abort();
     const abort = new AbortController();
     this.#abort = abort;
-    this.#askedAt = Date.now();
-    const { version } = source;
     const { run, lines, x, range, large } = this.#spec;
+    const version = source.version(run);
     const wanted = { x, ...range, points: large ? POINTS_LARGE : POINTS, signal: abort.signal };
     try {
       const found = await Promise.all(lines.map(({ key, read }) => (read ? read() : source.points(run, key, wanted))));
       if (abort.signal.aborted) return;
-      this.#version = version;
+      this.#version = found.every((one) => one.isWhole ?? true) ? version : null;
+      this.#pause = REFRESH_MS;
+      this.#next = Date.now() + REFRESH_MS;
       const canUpdate = this.#plot && this.#lines?.length === found.length;
       this.#lines = found;
       if (canUpdate) this.#update();
       else this.redraw();
     } catch (error) {
       if (abort.signal.aborted || error.name === "AbortError") return;
-      this.#clear();
-      this.#parts.host.replaceChildren(empty(`These points could not be had: ${error.message}`));
-      this.#version = version;
+      this.#version = null;
+      this.#next = Date.now() + this.#pause;
+      this.#pause = Math.min(2 * this.#pause, FAILED_MS);
+      const trouble = `These points could not be had: ${error.message}`;
+      if (this.#plot) this.#parts.readout.replaceChildren(el("small", { title: trouble }, "not up to date"));
+      else this.#parts.host.replaceChildren(empty(trouble));
     } finally {
-      if (this.#abort === abort) this.#abort = null;
-      refreshSoon();
+      if (this.#abort === abort) {
+        this.#abort = null;
+        refreshSoon();
+      }
     }
   }
 
@@ -259,7 +270,7 @@ class RaywbChart extends HTMLElement {
   /** The last values in words: for who cannot see the drawing, and beside it. */
   #describe() {
     const { title, lines } = this.#spec;
-    const lasts = this.#lines.map((line) => line.mean.findLast((one) => one !== null));
+    const lasts = this.#lines.map(lastOf);
     const words = this.#lines.map((line, index) => {
       const low = line.min.reduce((a, b) => (b !== null && b < a ? b : a), Infinity);
       const high = line.max.reduce((a, b) => (b !== null && b > a ? b : a), -Infinity);
@@ -284,6 +295,11 @@ class RaywbChart extends HTMLElement {
       readout.replaceChildren(...(place ? [el("small", null, place)] : []), el("b", null, lines.length ? value(now[0]) : "–"));
     }
   }
+}
+
+/** The newest value of a line in its range; a bucket's mean only where nobody said it. */
+export function lastOf({ last, mean }) {
+  return last === undefined ? mean.findLast((one) => one !== null) : last;
 }
 
 /** As many digits as the range needs, so that the address stays short. */

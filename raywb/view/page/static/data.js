@@ -3,6 +3,9 @@
  * Both sources have the same face; the shapes are those of the server's API, see README.md.
  */
 
+import { getJson } from "raywb/fetch";
+import { OverviewStream } from "raywb/stream";
+
 /** Most keys in one request, and most characters of its address: proxies refuse long ones. */
 const KEYS_PER_REQUEST = 24;
 const ADDRESS_CHARS = 4000;
@@ -13,8 +16,11 @@ const REQUESTS_AT_ONCE = 2;
 /** Answers that are kept, so that scrolling back asks nothing. */
 const KEPT_ANSWERS = 400;
 
-/** Pause before a connection that was refused is tried again, in milliseconds: first and longest. */
-const RETRY_MS = [1000, 15000];
+/** Runs whose state of reading is kept. */
+const KEPT_RUNS = 50;
+
+/** Shortest time between two looks at a run of which no overview tells. */
+const LOOK_MS = 10000;
 
 const EMBEDDED_ID = "raywb-data";
 
@@ -31,11 +37,27 @@ class Source extends EventTarget {
   /** What is wrong with the connection, in a sentence. */
   trouble = "";
   overview = null;
+  _readings = new Map();
 
-  /** Changes when there may be new points. */
-  get version() {
-    const { reading, status } = this.overview ?? {};
-    return `${reading?.rows_read ?? 0}/${status?.outbox_rows ?? 0}`;
+  /** Changes when a run may have new points; what its own answers lack they say themselves.
+   *
+   * @param {number} run its number
+   */
+  version(run) {
+    const { runs = [], run: present, reading } = this.overview ?? {};
+    const told = runs.find((one) => one.number === run);
+    const read = run === present ? reading.rows_read : "";
+    // Nobody tells of the rows of another directory: where it is worked in, look now and then.
+    const isUntold = told?.rows === null && told.state === "running";
+    return [told?.rows, told?.state, read, isUntold ? Math.floor(performance.now() / LOOK_MS) : ""].join("/");
+  }
+
+  /** How much of a run is read: as its newest answer says, or the overview of the present one. */
+  reading(run) {
+    const { run: present, reading } = this.overview;
+    const answered = this._readings.get(run);
+    if (run !== present) return answered ?? { rows_read: 0, rows_total: 0 };
+    return answered?.rows_read > reading.rows_read ? answered : reading;
   }
 
   /** Bring the overview's present time up to now: it stands still while nothing changes. */
@@ -58,70 +80,37 @@ class Source extends EventTarget {
 /** A service, or `raywb ui` on a directory. */
 export class Server extends Source {
   isReport = false;
-  #events = null;
-  #retry = 0;
   #waiting = [];
   #timer = 0;
   #running = 0;
   #kept = new Map();
-  #series = new Map();
 
   start() {
-    this.#listen();
-    addEventListener("pagehide", () => this.#events?.close());
-    addEventListener("pageshow", (event) => event.persisted && this.#listen());
-    addEventListener("online", () => ["lost", "refused"].includes(this.connection) && this.#listen());
-  }
-
-  #listen() {
-    this.#events?.close();
-    const events = new EventSource("api/events");
-    this.#events = events;
-    events.addEventListener("overview", (event) => {
-      this.#retry = 0;
-      this._told(JSON.parse(event.data));
-      this._changed(this.overview.live ? "live" : "ended");
-    });
-    events.addEventListener("trouble", (event) => this._changed("lost", JSON.parse(event.data).error));
-    events.onerror = async () => {
-      if (events !== this.#events) return;
-      const trouble = await this.#reason();
-      if (events !== this.#events) return;
-      // The browser itself tries again where the connection broke, and never after an error answer.
-      if (events.readyState !== EventSource.CLOSED) {
-        this._changed("lost", trouble);
-        return;
-      }
-      this._changed(trouble ? "refused" : "lost", trouble);
-      const pause = Math.min(RETRY_MS[0] * 2 ** this.#retry++, RETRY_MS[1]);
-      setTimeout(() => events === this.#events && this.#listen(), pause);
+    const told = (overview) => {
+      this._told(overview);
+      this._changed(overview.live ? "live" : "ended");
     };
+    new OverviewStream(told, (connection, trouble) => this._changed(connection, trouble)).start();
   }
 
-  /** Why there are no events, as the server says; nothing where no server answers. */
-  async #reason() {
-    try {
-      await getJson("api/overview");
-    } catch (error) {
-      return error.fromServer ? error.message : "";
-    }
-    return "";
+  /** Every series of numbers of a run, in order of first sight. */
+  async series(run) {
+    return this.#noted(run, await getJson(`api/series?run=${run}`));
   }
 
-  /** Every series of numbers of a run, in order of first sight; asked again when there is more. */
-  series(run) {
-    const known = this.#series.get(run);
-    if (known && known.version === this.version) return known.answer;
-    const answer = getJson(`api/series?run=${run}`);
-    this.#series.set(run, { version: this.version, answer });
-    answer.catch(() => this.#series.delete(run));
-    return answer;
+  /** An answer, with `isWhole`: all rows that there were are in it. */
+  #noted(run, answer) {
+    const { rows_read: read, rows_total: total } = answer;
+    this._readings.set(run, { rows_read: read, rows_total: total, rows_thinned: answer.rows_thinned });
+    if (this._readings.size > KEPT_RUNS) this._readings.delete(this._readings.keys().next().value);
+    return Object.assign(answer, { isWhole: !(read < total) });
   }
 
   /** Points of one series; many that are asked for at once travel in few requests.
    *
    * @param {{x?: string, from?: number, to?: number, points?: number, signal?: AbortSignal}} wanted
-   * @returns {Promise<object>} one entry of `series` of the API's answer
+   * @returns {Promise<object>} one entry of `series` of the API's answer, with `isWhole`: false
+   *     while rows of the run are still read, so that the same question has another answer soon
    */
   points(run, key, wanted = {}) {
     const query = new URLSearchParams({ run, points: wanted.points ?? 600 });
@@ -129,11 +118,11 @@ export class Server extends Source {
     if (wanted.from !== undefined) query.set("from", wanted.from);
     if (wanted.to !== undefined) query.set("to", wanted.to);
     const group = query.toString();
-    const name = `${this.version} ${group} ${key}`;
+    const name = `${this.version(run)} ${group} ${key}`;
     const kept = this.#kept.get(name);
     if (kept) return Promise.resolve(kept);
     return new Promise((resolve, reject) => {
-      this.#waiting.push({ group, key, name, resolve, reject, signal: wanted.signal });
+      this.#waiting.push({ run, group, key, name, resolve, reject, signal: wanted.signal });
       this.#timer ||= setTimeout(() => this.#send(), 15);
     });
   }
@@ -173,10 +162,10 @@ export class Server extends Source {
   async #fetch(group, keys, taken) {
     const named = [...keys].map((key) => `&key=${encodeURIComponent(key)}`).join("");
     try {
-      const { series } = await getJson(`api/points?${group}${named}`);
+      const { series, isWhole } = this.#noted(taken[0].run, await getJson(`api/points?${group}${named}`));
       for (const one of taken) {
-        const found = series[one.key] ?? nothing();
-        this.#kept.set(one.name, found);
+        const found = { ...(series[one.key] ?? nothing()), isWhole };
+        if (isWhole) this.#kept.set(one.name, found);
         if (this.#kept.size > KEPT_ANSWERS) this.#kept.delete(this.#kept.keys().next().value);
         one.resolve(found);
       }
@@ -202,34 +191,20 @@ export class Report extends Source {
   }
 
   async series(run) {
-    return this.#data.series[run] ?? { run, series: [], rows_read: 0, rows_total: 0 };
+    return { ...(this.#data.series[run] ?? { run, series: [] }), isWhole: true };
   }
 
   async points(run, key, { from = -Infinity, to = Infinity } = {}) {
     const all = this.#data.points[run]?.[key];
-    if (!all) return nothing();
+    if (!all) return { ...nothing(), isWhole: true };
     const inside = (_, index) => all.x[index] >= from && all.x[index] <= to;
     const [x, min, max, mean] = ["x", "min", "max", "mean"].map((name) => all[name].filter(inside));
-    return { ...all, x, min, max, mean };
+    // Of a part that ends before the series does, its last bucket is all that is known.
+    const last = x.at(-1) === all.x.at(-1) ? all.last : undefined;
+    return { ...all, x, min, max, mean, last, isWhole: true };
   }
 }
 
 function nothing() {
   return { axis: null, x: [], min: [], max: [], mean: [], points: 0 };
-}
-
-async function getJson(address) {
-  const answer = await fetch(address, { headers: { Accept: "application/json" } });
-  let body;
-  try {
-    body = await answer.json();
-  } catch {
-    throw new Error(`the server answered ${answer.status} without JSON`);
-  }
-  if (!answer.ok) {
-    const error = new Error(body.error ?? `the server answered ${answer.status}`);
-    error.fromServer = true;
-    throw error;
-  }
-  return body;
 }

@@ -15,7 +15,8 @@ const KEPT = 2000;
 let noted = { run: null, x: [], received: [], delivered: [], waiting: [] };
 
 /** Remember how the rows stand now. */
-export function noteDelivery({ live, now_s: now, status } = {}) {
+export function noteDelivery(overview) {
+  const { live, now_s: now, status } = overview ?? {};
   if (!live || !status) return;
   if (noted.run !== status.run.id) noted = { run: status.run.id, x: [], received: [], delivered: [], waiting: [] };
   if (noted.x.length && now <= noted.x[noted.x.length - 1]) return;
@@ -32,15 +33,13 @@ function deliveredOf(mode, sink) {
 }
 
 export function delivery(given) {
-  const { status, run } = given;
+  const { status, isPresent, stageRun: own } = given;
   const title = el("h1", null, "Delivery");
   const parts = [title];
   if (!status) return [...parts, empty("How this run was delivered is not known here: its service wrote no status."), chartsOf(given)].filter(Boolean);
-  const isPresent = status.run.id === run.id;
-  const own = status.stage_runs.find((one) => one.run.id === run.id);
   if (isPresent || own) parts.push(numbers(given, isPresent ? status : own, isPresent));
-  else parts.push(empty("This run has ended; the numbers below are those of the service at present."));
-  return [...parts, undelivered(status), unconfirmed(status), chartsOf(given), losses(status), sinks(status), sources(status)].filter(Boolean);
+  else parts.push(empty("How this run was delivered is not known here; what is below is of the present one."));
+  return [...parts, undelivered(status), unconfirmed(status), chartsOf(given), losses(status), sinks(status), sources(status, given.overview.sources)].filter(Boolean);
 }
 
 function numbers({ run }, of, isPresent) {
@@ -109,16 +108,18 @@ function sinks({ run, sink, stage_runs: stageRuns, backlog_rows: backlog }) {
   return section("Sinks", { "data-stop": true, tabindex: -1 }, table("W&B's side of each run", heads, rows), open.length > LISTED ? el("p.hint", null, `and ${open.length - LISTED} more runs of stages`) : null);
 }
 
-function sources({ address, sources: all, silence_s: silence }) {
+function sources({ address, sources: all, silence_s: silence }, known) {
   if (!all.length && !address) return null; // what lies in a directory does not tell of processes
   if (!all.length) return section("Sources", { "data-stop": true, tabindex: -1 }, empty("No process has attached yet: ", el("code", null, "raywb.attach()"), " in a task, actor or driver."));
   const stateOf = (one) => (one.ended ? (one.killed ? "killed" : "ended") : one.heard_ago_s !== null && one.heard_ago_s <= silence ? "live" : "silent");
-  const states = {};
-  for (const one of all) states[stateOf(one)] = (states[stateOf(one)] ?? 0) + 1;
+  // Of very many sources the page is told of some, and how many they all are.
+  const states = known ?? {};
+  if (!known) for (const one of all) states[stateOf(one)] = (states[stateOf(one)] ?? 0) + 1;
+  const number = sum(states);
   const said = Object.entries(states).map(([state, number]) => `${count(number)} ${state}`).join(", ");
   const listed = [...all].sort((a, b) => Number(a.ended) - Number(b.ended) || (a.heard_ago_s ?? 1e9) - (b.heard_ago_s ?? 1e9)).slice(0, LISTED);
   const kinds = { live: "good", silent: "warn", killed: "bad", ended: "" };
   const rows = listed.map((one) => [one.hostname, one.pid, one.stages.join(", ") || "–", chip(stateOf(one), kinds[stateOf(one)]), count(one.received_rows), bytes(one.received_bytes), one.heard_ago_s === null ? "–" : ago(one.heard_ago_s)]);
   const heads = [{ text: "Host" }, { text: "Pid", number: true }, { text: "Stages" }, { text: "State" }, { text: "Rows", number: true }, { text: "Bytes", number: true }, { text: "Heard", number: true }];
-  return section("Sources", { "data-stop": true, tabindex: -1 }, el("p.sub", null, `${counted(all.length, "source")}: ${said}`), table("Processes that log", heads, rows), all.length > LISTED ? el("p.hint", null, `and ${count(all.length - LISTED)} more`) : null);
+  return section("Sources", { "data-stop": true, tabindex: -1 }, el("p.sub", null, `${counted(number, "source")}: ${said}`), table("Processes that log", heads, rows), number > LISTED ? el("p.hint", null, `and ${count(number - LISTED)} more`) : null);
 }

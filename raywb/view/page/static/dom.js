@@ -3,6 +3,9 @@
 /** Handlers and values that `morph` takes over, since attributes do not show them. */
 const PROPERTIES = ["onclick", "oninput", "onchange", "onkeydown", "spec"];
 
+/** What an element notes of itself: `morph` leaves it. */
+const KEPT = ["open", "data-done"];
+
 /** Make an element.
  *
  * @param {string} tag name, with classes behind dots: `"p.empty"`
@@ -34,7 +37,7 @@ function flat(children) {
 /** Make `old` show what `fresh` shows, and keep its nodes: focus, hover and charts stay. */
 export function morph(old, fresh) {
   for (const { name } of [...old.attributes]) {
-    if (!fresh.hasAttribute(name) && name !== "open") old.removeAttribute(name);
+    if (!fresh.hasAttribute(name) && !KEPT.includes(name)) old.removeAttribute(name);
   }
   for (const { name, value } of fresh.attributes) {
     if (old.getAttribute(name) === value) continue;
@@ -124,8 +127,8 @@ export function copyLink(hash, what) {
       location.hash = hash; // without a clipboard the address bar has it
     }
     say(`Link to ${what} copied`);
-    button.classList.add("done");
-    setTimeout(() => button.classList.remove("done"), 1200);
+    button.dataset.done = "";
+    setTimeout(() => button.removeAttribute("data-done"), 1200);
   };
   const name = `Copy the link to ${what}`;
   return el("button.icon.copy", { type: "button", title: name, "aria-label": name, onclick: click }, icon("link"));

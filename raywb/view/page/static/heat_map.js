@@ -1,7 +1,7 @@
 /** `<raywb-heat-map>`: how busy each node was, a line per node, time from left to right. */
 
-import { onTheme, sourceOf } from "raywb/charts";
-import { el, empty } from "raywb/dom";
+import { lastOf, onTheme, sourceOf } from "raywb/charts";
+import { el } from "raywb/dom";
 import { value } from "raywb/format";
 import { axisKind, xText } from "raywb/plot";
 import { select } from "raywb/route";
@@ -12,6 +12,9 @@ const CELL_PX = 3;
 const ROW_PX = 18;
 const REFRESH_MS = 3000;
 
+/** Longest pause after requests that failed, one after the other. */
+const FAILED_MS = 30000;
+
 /** Steps of the colour scale, from the style sheet: from nothing to full. */
 const SHADES = 6;
 
@@ -21,9 +24,11 @@ class RaywbHeatMap extends HTMLElement {
   #spec = null;
   #said = "";
   #found = null;
-  #version = "";
+  /** Of what is drawn; null where there is more to ask for. */
+  #version = null;
   #abort = null;
-  #askedAt = 0;
+  #next = 0;
+  #pause = REFRESH_MS;
   #parts = null;
   #grid = null;
   #sized = new ResizeObserver(() => this.#draw());
@@ -56,7 +61,7 @@ class RaywbHeatMap extends HTMLElement {
   }
 
   refresh() {
-    if (this.#abort || this.#version === sourceOf().version || Date.now() - this.#askedAt < REFRESH_MS) return;
+    if (this.#abort || this.#version === sourceOf().version(this.#spec.run) || Date.now() < this.#next) return;
     this.#load();
   }
 
@@ -72,8 +77,9 @@ class RaywbHeatMap extends HTMLElement {
     const labels = el("ul.labels", { "aria-hidden": "true" }, rows.map((row) => el(`li${row.mark ? ".stale" : ""}`, { title: row.label }, row.label, row.mark ? el("small", null, ` ${row.mark}`) : null)));
     const shades = Array.from({ length: SHADES }, (_, index) => el("i", { style: { "--shade": `var(--heat-${index})` } }));
     const scale = el("div.shades", { "aria-hidden": "true" }, el("span", null, "0"), shades, el("span.full"));
-    this.#parts = { canvas, readout, ends, scale };
-    this.replaceChildren(el("figure", null, el("figcaption", null, el("span.title", null, title), readout, scale), el("div.map", null, labels, el("div.cells", null, canvas, ends))));
+    const trouble = el("p.hint", { role: "status" });
+    this.#parts = { canvas, readout, ends, scale, trouble };
+    this.replaceChildren(el("figure", null, el("figcaption", null, el("span.title", null, title), readout, scale), trouble, el("div.map", null, labels, el("div.cells", null, canvas, ends))));
     canvas.onmousemove = (event) => this.#read(event);
     canvas.onmouseleave = () => readout.replaceChildren();
     canvas.onmousedown = (event) => this.#drag(event);
@@ -88,20 +94,27 @@ class RaywbHeatMap extends HTMLElement {
     this.#abort?.abort();
     const abort = new AbortController();
     this.#abort = abort;
-    this.#askedAt = Date.now();
-    const { version } = source;
     const { run, rows, x, range } = this.#spec;
+    const version = source.version(run);
     try {
       const found = await Promise.all(rows.map(({ key }) => source.points(run, key, { x, ...range, points: COLUMNS, signal: abort.signal })));
       if (abort.signal.aborted) return;
       this.#found = found;
-      this.#version = version;
+      this.#version = found.every((one) => one.isWhole) ? version : null;
+      this.#pause = REFRESH_MS;
+      this.#next = Date.now() + REFRESH_MS;
+      this.#parts.trouble.textContent = "";
       this.#draw();
     } catch (error) {
       if (abort.signal.aborted || error.name === "AbortError") return;
-      this.replaceChildren(empty(`These points could not be had: ${error.message}`));
+      this.#version = null;
+      this.#next = Date.now() + this.#pause;
+      this.#pause = Math.min(2 * this.#pause, FAILED_MS);
+      this.#parts.trouble.textContent = `These points could not be had: ${error.message}`;
     } finally {
-      if (this.#abort === abort) this.#abort = null;
+      if (this.#abort === abort) {
+        this.#abort = null;
+      }
     }
   }
 
@@ -137,7 +150,7 @@ class RaywbHeatMap extends HTMLElement {
     [grid.from, (grid.from + grid.to) / 2, grid.to].forEach((x, index) => {
       ends.children[index].textContent = grid.columns && Number.isFinite(x) ? xText(x, kind, name) : "";
     });
-    canvas.setAttribute("aria-label", `${this.#spec.title}. Newest values: ${this.#spec.rows.map((row, index) => `${row.label} ${value(this.#found[index].mean.findLast((one) => one !== null))}`).join(", ")}`);
+    canvas.setAttribute("aria-label", `${this.#spec.title}. Newest values: ${this.#spec.rows.map((row, index) => `${row.label} ${value(lastOf(this.#found[index]))}`).join(", ")}`);
   }
 
   #place(event) {

@@ -1,5 +1,14 @@
 /** What runs: as the status says, and for runs that it does not tell of, as the series end. */
 
+/** What the status tells of a run that a stage has of its own; nothing where it tells of others.
+ *
+ * Ids alone do not say which run is meant: those of other directories may be equal.
+ */
+export function stageRunOf({ status, runs }, run) {
+  const numberOf = ({ id, dir, job_type: stage }) => runs.findLast((one) => one.stage !== null && one.stage === stage && one.id === id && one.dir === dir)?.number;
+  return run && status?.stage_runs.find((one) => numberOf(one.run) === run.number);
+}
+
 /** Pipelines, stages and nodes of one run.
  *
  * @param {object | null} status of the service

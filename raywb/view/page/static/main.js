@@ -3,7 +3,7 @@
 import { openSource } from "raywb/data";
 import { bar, el, icon, morphChildren, say, table } from "raywb/dom";
 import { count, counted, moment } from "raywb/format";
-import { liveOf } from "raywb/live";
+import { liveOf, stageRunOf } from "raywb/live";
 import { currentRoute, linkTo, select, VIEWS } from "raywb/route";
 import { themeChanged, useSource } from "raywb/charts";
 import { delivery, noteDelivery } from "raywb/delivery";
@@ -34,7 +34,12 @@ const CONNECTION = {
 const source = openSource();
 const main = document.getElementById("main");
 const dialog = document.getElementById("dialog");
-let series = { run: null, list: [], rows_read: 0, rows_total: 0 };
+/** Shortest and longest time between two looks at the list of series of a run, in milliseconds. */
+const LIST_MS = [3000, 30000];
+
+/** Lists that are kept, by number of their run, those asked for last at the end. */
+const LISTS = 8;
+const lists = new Map();
 let shown = "";
 let drawing = false;
 let wantsFilter = false;
@@ -46,8 +51,8 @@ function context() {
   const route = currentRoute();
   const number = Number(route.run ?? latest.run);
   const run = latest.runs.find((one) => one.number === number) ?? null;
-  const mine = series.run === number;
-  const isPresent = latest.status?.run.id === run?.id;
+  const mine = lists.get(number);
+  const isPresent = Boolean(latest.status) && number === latest.run;
   return {
     source,
     overview: latest,
@@ -55,10 +60,11 @@ function context() {
     route,
     run,
     number,
-    series: mine ? series.list : null,
-    seriesTrouble: mine ? series.trouble : "",
+    series: mine?.list ?? null,
+    seriesTrouble: mine?.trouble ?? "",
     isPresent,
-    ...liveOf(latest.status, number, isPresent, mine ? series.list : null),
+    stageRun: stageRunOf(latest, run),
+    ...liveOf(latest.status, number, isPresent, mine?.list ?? null),
   };
 }
 
@@ -115,18 +121,34 @@ function noRun({ number, overview: { runs } }) {
   return el("p.empty", null, "No run has begun yet. ", el("code", null, "raywb.start()"), " in a driver begins one; this page shows it as soon as it is there.");
 }
 
+/** Have the list of a run's series, and look again when there may be more of them.
+ *
+ * One request of a run at a time, however long it takes: its answer is shown whatever has come in
+ * by then, and a little later the list is asked for again.
+ */
 async function askForSeries(run) {
-  const { version } = source;
-  if (series.run === run && series.version === version) return;
-  const before = series.run === run ? series : { list: null };
-  series = { ...before, run, version };
-  const mine = series;
-  try {
-    const { series: list } = await source.series(run);
-    if (series === mine) Object.assign(series, { list, trouble: "" });
-  } catch (error) {
-    if (series === mine) Object.assign(series, { list: series.list ?? [], trouble: error.message });
+  const mine = lists.get(run) ?? { list: null, trouble: "", version: null, isAsked: false, next: 0, pause: LIST_MS[0], timer: 0 };
+  lists.delete(run);
+  lists.set(run, mine);
+  if (lists.size > LISTS) lists.delete(lists.keys().next().value);
+  const version = source.version(run);
+  if (mine.isAsked || mine.version === version) return;
+  if (Date.now() < mine.next) {
+    mine.timer ||= setTimeout(() => {
+      mine.timer = 0;
+      draw();
+    }, mine.next - Date.now());
+    return;
   }
+  mine.isAsked = true;
+  try {
+    const { series: list, isWhole } = await source.series(run);
+    Object.assign(mine, { list, trouble: "", version: isWhole ? version : null, pause: LIST_MS[0] });
+  } catch (error) {
+    Object.assign(mine, { trouble: error.message, version: null, pause: Math.min(2 * mine.pause, LIST_MS[1]) });
+  }
+  mine.isAsked = false;
+  mine.next = Date.now() + mine.pause;
   draw();
 }
 
@@ -139,7 +161,7 @@ function drawFrame(route, given) {
     el("a.brand", { href: linkTo("overview"), "aria-label": "raywb: overview" }, el("span.mark", { "aria-hidden": "true" }), "raywb"),
     el("nav", { "aria-label": "Views" }, links),
     el("div.tools", null, runChoice(given), connection(given), themeButton(), helpButton()),
-    given ? reading(given.overview.reading) : null,
+    given ? reading(source.reading(given.number)) : null,
   ].filter(Boolean));
 }
 
@@ -329,6 +351,6 @@ document.querySelector(".skip").addEventListener("click", (event) => {
   event.preventDefault(); // the hash is the route's
   main.focus();
 });
-setInterval(() => source.connection === "live" && !document.hidden && draw(), 5000); // ages grow
+setInterval(() => !document.hidden && draw(), 5000); // ages grow, and untold runs
 draw();
 source.start();

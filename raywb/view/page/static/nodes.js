@@ -11,6 +11,13 @@ import "raywb/heat_map";
 const LISTED = 64;
 const LISTED_LEFT = 8;
 
+/** Lines of the heat map, and for how long the same nodes stand in it, in milliseconds. */
+const MAP_ROWS = 64;
+const MAP_MS = 60000;
+
+/** Which nodes the heat map shows, by run and metric: they must not change at every row. */
+const extremes = new Map();
+
 const SUMS = ["mean", "min", "max"];
 
 /** What the metrics are called; those not named here are called by their keys. */
@@ -36,7 +43,7 @@ export function nodes(given) {
   const found = ofNodes(series ?? []);
   const title = el("h1", null, "Nodes");
   if (!found.metrics.length && !status?.nodes.length && !given.nodeUsage.length) {
-    return [title, empty(series ? "No node of the cluster is known in this run. On a Ray cluster they appear by themselves, and again at every interval of " : "Loading…", series ? el("code", null, "node_metrics_interval_s") : null, series ? "." : null)];
+    return [title, empty(series ? "No node of the cluster is known in this run. On a Ray cluster they appear by themselves, and again at every interval of " : (given.seriesTrouble || "Loading…"), series ? el("code", null, "node_metrics_interval_s") : null, series ? "." : null)];
   }
   return [title, summary(given), heatMap(given, found), listing(given), charts(given, found)].filter(Boolean);
 }
@@ -87,7 +94,8 @@ function heatMap(given, { names, metrics, axes }) {
   if (!names.length) return null;
   const preferred = metrics.includes("gpu_percent") ? "gpu_percent" : metrics[0];
   const metric = metrics.includes(route.metric) ? route.metric : preferred;
-  const rows = names.map((name) => ({ key: `nodes/${name}/${metric}`, label: name, mark: markOf(name, status, nodeUsage) })).filter(({ key }) => axes.has(key));
+  const shown = extremeOf(given, names, metric);
+  const rows = shown.map((name) => ({ key: `nodes/${name}/${metric}`, label: name, mark: markOf(name, status, nodeUsage) })).filter(({ key }) => axes.has(key));
   const axis = axes.get(rows[0]?.key) ?? null;
   const { x, name, range } = axisOf(route, axis, source.isReport);
   const options = metrics.map((one) => el("option", { value: one, selected: one === metric }, NAMES[one] ?? words(one)));
@@ -98,8 +106,25 @@ function heatMap(given, { names, metrics, axes }) {
     "Utilisation",
     { "data-stop": true, tabindex: -1, "data-id": "heat" },
     el("div.toolbar", null, el("label", { for: "metric" }, "Metric"), choice, route.from !== undefined ? el("button.toggle", { type: "button", onclick: () => select({ from: undefined, to: undefined, axis: undefined }) }, "✕ zoom") : null),
+    shown.length < names.length ? el("p.hint", null, `${count(shown.length)} of ${count(names.length)} nodes: those with the lowest and the highest newest values`) : null,
     el("raywb-heat-map", { spec, "data-id": "map" }),
   );
+}
+
+/** All nodes, or of very many those whose newest values are the lowest and the highest. */
+function extremeOf({ series, number }, names, metric) {
+  if (names.length <= MAP_ROWS) return names;
+  const id = `${number} ${metric}`;
+  const known = extremes.get(id);
+  if (known && known.of === names.length && performance.now() - known.at < MAP_MS) return known.shown;
+  const last = new Map(series.map((one) => [one.key, one.last]));
+  const place = (name) => last.get(`nodes/${name}/${metric}`) ?? -Infinity;
+  const sorted = names.filter((name) => last.has(`nodes/${name}/${metric}`)).sort((a, b) => place(a) - place(b));
+  const chosen = new Set([...sorted.slice(0, MAP_ROWS / 2), ...sorted.slice(-MAP_ROWS / 2)]);
+  const shown = sorted.filter((name) => chosen.has(name));
+  extremes.clear();
+  extremes.set(id, { of: names.length, at: performance.now(), shown });
+  return shown;
 }
 
 function markOf(name, status, usage) {

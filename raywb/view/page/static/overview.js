@@ -12,9 +12,9 @@ export function overview(given) {
   return [head(given), troubles(given), deliveryLine(given), nowRunning(given), nodesNow(given), runs(given)].filter(Boolean);
 }
 
-function head({ run, status, overview: { live, now_s: now, ray_dashboard: dashboard, version } }) {
-  const info = status?.run.id === run.id ? status.run : null;
-  const end = run.ended_s ?? (run.state === "running" && live ? now : null);
+function head({ run, status, isPresent, overview: { now_s: now, ray_dashboard: dashboard, version } }) {
+  const info = isPresent ? status.run : null;
+  const end = run.ended_s ?? (run.state === "running" ? now : null);
   const links = [outLink(run.url, "W&B run"), outLink(dashboard, "Ray dashboard")].filter(Boolean);
   return el(
     "section.head",
@@ -50,8 +50,8 @@ function warning(text) {
   return el("p.trouble.warn", null, el("b", null, "Warning"), " ", text);
 }
 
-function deliveryLine({ run, status }) {
-  const of = status?.run.id === run.id ? { ...status, lostRows: sum(status.lost) } : status?.stage_runs.find((one) => one.run.id === run.id);
+function deliveryLine({ run, status, isPresent, stageRun }) {
+  const of = isPresent ? { ...status, lostRows: sum(status.lost) } : stageRun;
   if (!of) return null;
   const delivered = run.mode === "online" ? of.sink.confirmed_rows : of.sink.applied_rows;
   const parts = [
@@ -79,6 +79,8 @@ function nowRunning(given) {
   const more = Math.max(0, pipelines.length - LISTED) + Math.max(0, stages.length - LISTED) + untold;
   const title = live && given.run.state === "running" ? "Now" : "Last state";
   if (!cards.length) {
+    if (!given.series) return section(title, { "data-stop": true, tabindex: -1 }, empty(given.seriesTrouble || "Loading the list of series…"));
+    if (given.series.length) return section(title, { "data-stop": true, tabindex: -1 }, empty(`${counted(given.series.length, "series").replace(/ss$/, "s")} without a stage, all in `, el("a", { href: linkTo("training") }, "Training"), "."));
     return section(title, { "data-stop": true, tabindex: -1 }, empty("Nothing has logged to this run yet. In a task, actor or driver: ", el("code", null, "raywb.attach(\"training/a\").log({\"loss\": 0.1}, step=1)"), "."));
   }
   return section(title, { "data-stop": true, tabindex: -1 }, el("div.cards", null, cards), more ? el("p.hint", null, `and ${more} more, in their views`) : null);

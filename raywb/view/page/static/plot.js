@@ -127,7 +127,9 @@ export function makePlot(host, wanted) {
 /** The columns that uPlot draws: for each line its band, its raw values where smoothed, itself. */
 function tableOf({ lines, log, smooth }) {
   const columns = [];
-  const tables = lines.map((line, index) => {
+  const xs = lines.map((line) => line.x);
+  const isShared = xs.every((x) => x.length === xs[0].length && x.every((one, index) => one === xs[0][index]));
+  const tables = (isShared ? lines : lines.map(merged)).map((line, index) => {
     const colour = lineColour(index);
     const mark = line.x.length <= MARKED_POINTS;
     const points = { show: mark, size: 4, fill: colour, stroke: colour };
@@ -147,9 +149,31 @@ function tableOf({ lines, log, smooth }) {
   });
   if (!tables.length) return { data: [[]], columns };
   const [first] = tables;
-  const isShared = tables.every(([x]) => x.length === first[0].length && x.every((one, index) => one === first[0][index]));
   const data = isShared ? [first[0], ...tables.flatMap((one) => one.slice(1))] : uPlot.join(tables);
   return { data, columns };
+}
+
+/** A line with one point per x: lines of several can only meet so, and none of them is lost. */
+export function merged(line) {
+  const { x } = line;
+  if (x.every((one, index) => !index || one !== x[index - 1])) return line;
+  const found = { ...line, x: [], min: [], max: [], mean: [] };
+  let counted = 0;
+  x.forEach((one, index) => {
+    const at = found.x.length - 1;
+    if (at < 0 || found.x[at] !== one) {
+      found.x.push(one);
+      for (const name of ["min", "max", "mean"]) found[name].push(line[name][index]);
+      counted = line.mean[index] === null ? 0 : 1;
+      return;
+    }
+    if (line.mean[index] === null) return;
+    counted += 1;
+    found.min[at] = found.min[at] === null ? line.min[index] : Math.min(found.min[at], line.min[index]);
+    found.max[at] = found.max[at] === null ? line.max[index] : Math.max(found.max[at], line.max[index]);
+    found.mean[at] = found.mean[at] === null ? line.mean[index] : found.mean[at] + (line.mean[index] - found.mean[at]) / counted;
+  });
+  return found;
 }
 
 function faint(colour, alpha) {

@@ -16,7 +16,9 @@ export function currentRoute() {
   const [path, query] = location.hash.replace(/^#\/?/, "").split("?");
   const route = { view: VIEWS.includes(path) ? path : "overview" };
   for (const [name, value] of new URLSearchParams(query ?? "")) {
-    if (NAMES.includes(name) && value !== "") route[name] = value;
+    if (!NAMES.includes(name) || value === "") continue;
+    if (name === "run" && !/^\d{1,15}$/.test(value)) continue; // of no run
+    route[name] = value;
   }
   return route;
 }
@@ -52,11 +54,4 @@ export function select(changes, replace = false) {
   } else {
     location.hash = hash;
   }
-}
-
-/** The zoomed range of an axis, or nothing. */
-export function rangeOf(route, axis) {
-  const [from, to] = [Number(route.from), Number(route.to)];
-  const said = route.from !== undefined && route.to !== undefined && route.axis === axis;
-  return said && to > from ? { from, to } : null;
 }

@@ -26,7 +26,7 @@ const opened = new Map();
 
 export function training(given) {
   const { series, seriesTrouble, route } = given;
-  if (!series) return [el("h1", null, "Training"), empty("Loading the list of series…")];
+  if (!series) return [el("h1", null, "Training"), empty(seriesTrouble || "Loading the list of series…")];
   const matches = matcher(route.filter);
   const groups = grouped(series);
   const shown = groups.map((group) => ({ ...group, cards: group.cards.filter((card) => card.keys.some(({ key }) => matches(key))) })).filter((group) => group.cards.length);
@@ -141,9 +141,9 @@ function groupsOf(given, groups) {
 }
 
 /** Ranks that lag or are silent, each with the reason. */
-function slowRanks({ status, run }, name) {
-  const stage = status?.stages.find((one) => one.stage === name && one.run_id === run.id);
-  if (!stage?.slow.length) return null;
+function slowRanks({ status, run, isPresent, stageRun }, name) {
+  const stage = (isPresent || stageRun) && status.stages.find((one) => one.stage === name && one.run_id === run.id);
+  if (!stage?.slow?.length) return null;
   const more = stage.slow_ranks - stage.slow.length;
   const said = stage.slow.map((one) => {
     const where = one.pid ? ` (${one.hostname}, pid ${one.pid})` : "";
