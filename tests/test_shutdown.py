@@ -24,7 +24,7 @@ from wandb_client import API_KEY
 from wandb_server import WandbServer
 
 from raywb.errors import SettingsError
-from raywb.launch.delivered import Delivery
+from raywb.launch.delivered import Delivery, deliver
 from raywb.launch.outputs import upload_outputs
 from raywb.launch.places import EndFailed
 from raywb.launch.places.choice import choose_place
@@ -338,6 +338,34 @@ def test_what_a_cluster_that_is_gone_left_is_delivered_first(
         assert "Bringing home what a cluster that is gone left" in said
         (run,) = server.runs.values()
         assert run.values("s/x")[:logged] == list(range(logged))
+
+
+def test_what_came_after_the_end_of_a_run_is_missed(
+    gone_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job logged on after somebody else's finish, and its cluster is gone: its rows, in the
+    ledger and in journals, are said to be undelivered; also where the disk outlives the place,
+    for journals do not. A directory of which nothing lies here is another machine's."""
+    with LeftBehind(tmp_path) as left:
+        left.begin(mode="offline")
+        at_finish = left.finish(40)["received_rows"]
+        until("rows after the end", lambda: left._output.read_bytes().count(b".") > at_finish + 300)
+        logged = left.kill()
+        environment = clean_environment(tmp_path) | left.environment
+        home = tmp_path / "raywb" / "project" / "run"
+        home.parent.mkdir(parents=True)
+        left.directory.rename(home)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        elsewhere = environment | {"RAYWB_JOURNAL_DIR": str(tmp_path / "none")}
+        said = deliver(gone_address, elsewhere, print, timeout_s=20, disk_stays=True)
+        assert said.is_complete
+        said = deliver(gone_address, environment, print, timeout_s=20, disk_stays=True)
+        assert not said.is_complete
+        rows = int(said.rows[0].split()[0])
+        assert rows >= logged - at_finish
+        assert "came after the run was finished" in said.rows[0]
+        # No journal is left now: the ledger alone tells.
+        assert deliver(gone_address, environment, print, timeout_s=20).rows == said.rows
 
 
 DRIVER = """

@@ -7,17 +7,14 @@ service says what W&B's server has shown to have.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
-from raywb.launch.left_here import LeftRun, directories_here, has_unopened_rows, runs_in
-from raywb.settings import child_environment
+from raywb.launch.brought_home import InUse, bring_home
+from raywb.launch.left_here import directories_here, is_of_here, runs_in
 
 if TYPE_CHECKING:
     from raywb.reports import FinishReport
@@ -29,9 +26,6 @@ Tell = Callable[[str], None]
 
 #: Pause before a finish that was not complete is tried again, in seconds.
 RETRY_PAUSE_S = 3.0
-
-#: What ``raywb recover`` exits with when a service, or another command, works in the directory.
-_IN_USE = 6
 
 
 class Delivery(NamedTuple):
@@ -73,6 +67,7 @@ def deliver(
     timeout_s: float,
     exit_code: int | None = None,
     here: bool = True,
+    disk_stays: bool = False,
     on_connect: Callable[[], None] = lambda: None,
 ) -> Delivery:
     """Finish the cluster's run, bring home what gone clusters left here, and say what is missing.
@@ -85,6 +80,8 @@ def deliver(
         exit_code: how the work ended; None where nobody knows, which counts as well for a cluster
             that answers, and as crashed for a run whose cluster is gone.
         here: look for directories of clusters that are gone, too.
+        disk_stays: directories outlive this machine's end, and may be other jobs'; what lies on
+            this machine alone, as journals do, is brought home all the same.
         on_connect: called when Ray is connected, which has set signal handlers of its own.
     """
     deadline = time.monotonic() + timeout_s
@@ -100,9 +97,14 @@ def deliver(
     if report is not None and not report.complete:
         text = f"run {report.run.name}: {report.message or 'W&B has not closed it'}"
         (uploads if _lacks_updates_only(report) else rows).append(text)
-    others = [one for one in directories_here(environment) if one != live] if here else []
+    others = list[Path]()
+    if here:
+        others, unreadable = _left_behind(live, environment, of_here_only=disk_stays)
+        rows += unreadable
     for directory in others:
-        rows += _recovered(directory, environment, exit_code, deadline, tell)
+        rows += _brought_home(
+            directory, environment, exit_code, deadline, tell, others_may_use=disk_stays
+        )
     for directory in [*([live] if live is not None else []), *others]:
         offline += _offline(directory)
     return Delivery(
@@ -164,68 +166,37 @@ def _lacks_updates_only(report: FinishReport) -> bool:
     )
 
 
-def _recovered(
+def _left_behind(
+    live: Path | None, environment: Mapping[str, str], *, of_here_only: bool
+) -> tuple[list[Path], list[str]]:
+    """Directories of other clusters than the one that answered, and why one cannot be read."""
+    found, unreadable = list[Path](), list[str]()
+    for directory in directories_here(environment):
+        try:
+            if directory != live and (not of_here_only or is_of_here(directory, environment)):
+                found.append(directory)
+        except (DirectoryError, OSError) as error:
+            unreadable.append(str(error))
+    return found, unreadable
+
+
+def _brought_home(
     directory: Path,
     environment: Mapping[str, str],
     exit_code: int | None,
     deadline: float,
     tell: Tell,
+    *,
+    others_may_use: bool,
 ) -> list[str]:
-    """Bring home what a directory holds that W&B does not have; returns what is still missing."""
+    """What is still missing of a directory when what can be brought home is.
+
+    Where others may use it, a service at work there is another job's, which ends by itself.
+    """
     try:
-        if not _unfinished(directory) and not has_unopened_rows(directory):
-            return []
-        tell(f"Bringing home what a cluster that is gone left in {directory}")
-        said = _recover(directory, environment, exit_code, max(deadline - time.monotonic(), 1.0))
-        missing = [(f"run {run.name}", run.message) for run in _unfinished(directory)]
-        if said is not None and has_unopened_rows(directory):
-            missing.append(("a run that was not opened yet", None))
-        return [
-            f"{name}: {said or message or 'W&B has not closed it'}; "
-            f"`raywb recover {directory}` tries again"
-            for name, message in missing
-        ]
-    except DirectoryError as error:
-        return [str(error)]
-
-
-def _unfinished(directory: Path) -> list[LeftRun]:
-    return [run for run in runs_in(directory) if not run.is_complete]
-
-
-def _recover(
-    directory: Path, environment: Mapping[str, str], exit_code: int | None, timeout_s: float
-) -> str | None:
-    """Run ``raywb recover``; returns what is in the way, None when nothing is."""
-    words = ["recover", str(directory), "--json", f"--timeout-s={timeout_s:g}"]
-    if exit_code is not None:
-        words.append(f"--exit-code={exit_code}")
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "raywb", *words],
-            env=child_environment(environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            # It keeps to its limit by itself, but for reading and merging before.
-            timeout=timeout_s + 60.0,
-        )
-    except subprocess.TimeoutExpired:
-        return "it took too long"
-    if done.returncode == 0:
-        return None
-    if done.returncode == _IN_USE:
-        return "a service or another command works in its directory"
-    return "; ".join(_messages(done.stdout)) or (done.stderr.strip().splitlines() or ["?"])[-1]
-
-
-def _messages(answer: str) -> Iterator[str]:
-    try:
-        runs = json.loads(answer)["runs"]
-    except (ValueError, KeyError):
-        return
-    yield from (run["message"] for run in runs if run.get("message"))
+        return bring_home(directory, environment, exit_code, deadline, tell)
+    except InUse as error:
+        return [] if others_may_use else [f"{error}: it has to end first"]
 
 
 def _offline(directory: Path) -> list[str]:

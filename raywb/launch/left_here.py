@@ -7,10 +7,18 @@ from pathlib import Path
 from typing import NamedTuple
 
 from raywb.service.left import load_left_state
-from raywb.service.state import FILE_NAME, RunState
+from raywb.service.state import FILE_NAME, RunState, ServiceState
 from raywb.service.uploads import Uploads
+from raywb.settings import left_journals
 
-__all__ = ["LeftRun", "directories_here", "has_unopened_rows", "runs_in"]
+__all__ = [
+    "LeftRun",
+    "directories_here",
+    "has_unopened_rows",
+    "is_of_here",
+    "is_settled",
+    "runs_in",
+]
 
 
 class LeftRun(NamedTuple):
@@ -64,8 +72,54 @@ def has_unopened_rows(directory: Path) -> bool:
     Raises:
         DirectoryError: it is no service's directory, or cannot be read.
     """
-    ledger = (directory / "ledger").glob("*")
-    return not load_left_state(directory).runs and any(path.stat().st_size for path in ledger)
+    return not load_left_state(directory).runs and _ledger_end(directory) > 0
+
+
+def is_settled(directory: Path, environment: Mapping[str, str]) -> bool:
+    """Whether W&B has every run, nothing was received after the last one, and no journal is here.
+
+    Raises:
+        DirectoryError: it is no service's directory, or cannot be read.
+        OSError: the same, of its ledger or the journals.
+    """
+    state = load_left_state(directory)
+    cut = max((run.cut or 0 for run in state.runs), default=0)
+    return (
+        all(run.is_complete for run in runs_in(directory))
+        and _ledger_end(directory) <= cut
+        and not _has_journals(state, environment)
+    )
+
+
+def is_of_here(directory: Path, environment: Mapping[str, str]) -> bool:
+    """Whether its cluster left something on this machine, or the environment names it.
+
+    A directory on a shared disk may belong to a job on other machines, which brings home its own.
+
+    Raises:
+        DirectoryError: it is no service's directory, or cannot be read.
+        OSError: the journals cannot be looked for.
+    """
+    named = environment.get("RAYWB_DIR")
+    if named and Path(named).absolute() == directory:
+        return True
+    state = load_left_state(directory)
+    session_dir = state.origin.session_dir if state.origin else None
+    return _has_journals(state, environment) or (
+        session_dir is not None and Path(session_dir).exists()
+    )
+
+
+def _has_journals(state: ServiceState, environment: Mapping[str, str]) -> bool:
+    session_dir = state.origin.session_dir if state.origin else None
+    bases = left_journals(session_dir, state.cluster_id, environment)
+    return any(base.is_dir() and any(base.glob("*/lock")) for base in bases)
+
+
+def _ledger_end(directory: Path) -> int:
+    """Position behind the last byte that was received, see :mod:`raywb.service.append_log`."""
+    files = sorted((directory / "ledger").glob("*.log"))
+    return int(files[-1].stem) + files[-1].stat().st_size if files else 0
 
 
 def _describe(run: RunState, *, uploaded: bool) -> LeftRun:

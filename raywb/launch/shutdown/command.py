@@ -140,7 +140,7 @@ def _run(
             say,
             timeout_s=options["timeout_s"],
             exit_code=job_exit_code,
-            here=not place.keeps_disk,
+            disk_stays=place.keeps_disk,
             on_connect=signals.listen,
         ),
         upload=lambda: upload_outputs(options["outputs"], options["upload_to"]),
