@@ -12,9 +12,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
+from raywb.errors import DirectoryError
 from raywb.launch.brought_home import InUse, bring_home
-from raywb.launch.left_here import directories_here, is_of_here, runs_in
+from raywb.launch.finishing import Finished, finish_cluster
+from raywb.launch.left_here import (
+    LeftRun,
+    directories_here,
+    is_of_here,
+    lacks_updates_only,
+    runs_in,
+)
+from raywb.service.state import FILE_NAME
 
 if TYPE_CHECKING:
     from raywb.reports import FinishReport
@@ -24,8 +32,11 @@ __all__ = ["Delivery", "Tell", "deliver"]
 #: Is told what is going on, in a line without a full stop.
 Tell = Callable[[str], None]
 
-#: Pause before a finish that was not complete is tried again, in seconds.
-RETRY_PAUSE_S = 3.0
+#: Calls a function and returns what that returns, in this thread or another one.
+Aside = Callable[[Callable[[], Finished]], Finished]
+
+#: Pause between two looks at what a live service has delivered, in seconds.
+LOOK_PAUSE_S = 0.5
 
 
 class Delivery(NamedTuple):
@@ -51,15 +62,7 @@ class Delivery(NamedTuple):
         return not (self.rows or self.uploads or self.unanswered)
 
 
-class _Finished(NamedTuple):
-    """What came of asking the cluster."""
-
-    report: FinishReport | None = None
-    after_finish_rows: int = 0
-    unanswered: str | None = None
-
-
-def deliver(
+def deliver(  # noqa: PLR0913 - all but three by name
     address: str,
     environment: Mapping[str, str],
     tell: Tell,
@@ -68,6 +71,8 @@ def deliver(
     exit_code: int | None = None,
     here: bool = True,
     disk_stays: bool = False,
+    though_others_log: bool = True,
+    aside: Aside = lambda work: work(),
     on_connect: Callable[[], None] = lambda: None,
 ) -> Delivery:
     """Finish the cluster's run, bring home what gone clusters left here, and say what is missing.
@@ -82,13 +87,26 @@ def deliver(
         here: look for directories of clusters that are gone, too.
         disk_stays: directories outlive this machine's end, and may be other jobs'; what lies on
             this machine alone, as journals do, is brought home all the same.
+        though_others_log: the run is finished though other jobs are at work on the cluster.
+        aside: calls what it is given, which calls Ray and may hang in it.
         on_connect: called when Ray is connected, which has set signal handlers of its own.
     """
     deadline = time.monotonic() + timeout_s
-    finished = _finish(address, environment, exit_code or 0, deadline, tell, on_connect)
+    finished, stopped = _asked(
+        aside,
+        lambda: finish_cluster(
+            address,
+            environment,
+            exit_code or 0,
+            deadline,
+            tell,
+            though_others_log=though_others_log,
+            on_connect=on_connect,
+        ),
+    )
     report = finished.report
     live = Path(report.run.dir) if report is not None else None
-    rows, uploads, offline = list[str](), list[str](), list[str]()
+    rows, uploads, offline = list(finished.still_logging), list[str](), list[str]()
     if finished.after_finish_rows and live is not None:
         rows.append(
             f"{finished.after_finish_rows} rows came after the run was finished, and belong to no "
@@ -96,10 +114,18 @@ def deliver(
         )
     if report is not None and not report.complete:
         text = f"run {report.run.name}: {report.message or 'W&B has not closed it'}"
-        (uploads if _lacks_updates_only(report) else rows).append(text)
+        (uploads if lacks_updates_only(report) else rows).append(text)
+    if report is not None and live is not None and (live / FILE_NAME).exists():
+        try:
+            for run in _earlier_runs(report, deadline, tell):
+                text = f"run {run.name}, an earlier one: {run.message or 'W&B has not closed it'}"
+                (uploads if run.lacks_updates_only else rows).append(text)
+        except DirectoryError as error:
+            rows.append(str(error))
     others = list[Path]()
     if here:
         others, unreadable = _left_behind(live, environment, of_here_only=disk_stays)
+        others = list(dict.fromkeys([*stopped, *others]))
         rows += unreadable
     for directory in others:
         rows += _brought_home(
@@ -116,54 +142,37 @@ def deliver(
     )
 
 
-def _finish(
-    address: str,
-    environment: Mapping[str, str],
-    exit_code: int,
-    deadline: float,
-    tell: Tell,
-    on_connect: Callable[[], None],
-) -> _Finished:
-    """Ask the cluster to finish its run, again and again until that is complete."""
-    import ray
-
-    import raywb
-    from raywb.cluster import find_service
-    from raywb.launch.connecting import connect_if_alive
-
+def _asked(aside: Aside, work: Callable[[], Finished]) -> tuple[Finished, list[Path]]:
+    """What the cluster answered; whatever goes wrong in asking it is no answer."""
     try:
-        connect_if_alive(address, environment)
-    except NoClusterError as error:
-        tell(f"Nothing to deliver from a cluster: {error}")
-        return _Finished()
-    except ServiceUnavailable as error:
-        return _Finished(unanswered=str(error))
-    on_connect()
-    report = None
-    try:
-        if find_service() is None:
-            tell("Nothing to deliver from the cluster: no raywb service runs on it")
-            return _Finished()
-        while True:
-            remaining = max(deadline - time.monotonic(), 1.0)
-            report = raywb.finish(timeout_s=remaining, exit_code=exit_code)
-            if report.complete or time.monotonic() + RETRY_PAUSE_S > deadline:
-                break
-            tell(f"Not delivered yet: {report.message}")
-            time.sleep(RETRY_PAUSE_S)
-        return _Finished(report, raywb.status().after_finish_rows)
-    except RaywbError as error:
-        return _Finished(report, unanswered=str(error))
-    finally:
-        ray.shutdown()
+        finished = aside(work)
+    except Exception as error:  # noqa: BLE001 - Ray's and the service's are many, and all are told
+        finished = Finished(unanswered=f"the cluster could not be asked: {error!r}")
+    stopped = [finished.stopped] if finished.stopped is not None else []
+    return finished, [one for one in stopped if (one / FILE_NAME).exists()]
 
 
-def _lacks_updates_only(report: FinishReport) -> bool:
-    """Whether all rows are with W&B, and tables, artifacts or alerts are not."""
-    reports = [report, *report.stage_runs]
-    return any(one.undelivered_updates for one in reports) and not any(
-        one.undelivered_rows or one.state == "running" or one.unconfirmed for one in reports
-    )
+def _earlier_runs(report: FinishReport, deadline: float, tell: Tell) -> list[LeftRun]:
+    """Runs of a live service, but for the one that was finished, of which W&B lacks something.
+
+    Delivery goes on by itself as long as the service runs: it is waited for.
+    """
+    live = Path(report.run.dir)
+    said: list[str] = []
+    while True:
+        names = [] if report.complete else [one.run.name for one in report.stage_runs]
+        missing = [
+            run
+            for run in runs_in(live)
+            if not run.is_complete and run.number != report.run.epoch and run.name not in names
+        ]
+        waiting = [run.name for run in missing if not run.is_judged]
+        if not waiting or time.monotonic() + LOOK_PAUSE_S > deadline:
+            return missing
+        if waiting != said:
+            said = waiting
+            tell(f"Not delivered yet: {', '.join(waiting)}")
+        time.sleep(LOOK_PAUSE_S)
 
 
 def _left_behind(

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from raywb.reports import FinishReport
 from raywb.service.left import load_left_state
 from raywb.service.state import FILE_NAME, RunState, ServiceState
 from raywb.service.uploads import Uploads
@@ -17,6 +18,7 @@ __all__ = [
     "has_unopened_rows",
     "is_of_here",
     "is_settled",
+    "lacks_updates_only",
     "runs_in",
 ]
 
@@ -25,17 +27,23 @@ class LeftRun(NamedTuple):
     """One run of a service's directory.
 
     Attributes:
+        number: its number in the directory.
         rows: rows that were received for it by its end; 0 where it was not ended.
         is_complete: it was ended, and W&B's server, or W&B's files where it is offline, have all
             of it.
+        is_judged: its end is written down; what was missing then does not come any more by itself.
+        lacks_updates_only: all its rows are with W&B; tables, artifacts or alerts are not.
         message: what its report says is missing.
         is_offline: it has not been uploaded: it lies in W&B's files, on this machine.
     """
 
+    number: int
     name: str
     rows: int
     is_complete: bool
     is_offline: bool
+    is_judged: bool = False
+    lacks_updates_only: bool = False
     message: str | None = None
 
 
@@ -123,11 +131,22 @@ def _ledger_end(directory: Path) -> int:
 
 
 def _describe(run: RunState, *, uploaded: bool) -> LeftRun:
-    is_complete = run.report is not None and run.report.complete
+    report = run.report
     return LeftRun(
+        run.number,
         run.info.name,
         run.received_rows,
-        is_complete,
+        is_complete=report is not None and report.complete,
         is_offline=run.info.mode == "offline" and not uploaded and run.received_rows > 0,
-        message=run.report.message if run.report is not None else None,
+        is_judged=report is not None,
+        lacks_updates_only=report is not None and lacks_updates_only(report),
+        message=report.message if report is not None else None,
+    )
+
+
+def lacks_updates_only(report: FinishReport) -> bool:
+    """Whether all rows are with W&B, and tables, artifacts or alerts are not."""
+    reports = [report, *report.stage_runs]
+    return any(one.undelivered_updates for one in reports) and not any(
+        one.undelivered_rows or one.state == "running" or one.unconfirmed for one in reports
     )

@@ -89,6 +89,7 @@ def _help() -> str:
 )
 @click.pass_obj
 def shutdown(address: str, /, **options: Any) -> None:
+    from raywb.launch.aside import leave
     from raywb.launch.places import EndFailed
     from raywb.launch.places.choice import choose_place
     from raywb.launch.shutdown.outcomes import no_place, refused
@@ -104,7 +105,7 @@ def shutdown(address: str, /, **options: Any) -> None:
         decision = refused("the instance", str(error))
     else:
         if not isinstance(place, str):
-            sys.exit(_run(place, address, environment, options))
+            leave(_run(place, address, environment, options))
         decision = no_place(place)
     for line in decision.lines:
         say(line)
@@ -114,6 +115,7 @@ def shutdown(address: str, /, **options: Any) -> None:
 def _run(
     place: Place, address: str, environment: Mapping[str, str], options: Mapping[str, Any]
 ) -> int:
+    from raywb.launch.aside import aside
     from raywb.launch.delivered import deliver
     from raywb.launch.outputs import upload_outputs
     from raywb.launch.shutdown.ending import run_shutdown
@@ -141,7 +143,8 @@ def _run(
             timeout_s=options["timeout_s"],
             exit_code=job_exit_code,
             disk_stays=place.keeps_disk,
-            on_connect=signals.listen,
+            though_others_log=options["even_if_undelivered"],
+            aside=aside,
         ),
         upload=lambda: upload_outputs(options["outputs"], options["upload_to"]),
         say=say,
