@@ -300,28 +300,58 @@ def test_the_end_comes_while_it_is_asked_for(place: Any, code: int, last: str) -
 
 
 def test_outputs_are_off_the_machine_or_keep_it(tmp_path: Path) -> None:
-    """Without an address they lie here only; with one each file is there, again only what is
-    missing is sent; an upload that fails says so."""
+    """Without an address they lie here only; with one each file is there, also behind links;
+    again only what changed is sent, and a strange file of the same size is not taken for ours."""
     outputs, target = tmp_path / "out", tmp_path / "target"
     (outputs / "deep").mkdir(parents=True)
     (outputs / "a.bin").write_bytes(b"x" * 1000)
     (outputs / "deep" / "b.json").write_text("{}")
-    assert upload_outputs(None, None) == upload_outputs(tmp_path / "none", None) == ((), ())
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "c").write_text("behind a link")
+    (outputs / "link").symlink_to(tmp_path / "large")
+    (outputs / "deep" / "round").symlink_to(outputs)
+    assert upload_outputs(None, None) == ((), ())
     lonely, failed = upload_outputs(outputs, None)
     assert (len(lonely), failed) == (1, ())
-    assert "2 files" in lonely[0]
-    assert upload_outputs(outputs, f"file://{target}") == ((), ())
+    assert "3 files" in lonely[0]
+    target.mkdir()
+    (target / "a.bin").write_bytes(b"y" * 1000)
+
+    def upload() -> object:
+        return upload_outputs(outputs, f"file://{target}", local_is_elsewhere=True)
+
+    assert upload() == ((), ())
     assert (target / "deep" / "b.json").read_text() == "{}"
+    assert (target / "a.bin").read_bytes() == b"x" * 1000
+    assert (target / "link" / "c").read_text() == "behind a link"
     untouched = (target / "a.bin").stat().st_mtime_ns
     (target / "deep" / "b.json").write_text("torn")
-    assert upload_outputs(outputs, f"file://{target}") == ((), ())
+    (outputs / "link" / "c").write_text("BEHIND A LINK")
+    assert upload() == ((), ())
     assert (target / "deep" / "b.json").read_text() == "{}"
+    assert (target / "link" / "c").read_text() == "BEHIND A LINK"
     assert (target / "a.bin").stat().st_mtime_ns == untouched
-    (tmp_path / "file").touch()
-    for url in (f"file://{tmp_path}/file", "nothing://bucket"):
-        lonely, failed = upload_outputs(outputs, url)
-        assert lonely == ()
-        assert "failed" in failed[0]
+
+
+def test_outputs_that_are_not_brought_off_are_said(tmp_path: Path) -> None:
+    """A place that goes with this machine, one that is none, no time, and no such directory."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("a")
+    for url, said in {
+        "bucket/name": "a path of this machine",
+        f"file://{tmp_path}/target": "a path of this machine",
+        "memory://bucket": "memory",
+        "nothing://bucket": "failed",
+    }.items():
+        lonely, (failed,) = upload_outputs(tmp_path / "out", url)
+        assert (lonely, said in failed) == ((), True), failed
+    _, (failed,) = upload_outputs(
+        tmp_path / "out", f"file://{tmp_path}/out/a", local_is_elsewhere=True, timeout_s=20
+    )
+    assert "failed" in failed
+    (lonely,), failed_uploads = upload_outputs(tmp_path / "typo", "s3://bucket")
+    assert ("no directory" in lonely, failed_uploads) == (True, ())
+    assert upload_outputs(tmp_path / "typo", None, may_be_missing=True) == ((), ())
 
 
 def test_what_a_cluster_that_is_gone_left_is_delivered_first(

@@ -69,7 +69,7 @@ def _help() -> str:
     type=click.FloatRange(min=1),
     default=600.0,
     show_default=True,
-    help="Longest that the delivery may take.",
+    help="Longest that the delivery may take, and again the upload.",
 )
 @click.option(
     "--confirm-s",
@@ -86,6 +86,14 @@ def _help() -> str:
 )
 @click.option(
     "--upload-to", metavar="URL", help="Where the outputs go, for instance s3://bucket/name."
+)
+@click.option(
+    "--upload-is-elsewhere",
+    is_flag=True,
+    help="A path in --upload-to is another machine's file system, mounted here.",
+)
+@click.option(
+    "--outputs-if-any", is_flag=True, help="A job that ended well may have made no --outputs."
 )
 @click.pass_obj
 def shutdown(address: str, /, **options: Any) -> None:
@@ -146,6 +154,12 @@ def _run(
             though_others_log=options["even_if_undelivered"],
             aside=aside,
         ),
-        upload=lambda: upload_outputs(options["outputs"], options["upload_to"]),
+        upload=lambda: upload_outputs(
+            options["outputs"],
+            options["upload_to"],
+            timeout_s=options["timeout_s"],
+            local_is_elsewhere=place.keeps_disk or options["upload_is_elsewhere"],
+            may_be_missing=bool(job_exit_code) or options["outputs_if_any"],
+        ),
         say=say,
     )
