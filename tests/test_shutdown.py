@@ -152,6 +152,38 @@ def test_the_first_place_that_the_environment_names() -> None:
         choose_place("vast", None, {"CONTAINER_ID": "../8"})
 
 
+def test_a_shell_over_ssh_knows_its_instance(tmp_path: Path) -> None:
+    """The number and the key are in the first process's environment only."""
+    (tmp_path / "environ").write_bytes(b"A=b\0CONTAINER_ID=7\0CONTAINER_API_KEY=k=1\0")
+    place = choose_place("auto", None, {}, tmp_path / "environ")
+    assert isinstance(place, VastPlace)
+    assert (place.what, place._key) == ("Vast.ai instance 7", "k=1")
+    other = choose_place("auto", None, {"CONTAINER_ID": "8"}, tmp_path / "environ")
+    assert isinstance(other, VastPlace)
+    assert (other.what, other._key) == ("Vast.ai instance 8", None)
+
+
+@pytest.mark.parametrize("state", ["NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"])
+def test_slurm_says_in_many_words_that_a_job_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
+) -> None:
+    """Each of the states in which a job has ended confirms the end."""
+    (tmp_path / "squeue").write_text(f"#!/bin/sh\necho {state}\n")
+    (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    place = choose_place("slurm", None, {"SLURM_JOB_ID": "7"})
+    assert not isinstance(place, str)
+    assert place.has_ended(0.0)
+
+
+def test_a_command_that_hangs_is_cut_off() -> None:
+    """With all that it has started, and it counts as refused."""
+    began = time.monotonic()
+    with pytest.raises(EndFailed, match="took longer than"):
+        PlainCommand("sleep 77.3 & sleep 77.3", timeout_s=0.2).end()
+    assert time.monotonic() - began < 10
+
+
 # -- Vast.ai ---------------------------------------------------------------------------------------
 
 
