@@ -328,6 +328,29 @@ def test_the_end_comes_while_it_is_asked_for(place: Any, code: int, last: str) -
     assert any(line.startswith(last) or last in line for line in said[-2:]), said
 
 
+@pytest.mark.parametrize("forced", [False, True])
+def test_an_error_that_nobody_thought_of(*, forced: bool) -> None:
+    """It keeps the place, is told, and gives way to --even-if-undelivered like all else."""
+    from raywb.launch.shutdown.ending import run_shutdown
+    from raywb.launch.shutdown.signals import Signals
+
+    def fail() -> Any:
+        raise OSError("no such luck")
+
+    said: list[str] = []
+    with Signals() as signals:
+        found = run_shutdown(
+            Scripted(),
+            Asked(grace_s=0.0, even_if_undelivered=forced),
+            signals,
+            deliver=fail,
+            upload=fail,
+            say=said.append,
+        )
+    assert found == (0 if forced else outcomes.EXIT_UNANSWERED)
+    assert sum("no such luck" in line for line in said) == 2
+
+
 # -- delivery --------------------------------------------------------------------------------------
 
 
