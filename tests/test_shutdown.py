@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -527,24 +528,32 @@ def test_which_cluster_is_meant(gone_address: str, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_while_something_hangs(
-    vast: VastServer, tmp_path: Path, alone: dict[str, str], number: signal.Signals
-) -> None:
-    """A cluster that takes the connection and never answers: a signal ends the command at once,
-    with the promised code, and nothing is asked of Vast."""
-    instance = vast.launch()
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"127.0.0.1:{silent.getsockname()[1]}"
-        process = shutdown(alone | on(instance, vast) | {"RAY_ADDRESS": address})
-        silent.accept()[0].close()
-        silent.settimeout(30)
-        silent.accept()  # Ray itself, in the thread
-        began = time.monotonic()
-        process.send_signal(number)
-        code, said = ended(process)
-    assert (code, vast.requests) == (128 + number, [])
-    assert time.monotonic() - began < 5
-    assert f"Vast.ai instance {instance.id} stays" in said
+def test_a_signal_while_something_hangs(number: signal.Signals) -> None:
+    """A library that does not come back: a signal ends the command at once, with its code."""
+    from raywb.launch.aside import aside
+    from raywb.launch.shutdown.ending import run_shutdown
+    from raywb.launch.shutdown.signals import Signals
+
+    release = threading.Event()
+
+    def hang() -> Delivery:
+        threading.Timer(0.2, os.kill, (os.getpid(), number)).start()
+        release.wait(30)
+        return Delivery()
+
+    began = time.monotonic()
+    with Signals() as signals:
+        code = run_shutdown(
+            Scripted(),
+            Asked(),
+            signals,
+            deliver=lambda: aside(hang),
+            upload=lambda: ((), ()),
+            say=print,
+        )
+    release.set()
+    assert code == 128 + number
+    assert time.monotonic() - began < 10
 
 
 DRIVER = """
