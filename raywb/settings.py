@@ -316,6 +316,26 @@ def vast_url(environment: Mapping[str, str] | None = None) -> str | None:
     return environment.get("VAST_URL") or None
 
 
+def vast_environment(
+    environment: Mapping[str, str], first_process: Path = Path("/proc/1/environ")
+) -> Mapping[str, str]:
+    """The environment with the number and the key that Vast.ai gave to this container.
+
+    A shell that came over ssh does not have them; the container's first process does.
+    """
+    names = ("CONTAINER_ID", "CONTAINER_API_KEY")
+    try:
+        words = first_process.read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return environment  # another user's process, or no such system: nothing to add
+    found = dict(word.partition("=")[::2] for word in words)
+    number = environment.get(names[0]) or found.get(names[0])
+    if not number or number != found.get(names[0]):
+        return environment
+    given = {name: environment.get(name) or found.get(name, "") for name in names}
+    return {**environment, **{name: value for name, value in given.items() if value}}
+
+
 def default_dir(settings: Settings, run_id: str) -> Path:
     """Where ledger, outbox and W&B's files lie: ``dir``, else ``~/raywb/<project>/<run id>``."""
     if settings.dir:
@@ -339,9 +359,11 @@ def journal_base(
     return Path(environment.get("TMPDIR") or "/tmp") / f"raywb-{os.getuid()}" / cluster_id
 
 
-def left_journals(session_dir: str | None, cluster_id: str) -> list[Path]:
+def left_journals(
+    session_dir: str | None, cluster_id: str, environment: Mapping[str, str] | None = None
+) -> list[Path]:
     """Directories on this machine where journals of a cluster lie that may be gone by now."""
-    bases = [journal_base(session_dir, cluster_id), journal_base(None, cluster_id)]
+    bases = [journal_base(one, cluster_id, environment) for one in (session_dir, None)]
     return list(dict.fromkeys(bases))
 
 

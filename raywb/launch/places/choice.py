@@ -12,6 +12,7 @@ from raywb.launch.places.plain_command import PlainCommand
 from raywb.launch.places.ray_head import FILE_NAME, RayHead, description_on
 from raywb.launch.places.slurm_job import SlurmJob
 from raywb.launch.places.vast_instance import VastInstance
+from raywb.settings import vast_environment
 
 __all__ = ["PLACES", "choose_place"]
 
@@ -28,7 +29,10 @@ PLACES = ("auto", *_KNOWN_BY, "ray", "command")
 
 
 def choose_place(
-    asked_for: str, command: str | None, environment: Mapping[str, str]
+    asked_for: str,
+    command: str | None,
+    environment: Mapping[str, str],
+    first_process: Path = Path("/proc/1/environ"),
 ) -> Place | str:
     """The place that is to end, or the sentence that says why there is none.
 
@@ -36,6 +40,8 @@ def choose_place(
         asked_for: one of :data:`PLACES`.
         command: the user's own command.
         environment: this process's.
+        first_process: environment of the container's first process, see
+            :func:`raywb.settings.vast_environment`.
 
     Raises:
         SettingsError: ``asked_for`` and ``command`` do not go together.
@@ -46,6 +52,8 @@ def choose_place(
     if command is not None:
         return PlainCommand(command)
     kinds = list(_KNOWN_BY) if asked_for == "auto" else [asked_for]
+    if "vast" in kinds:
+        environment = vast_environment(environment, first_process)
     for kind in (one for one in kinds if one in _KNOWN_BY):
         variable, make = _KNOWN_BY[kind]
         if environment.get(variable):

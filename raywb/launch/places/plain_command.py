@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-
 from raywb.launch.places import EndFailed
+from raywb.launch.places.bounded import run_bounded
 
 __all__ = ["PlainCommand"]
+
+#: Longest that the command may take, in seconds.
+TIMEOUT_S = 300.0
 
 
 class PlainCommand:
@@ -15,8 +17,9 @@ class PlainCommand:
     name = "command"
     keeps_disk = False
 
-    def __init__(self, command: str) -> None:
+    def __init__(self, command: str, timeout_s: float = TIMEOUT_S) -> None:
         self._command = command
+        self._timeout_s = timeout_s
 
     @property
     def what(self) -> str:
@@ -24,11 +27,10 @@ class PlainCommand:
 
     def end(self) -> str:
         """See :class:`raywb.launch.places.Place`."""
-        done = subprocess.run(
-            ["/bin/sh", "-c", self._command], stdin=subprocess.DEVNULL, check=False
-        )
-        if done.returncode:
-            raise EndFailed(f"`{self._command}` ended with exit code {done.returncode}")
+        words = ["/bin/sh", "-c", self._command]
+        code, _ = run_bounded(words, self._timeout_s, what=f"`{self._command}`", capture=False)
+        if code:
+            raise EndFailed(f"`{self._command}` ended with exit code {code}")
         return f"`{self._command}` ended well"
 
     def has_ended(self, timeout_s: float) -> bool:

@@ -8,17 +8,20 @@ its processes over SSH, which from the head to itself may fail; it says so and g
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 from raywb.launch.places import EndFailed
+from raywb.launch.places.bounded import run_bounded
 
 __all__ = ["RayHead", "description_on"]
 
 #: Where ``ray up`` puts the description, below the home directory.
 FILE_NAME = "ray_bootstrap_config.yaml"
+
+#: Longest that `ray down` may take, in seconds: it waits for nodes that it ends over SSH.
+TIMEOUT_S = 900.0
 
 _RAY = "from ray.scripts.scripts import main; main()"
 
@@ -48,18 +51,16 @@ class RayHead:
         ``ray down`` returns when the provider lists no node of the cluster any more; this machine
         may be gone before.
         """
-        done = subprocess.run(
+        code, said = run_bounded(
             [sys.executable, "-c", _RAY, "down", "--yes", str(self._description)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            check=False,
+            TIMEOUT_S,
+            what=f"`ray down {self._description}`",
+            capture=True,
         )
-        if done.returncode:
-            last = (done.stdout.strip().splitlines() or ["it said nothing"])[-1]
+        if code:
+            last = (said.strip().splitlines() or ["it said nothing"])[-1]
             raise EndFailed(
-                f"`ray down {self._description}` failed with exit code {done.returncode}: {last}. "
+                f"`ray down {self._description}` failed with exit code {code}: {last}. "
                 "The head's credentials have to allow it; `ray down` from the launching machine "
                 "ends the cluster, too"
             )

@@ -21,7 +21,10 @@ COMMAND_TIMEOUT_S = 60.0
 LOOK_PAUSE_S = 0.5
 
 #: States in which the job's end has begun, or is over.
-_ENDING = ("COMPLETING", "CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "PREEMPTED")
+_ENDING = (
+    *("COMPLETING", "CANCELLED", "COMPLETED", "FAILED", "TIMEOUT", "PREEMPTED"),
+    *("NODE_FAIL", "OUT_OF_MEMORY", "DEADLINE", "BOOT_FAIL"),
+)
 
 
 class SlurmJob:

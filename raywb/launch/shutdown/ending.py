@@ -43,8 +43,8 @@ def run_shutdown(
 
     try:
         signals.listen()
-        delivery = deliver()
-        outputs, failed_uploads = upload()
+        delivery = _delivered(deliver)
+        outputs, failed_uploads = _uploaded(upload)
         decision = told(
             outcomes.before_grace(
                 place.what,
@@ -61,6 +61,24 @@ def run_shutdown(
     except Stopped as stopped:
         return told(outcomes.interrupted(place.what, stopped.number)).exit_code
     return told(_end(place, asked.confirm_s, signals, say)).exit_code
+
+
+def _delivered(deliver: Callable[[], Delivery]) -> Delivery:
+    """The delivery; what fails in a way that nobody thought of is no answer."""
+    try:
+        return deliver()
+    except Exception as error:  # noqa: BLE001 - told, and the place stays
+        return Delivery(unanswered=f"the delivery failed: {error!r}")
+
+
+def _uploaded(
+    upload: Callable[[], tuple[Sequence[str], Sequence[str]]],
+) -> tuple[Sequence[str], Sequence[str]]:
+    """The same of the outputs."""
+    try:
+        return upload()
+    except Exception as error:  # noqa: BLE001 - told, and the place stays
+        return (), (f"the upload failed: {error!r}",)
 
 
 def _end(place: Place, confirm_s: float, signals: Signals, say: Callable[[str], None]) -> Decision:
