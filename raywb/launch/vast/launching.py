@@ -56,7 +56,6 @@ class Launch:
     even_if_undelivered: bool
     outputs: str | None
     upload_to: str | None
-    upload_is_elsewhere: bool
     attempts: int
     max_hours: float
     repo: str | None
@@ -99,7 +98,6 @@ class Launch:
             even_if_undelivered=self.even_if_undelivered,
             outputs=self._outputs(),
             upload_to=self.upload_to,
-            upload_is_elsewhere=self.upload_is_elsewhere,
             attempts=self.attempts,
             max_hours=self.max_hours,
             names=sorted({word.partition("=")[0] for word in self.env}),
@@ -132,13 +130,12 @@ class Launch:
             )
         if self.upload_to and not self._outputs():
             raise LaunchError("--upload-to says where --outputs go, and there are none")
-        if self.upload_to and not self.upload_is_elsewhere:
+        if self.upload_to:
             scheme, given, _ = self.upload_to.partition("://")
             if not given or scheme.partition("::")[0] in _ON_THE_INSTANCE:
                 raise LaunchError(
                     f"--upload-to {self.upload_to} lies on the instance itself, and goes with it: "
-                    "name an address as in s3://bucket/name; --upload-is-elsewhere says that it "
-                    "is a remote file system, mounted there"
+                    "name an address as in s3://bucket/name"
                 )
         if self.auto_shutdown and self.outputs is None and not self._told() and self.arguments:
             file = self.arguments[0]
