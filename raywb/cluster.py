@@ -8,6 +8,7 @@ both the client and the service.
 from __future__ import annotations
 
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -30,6 +31,7 @@ __all__ = [
     "join",
     "make_service",
     "present_run",
+    "service_directory",
 ]
 
 ACTOR_NAME = "raywb"
@@ -218,6 +220,12 @@ def _directory_of_the_service(settings: Settings, run_id: str) -> str:
     # Of several who make it at once, the first decides for all.
     _internal_kv_put(DIRECTORY_KEY, wanted, overwrite=settings.dir is not None)
     return (_internal_kv_get(DIRECTORY_KEY) or wanted).decode()
+
+
+def service_directory() -> Path | None:
+    """Where the service of this cluster works, or worked before it was stopped."""
+    known = _internal_kv_get(DIRECTORY_KEY)
+    return Path(known.decode()) if known else None
 
 
 def _head_address() -> str:

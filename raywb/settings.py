@@ -339,9 +339,11 @@ def journal_base(
     return Path(environment.get("TMPDIR") or "/tmp") / f"raywb-{os.getuid()}" / cluster_id
 
 
-def left_journals(session_dir: str | None, cluster_id: str) -> list[Path]:
+def left_journals(
+    session_dir: str | None, cluster_id: str, environment: Mapping[str, str] | None = None
+) -> list[Path]:
     """Directories on this machine where journals of a cluster lie that may be gone by now."""
-    bases = [journal_base(session_dir, cluster_id), journal_base(None, cluster_id)]
+    bases = [journal_base(one, cluster_id, environment) for one in (session_dir, None)]
     return list(dict.fromkeys(bases))
 
 

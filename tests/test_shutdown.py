@@ -17,14 +17,19 @@ import boto3
 import pytest
 import yaml
 from left_behind import LeftBehind
+from local_service import local_service
 from moto.server import ThreadedMotoServer
+from online_service import set_environment
 from ray_cluster import RayCluster, clean_environment, until
 from vast_server import VastInstance, VastServer
 from wandb_client import API_KEY
 from wandb_server import WandbServer
 
-from raywb.errors import SettingsError
-from raywb.launch.delivered import Delivery
+from raywb.errors import NoClusterError, SettingsError
+from raywb.launch import delivered
+from raywb.launch.connecting import clusters_of, connect_if_alive
+from raywb.launch.delivered import Delivery, deliver
+from raywb.launch.finishing import Finished
 from raywb.launch.outputs import upload_outputs
 from raywb.launch.places import EndFailed
 from raywb.launch.places.choice import choose_place
@@ -295,28 +300,58 @@ def test_the_end_comes_while_it_is_asked_for(place: Any, code: int, last: str) -
 
 
 def test_outputs_are_off_the_machine_or_keep_it(tmp_path: Path) -> None:
-    """Without an address they lie here only; with one each file is there, again only what is
-    missing is sent; an upload that fails says so."""
+    """Without an address they lie here only; with one each file is there, also behind links;
+    again only what changed is sent, and a strange file of the same size is not taken for ours."""
     outputs, target = tmp_path / "out", tmp_path / "target"
     (outputs / "deep").mkdir(parents=True)
     (outputs / "a.bin").write_bytes(b"x" * 1000)
     (outputs / "deep" / "b.json").write_text("{}")
-    assert upload_outputs(None, None) == upload_outputs(tmp_path / "none", None) == ((), ())
+    (tmp_path / "large").mkdir()
+    (tmp_path / "large" / "c").write_text("behind a link")
+    (outputs / "link").symlink_to(tmp_path / "large")
+    (outputs / "deep" / "round").symlink_to(outputs)
+    assert upload_outputs(None, None) == ((), ())
     lonely, failed = upload_outputs(outputs, None)
     assert (len(lonely), failed) == (1, ())
-    assert "2 files" in lonely[0]
-    assert upload_outputs(outputs, f"file://{target}") == ((), ())
+    assert "3 files" in lonely[0]
+    target.mkdir()
+    (target / "a.bin").write_bytes(b"y" * 1000)
+
+    def upload() -> object:
+        return upload_outputs(outputs, f"file://{target}", local_is_elsewhere=True)
+
+    assert upload() == ((), ())
     assert (target / "deep" / "b.json").read_text() == "{}"
+    assert (target / "a.bin").read_bytes() == b"x" * 1000
+    assert (target / "link" / "c").read_text() == "behind a link"
     untouched = (target / "a.bin").stat().st_mtime_ns
     (target / "deep" / "b.json").write_text("torn")
-    assert upload_outputs(outputs, f"file://{target}") == ((), ())
+    (outputs / "link" / "c").write_text("BEHIND A LINK")
+    assert upload() == ((), ())
     assert (target / "deep" / "b.json").read_text() == "{}"
+    assert (target / "link" / "c").read_text() == "BEHIND A LINK"
     assert (target / "a.bin").stat().st_mtime_ns == untouched
-    (tmp_path / "file").touch()
-    for url in (f"file://{tmp_path}/file", "nothing://bucket"):
-        lonely, failed = upload_outputs(outputs, url)
-        assert lonely == ()
-        assert "failed" in failed[0]
+
+
+def test_outputs_that_are_not_brought_off_are_said(tmp_path: Path) -> None:
+    """A place that goes with this machine, one that is none, no time, and no such directory."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "a").write_text("a")
+    for url, said in {
+        "bucket/name": "a path of this machine",
+        f"file://{tmp_path}/target": "a path of this machine",
+        "memory://bucket": "memory",
+        "nothing://bucket": "failed",
+    }.items():
+        lonely, (failed,) = upload_outputs(tmp_path / "out", url)
+        assert (lonely, said in failed) == ((), True), failed
+    _, (failed,) = upload_outputs(
+        tmp_path / "out", f"file://{tmp_path}/out/a", local_is_elsewhere=True, timeout_s=20
+    )
+    assert "failed" in failed
+    (lonely,), failed_uploads = upload_outputs(tmp_path / "typo", "s3://bucket")
+    assert ("no directory" in lonely, failed_uploads) == (True, ())
+    assert upload_outputs(tmp_path / "typo", None, may_be_missing=True) == ((), ())
 
 
 def test_what_a_cluster_that_is_gone_left_is_delivered_first(
@@ -338,6 +373,123 @@ def test_what_a_cluster_that_is_gone_left_is_delivered_first(
         assert "Bringing home what a cluster that is gone left" in said
         (run,) = server.runs.values()
         assert run.values("s/x")[:logged] == list(range(logged))
+
+
+def test_what_came_after_the_end_of_a_run_is_missed(
+    gone_address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A job logged on after somebody else's finish, and its cluster is gone: its rows, in the
+    ledger and in journals, are said to be undelivered; also where the disk outlives the place,
+    for journals do not. A directory of which nothing lies here is another machine's."""
+    with LeftBehind(tmp_path) as left:
+        left.begin(mode="offline")
+        at_finish = left.finish(40)["received_rows"]
+        until("rows after the end", lambda: left._output.read_bytes().count(b".") > at_finish + 300)
+        logged = left.kill()
+        environment = clean_environment(tmp_path) | left.environment
+        home = tmp_path / "raywb" / "project" / "run"
+        home.parent.mkdir(parents=True)
+        left.directory.rename(home)
+        monkeypatch.setenv("HOME", str(tmp_path))
+        elsewhere = environment | {"RAYWB_JOURNAL_DIR": str(tmp_path / "none")}
+        said = deliver(gone_address, elsewhere, print, timeout_s=20, disk_stays=True)
+        assert said.is_complete
+        said = deliver(gone_address, environment, print, timeout_s=20, disk_stays=True)
+        assert not said.is_complete
+        rows = int(said.rows[0].split()[0])
+        assert rows >= logged - at_finish
+        assert "came after the run was finished" in said.rows[0]
+        # No journal is left now: the ledger alone tells.
+        assert deliver(gone_address, environment, print, timeout_s=20).rows == said.rows
+
+
+def test_an_earlier_run_of_a_live_service_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last run is complete, an earlier one has not come to W&B: its rows are missed, and it
+    is waited for; when W&B has it nothing is missing."""
+    set_environment(monkeypatch, tmp_path)
+    with WandbServer() as server, local_service(tmp_path / "service") as service:
+        service.up()
+        server.misbehave(status=503)
+        key = {"mode": "online", "base_url": server.url, "api_key": API_KEY}
+        service.start(**key, project="one")
+        client = service.client("s")
+        client.log({"x": 1})
+        assert client.flush()
+        assert not service.service.finish(0.5, 0).complete
+        service.start(mode="offline", project="two")
+        client.log({"x": 2})
+        assert client.flush()
+        report = service.service.finish(40, 0)
+        assert report.complete
+        monkeypatch.setattr(delivered, "finish_cluster", lambda *_, **__: Finished(report))
+
+        def look(timeout_s: float) -> Delivery:
+            return deliver("auto", {}, print, timeout_s=timeout_s, here=False)
+
+        (missing,) = look(0.5).rows
+        assert "an earlier one" in missing
+        server.behave()
+        assert look(60).is_complete
+
+
+def test_whatever_goes_wrong_is_no_delivery(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error that nobody thought of, and one of the disk: unanswered, and rows; a cluster on
+    which others log; a service that was stopped, whose directory only Ray's store knows."""
+
+    def fail(*_: object, **__: object) -> Finished:
+        raise KeyError("unforeseen")
+
+    monkeypatch.setattr(delivered, "finish_cluster", fail)
+    said = deliver("auto", {}, print, timeout_s=1, here=False)
+    assert "unforeseen" in (said.unanswered or "")
+    (tmp_path / "service.json").mkdir()
+    monkeypatch.setattr(delivered, "finish_cluster", lambda *_, **__: Finished(stopped=tmp_path))
+    said = deliver("auto", {}, print, timeout_s=1)
+    assert "cannot be brought home" in said.rows[0]
+    busy = Finished(still_logging=("job 3",))
+    monkeypatch.setattr(delivered, "finish_cluster", lambda *_, **__: busy)
+    assert deliver("auto", {}, print, timeout_s=1, here=False).rows == ("job 3",)
+    code = before_grace("it", Delivery(rows=("job 3",)), Asked(), keeps_disk=True).exit_code
+    assert code == outcomes.EXIT_ROWS
+
+
+def test_which_cluster_is_meant(gone_address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An address that was given comes before RAY_ADDRESS, which stands for `auto` only; of the
+    clusters on this machine a user means his own."""
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    for address, named in ((gone_address, gone_address), ("auto", "127.0.0.1:1")):
+        with pytest.raises(NoClusterError, match=named):
+            connect_if_alive(address, os.environ)
+    raylet = ["raylet", "-c", "input()", "--gcs-address=127.0.0.1:2"]
+    with subprocess.Popen(raylet, executable=sys.executable, stdin=subprocess.PIPE) as process:
+        assert "127.0.0.1:2" in clusters_of(os.geteuid())
+        assert "127.0.0.1:2" not in clusters_of(os.geteuid() + 1)
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_something_hangs(
+    vast: VastServer, tmp_path: Path, alone: dict[str, str], number: signal.Signals
+) -> None:
+    """A cluster that takes the connection and never answers: a signal ends the command at once,
+    with the promised code, and nothing is asked of Vast."""
+    instance = vast.launch()
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"127.0.0.1:{silent.getsockname()[1]}"
+        process = shutdown(alone | on(instance, vast) | {"RAY_ADDRESS": address})
+        silent.accept()[0].close()
+        silent.settimeout(30)
+        silent.accept()  # Ray itself, in the thread
+        began = time.monotonic()
+        process.send_signal(number)
+        code, said = ended(process)
+    assert (code, vast.requests) == (128 + number, [])
+    assert time.monotonic() - began < 5
+    assert f"Vast.ai instance {instance.id} stays" in said
 
 
 DRIVER = """

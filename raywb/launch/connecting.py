@@ -6,15 +6,21 @@ was killed leaves its address behind in Ray's directory.
 
 from __future__ import annotations
 
+import logging
+import os
 import socket
 from collections.abc import Mapping
+from pathlib import Path
 
+import psutil
 import ray
-from ray._private.services import find_gcs_addresses, get_ray_address_from_environment
 
 from raywb.errors import NoClusterError, ServiceUnavailable
 
-__all__ = ["connect_if_alive"]
+__all__ = ["clusters_of", "connect_if_alive"]
+
+#: How Ray's processes name the cluster that they belong to.
+_FLAG = "--gcs-address="
 
 #: Longest that a head may take to accept a connection, in seconds.
 ACCEPT_S = 10.0
@@ -31,24 +37,48 @@ def connect_if_alive(address: str, environment: Mapping[str, str]) -> None:
         NoClusterError: there is none: nobody listens where it was.
         ServiceUnavailable: there may be one, and it cannot be connected to.
     """
-    if address == "auto" and not environment.get("RAY_ADDRESS"):
-        found = sorted(find_gcs_addresses())
-        if len(found) > 1:
-            raise ServiceUnavailable(
-                f"several Ray clusters run on this machine ({', '.join(found)}), and nobody says "
-                "which one is meant: set RAY_ADDRESS"
-            )
-    try:
-        address = get_ray_address_from_environment(address, None)
-    except ConnectionError as error:
-        raise NoClusterError("no Ray cluster runs on this machine") from error
+    if address == "auto":
+        address = environment.get("RAY_ADDRESS") or _the_one_here()
     _check_that_somebody_listens(address)
     try:
-        ray.init(address=address, logging_level="warning", log_to_driver=False)
+        # It warns of every thread that is not the main one.
+        logging.getLogger("ray").setLevel(logging.ERROR)
+        ray.init(address=address, logging_level="error", log_to_driver=False)
     except (OSError, RuntimeError, ValueError) as error:
         raise ServiceUnavailable(
             f"the Ray cluster at {address} cannot be connected to: {error}"
         ) from error
+
+
+def _the_one_here() -> str:
+    """Address of the one cluster of this user's that this machine is part of.
+
+    Another user's is not meant; only root, who may have started it for that user, means any.
+    """
+    uid = os.getuid()
+    found = clusters_of(uid) or (clusters_of(None) if uid == 0 else set())
+    if not found:
+        raise NoClusterError("no Ray cluster of this user's runs on this machine")
+    if len(found) > 1:
+        raise ServiceUnavailable(
+            f"several Ray clusters run on this machine ({', '.join(sorted(found))}), and nobody "
+            "says which one is meant: set RAY_ADDRESS"
+        )
+    return found.pop()
+
+
+def clusters_of(uid: int | None) -> set[str]:
+    """Clusters that the raylets of a user, None for any, belong to: each machine has one."""
+    found = set[str]()
+    for process in psutil.process_iter(["cmdline", "uids"]):
+        words, uids = process.info["cmdline"], process.info["uids"]
+        if not words or Path(words[0].split(" ")[0]).name != "raylet":
+            continue
+        if uid is None or (uids is not None and uids.effective == uid):
+            # A process that has set its title has all words in the first one.
+            named = (word for one in words for word in one.split() if word.startswith(_FLAG))
+            found.update(word.removeprefix(_FLAG) for word in named)
+    return found - {"", "None"}
 
 
 def _check_that_somebody_listens(address: str) -> None:

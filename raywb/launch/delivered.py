@@ -7,17 +7,22 @@ service says what W&B's server has shown to have.
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnavailable
-from raywb.launch.left_here import LeftRun, directories_here, has_unopened_rows, runs_in
-from raywb.settings import child_environment
+from raywb.errors import DirectoryError
+from raywb.launch.brought_home import InUse, bring_home
+from raywb.launch.finishing import Finished, finish_cluster
+from raywb.launch.left_here import (
+    LeftRun,
+    directories_here,
+    is_of_here,
+    lacks_updates_only,
+    runs_in,
+)
+from raywb.service.state import FILE_NAME
 
 if TYPE_CHECKING:
     from raywb.reports import FinishReport
@@ -27,11 +32,11 @@ __all__ = ["Delivery", "Tell", "deliver"]
 #: Is told what is going on, in a line without a full stop.
 Tell = Callable[[str], None]
 
-#: Pause before a finish that was not complete is tried again, in seconds.
-RETRY_PAUSE_S = 3.0
+#: Calls a function and returns what that returns, in this thread or another one.
+Aside = Callable[[Callable[[], Finished]], Finished]
 
-#: What ``raywb recover`` exits with when a service, or another command, works in the directory.
-_IN_USE = 6
+#: Pause between two looks at what a live service has delivered, in seconds.
+LOOK_PAUSE_S = 0.5
 
 
 class Delivery(NamedTuple):
@@ -57,15 +62,7 @@ class Delivery(NamedTuple):
         return not (self.rows or self.uploads or self.unanswered)
 
 
-class _Finished(NamedTuple):
-    """What came of asking the cluster."""
-
-    report: FinishReport | None = None
-    after_finish_rows: int = 0
-    unanswered: str | None = None
-
-
-def deliver(
+def deliver(  # noqa: PLR0913 - all but three by name
     address: str,
     environment: Mapping[str, str],
     tell: Tell,
@@ -73,6 +70,9 @@ def deliver(
     timeout_s: float,
     exit_code: int | None = None,
     here: bool = True,
+    disk_stays: bool = False,
+    though_others_log: bool = True,
+    aside: Aside = lambda work: work(),
     on_connect: Callable[[], None] = lambda: None,
 ) -> Delivery:
     """Finish the cluster's run, bring home what gone clusters left here, and say what is missing.
@@ -85,13 +85,28 @@ def deliver(
         exit_code: how the work ended; None where nobody knows, which counts as well for a cluster
             that answers, and as crashed for a run whose cluster is gone.
         here: look for directories of clusters that are gone, too.
+        disk_stays: directories outlive this machine's end, and may be other jobs'; what lies on
+            this machine alone, as journals do, is brought home all the same.
+        though_others_log: the run is finished though other jobs are at work on the cluster.
+        aside: calls what it is given, which calls Ray and may hang in it.
         on_connect: called when Ray is connected, which has set signal handlers of its own.
     """
     deadline = time.monotonic() + timeout_s
-    finished = _finish(address, environment, exit_code or 0, deadline, tell, on_connect)
+    finished, stopped = _asked(
+        aside,
+        lambda: finish_cluster(
+            address,
+            environment,
+            exit_code or 0,
+            deadline,
+            tell,
+            though_others_log=though_others_log,
+            on_connect=on_connect,
+        ),
+    )
     report = finished.report
     live = Path(report.run.dir) if report is not None else None
-    rows, uploads, offline = list[str](), list[str](), list[str]()
+    rows, uploads, offline = list(finished.still_logging), list[str](), list[str]()
     if finished.after_finish_rows and live is not None:
         rows.append(
             f"{finished.after_finish_rows} rows came after the run was finished, and belong to no "
@@ -99,10 +114,23 @@ def deliver(
         )
     if report is not None and not report.complete:
         text = f"run {report.run.name}: {report.message or 'W&B has not closed it'}"
-        (uploads if _lacks_updates_only(report) else rows).append(text)
-    others = [one for one in directories_here(environment) if one != live] if here else []
+        (uploads if lacks_updates_only(report) else rows).append(text)
+    if report is not None and live is not None and (live / FILE_NAME).exists():
+        try:
+            for run in _earlier_runs(report, deadline, tell):
+                text = f"run {run.name}, an earlier one: {run.message or 'W&B has not closed it'}"
+                (uploads if run.lacks_updates_only else rows).append(text)
+        except DirectoryError as error:
+            rows.append(str(error))
+    others = list[Path]()
+    if here:
+        others, unreadable = _left_behind(live, environment, of_here_only=disk_stays)
+        others = list(dict.fromkeys([*stopped, *others]))
+        rows += unreadable
     for directory in others:
-        rows += _recovered(directory, environment, exit_code, deadline, tell)
+        rows += _brought_home(
+            directory, environment, exit_code, deadline, tell, others_may_use=disk_stays
+        )
     for directory in [*([live] if live is not None else []), *others]:
         offline += _offline(directory)
     return Delivery(
@@ -114,118 +142,70 @@ def deliver(
     )
 
 
-def _finish(
-    address: str,
-    environment: Mapping[str, str],
-    exit_code: int,
-    deadline: float,
-    tell: Tell,
-    on_connect: Callable[[], None],
-) -> _Finished:
-    """Ask the cluster to finish its run, again and again until that is complete."""
-    import ray
-
-    import raywb
-    from raywb.cluster import find_service
-    from raywb.launch.connecting import connect_if_alive
-
+def _asked(aside: Aside, work: Callable[[], Finished]) -> tuple[Finished, list[Path]]:
+    """What the cluster answered; whatever goes wrong in asking it is no answer."""
     try:
-        connect_if_alive(address, environment)
-    except NoClusterError as error:
-        tell(f"Nothing to deliver from a cluster: {error}")
-        return _Finished()
-    except ServiceUnavailable as error:
-        return _Finished(unanswered=str(error))
-    on_connect()
-    report = None
-    try:
-        if find_service() is None:
-            tell("Nothing to deliver from the cluster: no raywb service runs on it")
-            return _Finished()
-        while True:
-            remaining = max(deadline - time.monotonic(), 1.0)
-            report = raywb.finish(timeout_s=remaining, exit_code=exit_code)
-            if report.complete or time.monotonic() + RETRY_PAUSE_S > deadline:
-                break
-            tell(f"Not delivered yet: {report.message}")
-            time.sleep(RETRY_PAUSE_S)
-        return _Finished(report, raywb.status().after_finish_rows)
-    except RaywbError as error:
-        return _Finished(report, unanswered=str(error))
-    finally:
-        ray.shutdown()
+        finished = aside(work)
+    except Exception as error:  # noqa: BLE001 - Ray's and the service's are many, and all are told
+        finished = Finished(unanswered=f"the cluster could not be asked: {error!r}")
+    stopped = [finished.stopped] if finished.stopped is not None else []
+    return finished, [one for one in stopped if (one / FILE_NAME).exists()]
 
 
-def _lacks_updates_only(report: FinishReport) -> bool:
-    """Whether all rows are with W&B, and tables, artifacts or alerts are not."""
-    reports = [report, *report.stage_runs]
-    return any(one.undelivered_updates for one in reports) and not any(
-        one.undelivered_rows or one.state == "running" or one.unconfirmed for one in reports
-    )
+def _earlier_runs(report: FinishReport, deadline: float, tell: Tell) -> list[LeftRun]:
+    """Runs of a live service, but for the one that was finished, of which W&B lacks something.
+
+    Delivery goes on by itself as long as the service runs: it is waited for.
+    """
+    live = Path(report.run.dir)
+    said: list[str] = []
+    while True:
+        names = [] if report.complete else [one.run.name for one in report.stage_runs]
+        missing = [
+            run
+            for run in runs_in(live)
+            if not run.is_complete and run.number != report.run.epoch and run.name not in names
+        ]
+        waiting = [run.name for run in missing if not run.is_judged]
+        if not waiting or time.monotonic() + LOOK_PAUSE_S > deadline:
+            return missing
+        if waiting != said:
+            said = waiting
+            tell(f"Not delivered yet: {', '.join(waiting)}")
+        time.sleep(LOOK_PAUSE_S)
 
 
-def _recovered(
+def _left_behind(
+    live: Path | None, environment: Mapping[str, str], *, of_here_only: bool
+) -> tuple[list[Path], list[str]]:
+    """Directories of other clusters than the one that answered, and why one cannot be read."""
+    found, unreadable = list[Path](), list[str]()
+    for directory in directories_here(environment):
+        try:
+            if directory != live and (not of_here_only or is_of_here(directory, environment)):
+                found.append(directory)
+        except (DirectoryError, OSError) as error:
+            unreadable.append(str(error))
+    return found, unreadable
+
+
+def _brought_home(
     directory: Path,
     environment: Mapping[str, str],
     exit_code: int | None,
     deadline: float,
     tell: Tell,
+    *,
+    others_may_use: bool,
 ) -> list[str]:
-    """Bring home what a directory holds that W&B does not have; returns what is still missing."""
+    """What is still missing of a directory when what can be brought home is.
+
+    Where others may use it, a service at work there is another job's, which ends by itself.
+    """
     try:
-        if not _unfinished(directory) and not has_unopened_rows(directory):
-            return []
-        tell(f"Bringing home what a cluster that is gone left in {directory}")
-        said = _recover(directory, environment, exit_code, max(deadline - time.monotonic(), 1.0))
-        missing = [(f"run {run.name}", run.message) for run in _unfinished(directory)]
-        if said is not None and has_unopened_rows(directory):
-            missing.append(("a run that was not opened yet", None))
-        return [
-            f"{name}: {said or message or 'W&B has not closed it'}; "
-            f"`raywb recover {directory}` tries again"
-            for name, message in missing
-        ]
-    except DirectoryError as error:
-        return [str(error)]
-
-
-def _unfinished(directory: Path) -> list[LeftRun]:
-    return [run for run in runs_in(directory) if not run.is_complete]
-
-
-def _recover(
-    directory: Path, environment: Mapping[str, str], exit_code: int | None, timeout_s: float
-) -> str | None:
-    """Run ``raywb recover``; returns what is in the way, None when nothing is."""
-    words = ["recover", str(directory), "--json", f"--timeout-s={timeout_s:g}"]
-    if exit_code is not None:
-        words.append(f"--exit-code={exit_code}")
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "raywb", *words],
-            env=child_environment(environment),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            # It keeps to its limit by itself, but for reading and merging before.
-            timeout=timeout_s + 60.0,
-        )
-    except subprocess.TimeoutExpired:
-        return "it took too long"
-    if done.returncode == 0:
-        return None
-    if done.returncode == _IN_USE:
-        return "a service or another command works in its directory"
-    return "; ".join(_messages(done.stdout)) or (done.stderr.strip().splitlines() or ["?"])[-1]
-
-
-def _messages(answer: str) -> Iterator[str]:
-    try:
-        runs = json.loads(answer)["runs"]
-    except (ValueError, KeyError):
-        return
-    yield from (run["message"] for run in runs if run.get("message"))
+        return bring_home(directory, environment, exit_code, deadline, tell)
+    except InUse as error:
+        return [] if others_may_use else [f"{error}: it has to end first"]
 
 
 def _offline(directory: Path) -> list[str]:

@@ -69,7 +69,7 @@ def _help() -> str:
     type=click.FloatRange(min=1),
     default=600.0,
     show_default=True,
-    help="Longest that the delivery may take.",
+    help="Longest that the delivery may take, and again the upload.",
 )
 @click.option(
     "--confirm-s",
@@ -87,8 +87,17 @@ def _help() -> str:
 @click.option(
     "--upload-to", metavar="URL", help="Where the outputs go, for instance s3://bucket/name."
 )
+@click.option(
+    "--upload-is-elsewhere",
+    is_flag=True,
+    help="A path in --upload-to is another machine's file system, mounted here.",
+)
+@click.option(
+    "--outputs-if-any", is_flag=True, help="A job that ended well may have made no --outputs."
+)
 @click.pass_obj
 def shutdown(address: str, /, **options: Any) -> None:
+    from raywb.launch.aside import leave
     from raywb.launch.places import EndFailed
     from raywb.launch.places.choice import choose_place
     from raywb.launch.shutdown.outcomes import no_place, refused
@@ -104,7 +113,7 @@ def shutdown(address: str, /, **options: Any) -> None:
         decision = refused("the instance", str(error))
     else:
         if not isinstance(place, str):
-            sys.exit(_run(place, address, environment, options))
+            leave(_run(place, address, environment, options))
         decision = no_place(place)
     for line in decision.lines:
         say(line)
@@ -114,6 +123,7 @@ def shutdown(address: str, /, **options: Any) -> None:
 def _run(
     place: Place, address: str, environment: Mapping[str, str], options: Mapping[str, Any]
 ) -> int:
+    from raywb.launch.aside import aside
     from raywb.launch.delivered import deliver
     from raywb.launch.outputs import upload_outputs
     from raywb.launch.shutdown.ending import run_shutdown
@@ -140,9 +150,16 @@ def _run(
             say,
             timeout_s=options["timeout_s"],
             exit_code=job_exit_code,
-            here=not place.keeps_disk,
-            on_connect=signals.listen,
+            disk_stays=place.keeps_disk,
+            though_others_log=options["even_if_undelivered"],
+            aside=aside,
         ),
-        upload=lambda: upload_outputs(options["outputs"], options["upload_to"]),
+        upload=lambda: upload_outputs(
+            options["outputs"],
+            options["upload_to"],
+            timeout_s=options["timeout_s"],
+            local_is_elsewhere=place.keeps_disk or options["upload_is_elsewhere"],
+            may_be_missing=bool(job_exit_code) or options["outputs_if_any"],
+        ),
         say=say,
     )
