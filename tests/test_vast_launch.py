@@ -302,7 +302,7 @@ def test_an_instance_that_was_made_is_not_hidden(raywb: Raywb, vast: VastServer)
         ("--auto-shutdown --extras train recipes.demo", 1, "add vast to --extras"),
         ("--grace-s -1 recipes.demo", 2, "-1"),
         ("--upload-to /mnt/results recipes.demo", 1, "lies on the instance itself"),
-        ("--upload-to file:///mnt/results recipes.demo", 1, "lies on the instance itself"),
+        ("--upload-to file:///mnt/results recipes.demo", 1, "--upload-is-elsewhere"),
         ("--upload-to memory://results recipes.demo", 1, "lies on the instance itself"),
         ("--upload-to s3://a/b --outputs= recipes.demo", 1, "and there are none"),
         ("--auto-shutdown recipes.demo -- small.yaml a=1", 1, "--outputs"),
@@ -321,6 +321,7 @@ def test_what_could_lose_results_or_never_end_is_refused(
 @pytest.mark.parametrize(
     "words",
     [
+        "--upload-to file:///mnt/x --upload-is-elsewhere recipes.demo",
         "--auto-shutdown --outputs out recipes.demo -- small.yaml",
         "--auto-shutdown recipes.demo -- small.yaml output_dir=out",
         "--auto-shutdown recipes.demo -- tiny",

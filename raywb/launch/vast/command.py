@@ -112,6 +112,10 @@ def vast(api_key_file: str | None) -> None:
 )
 @click.option("--upload-to", metavar="URL", help="Where the outputs go, as in s3://bucket/name.")
 @click.option(
+    "--upload-is-elsewhere", is_flag=True,
+    help="A path in --upload-to is a remote file system that is mounted on the instance.",
+)  # fmt: skip
+@click.option(
     "--attempts", default=5, show_default=True, type=click.IntRange(1),
     help="How often the recipe is begun when the instance restarts under it.",
 )  # fmt: skip

@@ -56,6 +56,7 @@ class Launch:
     even_if_undelivered: bool
     outputs: str | None
     upload_to: str | None
+    upload_is_elsewhere: bool
     attempts: int
     max_hours: float
     repo: str | None
@@ -98,6 +99,7 @@ class Launch:
             even_if_undelivered=self.even_if_undelivered,
             outputs=self._outputs(),
             upload_to=self.upload_to,
+            upload_is_elsewhere=self.upload_is_elsewhere,
             attempts=self.attempts,
             max_hours=self.max_hours,
             names=sorted({word.partition("=")[0] for word in self.env}),
@@ -130,12 +132,13 @@ class Launch:
             )
         if self.upload_to and not self._outputs():
             raise LaunchError("--upload-to says where --outputs go, and there are none")
-        if self.upload_to:
+        if self.upload_to and not self.upload_is_elsewhere:
             scheme, given, _ = self.upload_to.partition("://")
             if not given or scheme.partition("::")[0] in _ON_THE_INSTANCE:
                 raise LaunchError(
                     f"--upload-to {self.upload_to} lies on the instance itself, and goes with it: "
-                    "name an address as in s3://bucket/name"
+                    "name an address as in s3://bucket/name; --upload-is-elsewhere says that it "
+                    "is a remote file system, mounted there"
                 )
         if self.auto_shutdown and self.outputs is None and not self._told() and self.arguments:
             file = self.arguments[0]

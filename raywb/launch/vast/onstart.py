@@ -51,6 +51,7 @@ class OnStart:
         even_if_undelivered: it is destroyed though data are on it alone.
         outputs: directory of results, seen from the root of the project; empty for none.
         upload_to: where these go; without it they lie on the instance alone, which keeps it.
+        upload_is_elsewhere: a path there is a remote file system, mounted on the instance.
         attempts: how often the job is begun; it is begun again when the instance was restarted
             under it, and for nothing else.
         max_hours: the job is ended so long after it was first begun, and counts as failed; 0 for
@@ -69,6 +70,7 @@ class OnStart:
     even_if_undelivered: bool = False
     outputs: str = ""
     upload_to: str | None = None
+    upload_is_elsewhere: bool = False
     attempts: int = 5
     max_hours: float = 0.0
     names: Sequence[str] = ()
@@ -86,6 +88,7 @@ class OnStart:
         if self.outputs:
             shutdown += ["--outputs", OUTPUTS]
             shutdown += ["--upload-to", self.upload_to] if self.upload_to else []
+            shutdown += ["--upload-is-elsewhere"] if self.upload_is_elsewhere else []
         chosen = {
             "repo": shlex.quote(self.repo),
             "commit": shlex.quote(self.commit),
