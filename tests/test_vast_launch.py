@@ -120,7 +120,10 @@ def test_a_launch_rents_the_cheapest_machine_for_one_commit(
     assert f"commit={commit}\n" in script
     assert f"repo={remote.url}\n" in script
     assert "command=(-m recipes.demo tiny 'name=it'\"'\"'s' --flag)\n" in script
-    assert "shutdown=(--grace-s 30 --keep-on-failure --outputs source/data)\n" in script
+    assert (
+        "shutdown=(--grace-s 30 --keep-on-failure --outputs source/data --outputs-if-any)\n"
+        in script
+    )
     assert "files in data would lie on the instance alone" in done.stderr
     assert "no W&B key" not in done.stderr
 

@@ -100,6 +100,7 @@ class Launch:
             outputs=self._outputs(),
             upload_to=self.upload_to,
             upload_is_elsewhere=self.upload_is_elsewhere,
+            outputs_if_any=self.outputs is None and not self._told(),
             attempts=self.attempts,
             max_hours=self.max_hours,
             names=sorted({word.partition("=")[0] for word in self.env}),

@@ -52,6 +52,7 @@ class OnStart:
         outputs: directory of results, seen from the root of the project; empty for none.
         upload_to: where these go; without it they lie on the instance alone, which keeps it.
         upload_is_elsewhere: a path there is a remote file system, mounted on the instance.
+        outputs_if_any: a job that ended well may have made none.
         attempts: how often the job is begun; it is begun again when the instance was restarted
             under it, and for nothing else.
         max_hours: the job is ended so long after it was first begun, and counts as failed; 0 for
@@ -71,6 +72,7 @@ class OnStart:
     outputs: str = ""
     upload_to: str | None = None
     upload_is_elsewhere: bool = False
+    outputs_if_any: bool = False
     attempts: int = 5
     max_hours: float = 0.0
     names: Sequence[str] = ()
@@ -88,6 +90,7 @@ class OnStart:
         if self.outputs:
             shutdown += ["--outputs", OUTPUTS]
             shutdown += ["--upload-to", self.upload_to] if self.upload_to else []
+            shutdown += ["--outputs-if-any"] if self.outputs_if_any else []
             shutdown += ["--upload-is-elsewhere"] if self.upload_is_elsewhere else []
         chosen = {
             "repo": shlex.quote(self.repo),
