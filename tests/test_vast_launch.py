@@ -7,9 +7,9 @@ import gzip
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -120,7 +120,10 @@ def test_a_launch_rents_the_cheapest_machine_for_one_commit(
     assert f"commit={commit}\n" in script
     assert f"repo={remote.url}\n" in script
     assert "command=(-m recipes.demo tiny 'name=it'\"'\"'s' --flag)\n" in script
-    assert "shutdown=(--grace-s 30 --keep-on-failure --outputs source/data)\n" in script
+    assert (
+        "shutdown=(--grace-s 30 --keep-on-failure --outputs source/data --outputs-if-any)\n"
+        in script
+    )
     assert "files in data would lie on the instance alone" in done.stderr
     assert "no W&B key" not in done.stderr
 
@@ -287,6 +290,82 @@ def test_each_trouble_of_vast_has_its_code_and_sentence(
     assert vast.api_key not in done.output
 
 
+def test_an_instance_that_was_made_is_not_hidden(raywb: Raywb, vast: VastServer) -> None:
+    """Vast.ai rents it, and fails when it is looked at: its number is printed, with a warning."""
+    vast.misbehave("show", 500)
+    done = raywb("launch", "--yes", "recipes.demo")
+    assert done.exit_code == 0, done.output
+    assert [int(done.stdout)] == list(vast.instances)
+    assert "was made, and could not be looked at" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "says"),
+    [
+        ("--auto-shutdown --extras train recipes.demo", 1, "add vast to --extras"),
+        ("--grace-s -1 recipes.demo", 2, "-1"),
+        ("--upload-to /mnt/results recipes.demo", 1, "lies on the instance itself"),
+        ("--upload-to file:///mnt/results recipes.demo", 1, "--upload-is-elsewhere"),
+        ("--upload-to memory://results recipes.demo", 1, "lies on the instance itself"),
+        ("--upload-to s3://a/b --outputs= recipes.demo", 1, "and there are none"),
+        ("--auto-shutdown recipes.demo -- small.yaml a=1", 1, "--outputs"),
+    ],
+)
+def test_what_could_lose_results_or_never_end_is_refused(
+    raywb: Raywb, vast: VastServer, words: str, code: int, says: str
+) -> None:
+    """Before anything is asked of Vast.ai."""
+    done = raywb("launch", "--yes", *words.split())
+    assert done.exit_code == code, done.output
+    assert says in done.stderr
+    assert vast.requests == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--upload-to file:///mnt/x --upload-is-elsewhere recipes.demo",
+        "--auto-shutdown --outputs out recipes.demo -- small.yaml",
+        "--auto-shutdown recipes.demo -- small.yaml output_dir=out",
+        "--auto-shutdown recipes.demo -- tiny",
+    ],
+)
+def test_what_says_where_results_go_is_launched(raywb: Raywb, vast: VastServer, words: str) -> None:
+    """The same with what was missing."""
+    assert raywb("launch", "--dry-run", *words.split()).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("outputs", "there"),
+    [
+        ("data/a b", "source/data/a b"),
+        ("/mnt/it's", "/mnt/it's"),
+        ("~/out $x", "/home/me/out $x"),
+        ("~", "/home/me/."),
+    ],
+)
+def test_the_outputs_are_where_the_recipe_writes_them(outputs: str, there: str) -> None:
+    """A path of its own, one of the project's, and one of the instance's home."""
+    head = unpacked(OnStart("x", "a" * 40, "train.py", outputs=outputs).packed())
+    shown = subprocess.run(
+        ["bash", "-c", head.split("export HOME", 1)[0] + 'echo "${shutdown[-1]}"'],
+        env={"HOME": "/home/me", "PATH": os.environ["PATH"]},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert shown.stdout == there + "\n"
+
+
+def test_a_token_is_not_sent_in_the_clear(raywb: Raywb, vast: VastServer, tmp_path: Path) -> None:
+    """Over http it would be everybody's on the way."""
+    (tmp_path / "token").write_text(GIT_TOKEN)
+    words = ["--git-token-file", str(tmp_path / "token"), "--repo", "http://git.example/a.git"]
+    done = raywb("launch", "--yes", *words, "recipes.demo")
+    assert done.exit_code == 30
+    assert "in the clear" in done.stderr
+
+
 def test_an_instance_that_was_made_without_an_answer_is_found(
     raywb: Raywb, vast: VastServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +408,7 @@ def test_without_the_client_the_extra_is_named(
 def test_keys_are_in_no_command_line_and_no_output(
     vast: VastServer, remote: GitRemote, tmp_path: Path
 ) -> None:
-    """Every process of a launch is looked at while it runs; what is sent in secret arrives."""
+    """What git is started with is written down, each time; what is sent in secret arrives."""
     files = {"vast": vast.api_key, "wandb": WANDB_KEY, "git": GIT_TOKEN}
     for name, text in files.items():
         (tmp_path / name).write_text(text)
@@ -338,39 +417,30 @@ def test_keys_are_in_no_command_line_and_no_output(
     words = ["vast", "--api-key-file", str(tmp_path / "vast"), "launch", "--yes"]
     words += ["--wandb-key-file", str(tmp_path / "wandb"), "--auto-shutdown"]
     words += ["--git-token-file", str(tmp_path / "git"), "recipes.demo"]
-    seen: set[bytes] = set()
-    ended = threading.Event()
-
-    def look() -> None:
-        while not ended.is_set():
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                try:
-                    seen.add(path.read_bytes())
-                except OSError:
-                    continue
-
-    looking = threading.Thread(target=look)
-    looking.start()
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "raywb", *words],
-            cwd=remote.tree,
-            env={**kept, "VAST_URL": vast.url},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-    finally:
-        ended.set()
-        looking.join()
+    real = shutil.which("git")
+    log = tmp_path / "argv"
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "git").write_text(
+        f'#!/bin/sh\nprintf \'%s \' "$@" >>{log}\necho >>{log}\nexec {real} "$@"\n'
+    )
+    (tmp_path / "bin" / "git").chmod(0o755)
+    kept["PATH"] = f"{tmp_path / 'bin'}:{kept['PATH']}"
+    done = subprocess.run(
+        [sys.executable, "-m", "raywb", *words],
+        cwd=remote.tree,
+        env={**kept, "VAST_URL": vast.url},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     assert done.returncode == 0, done.stderr
     (instance,) = vast.instances.values()
     assert instance.environment["WANDB_API_KEY"] == WANDB_KEY
     assert instance.environment["RAYWB_GIT_TOKEN"] == GIT_TOKEN
-    assert any(b"launch" in line for line in seen)
-    assert any(line.startswith(b"git\0") for line in seen)
+    argv = log.read_text()
+    assert re.search(r"^fetch .*robots\.git [0-9a-f]{40} $", argv, re.MULTILINE), argv
     open_text = [done.stdout, done.stderr, instance.body["onstart"]]
-    open_text += [unpacked(instance.body["onstart"]), b"\n".join(seen).decode(errors="replace")]
+    open_text += [unpacked(instance.body["onstart"]), argv]
     for secret in files.values():
         assert not any(secret in text for text in open_text)

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import boto3
 import pytest
 from click.testing import CliRunner
 from git_remote import git_remote
-from vast_sandbox import sandbox
+from moto.server import ThreadedMotoServer
+from vast_sandbox import Sandbox, sandbox
 from vast_server import VastServer
 from wandb_client import API_KEY
 from wandb_server import WandbServer
 
 from raywb.cli import main
-from raywb.launch.vast import job
+from raywb.launch.vast.job import STOPPED_AT_LIMIT, Job, Look
 
 if not os.environ.get("CI"):
     pytest.importorskip("vastai", reason="vastai is not installed")
@@ -47,7 +52,6 @@ def test_a_machine_prepares_data_reports_and_is_gone(
     vast: VastServer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Its container is stopped in the middle, then its script is killed, each started again.
 
@@ -55,8 +59,11 @@ def test_a_machine_prepares_data_reports_and_is_gone(
     The instance is destroyed, with its own key,
     when W&B's server has every row and the outputs are at their place, and not before.
     """
-    kept = tmp_path / "kept"
-    with git_remote(tmp_path / "git") as remote, WandbServer(api_key=API_KEY) as wandb:
+    with (
+        bucket(monkeypatch) as kept,
+        git_remote(tmp_path / "git") as remote,
+        WandbServer(api_key=API_KEY) as wandb,
+    ):
         for name in ("raywb", "recipes", "pyproject.toml"):
             remote.copy(ROOT / name)
         for n in range(6):
@@ -75,7 +82,9 @@ def test_a_machine_prepares_data_reports_and_is_gone(
             main,
             [
                 *("vast", "launch", "--yes", "--auto-shutdown", "--grace-s", "1"),
-                *("--wandb-key-file", str(tmp_path / "wandb_key"), "--upload-to", f"file://{kept}"),
+                *("--wandb-key-file", str(tmp_path / "wandb_key"), "--upload-to", "s3://kept/run"),
+                *("--extras", "train,vast,s3", "--env", "AWS_ENDPOINT_URL"),
+                *("--env", "AWS_ACCESS_KEY_ID", "--env", "AWS_SECRET_ACCESS_KEY"),
                 *("--outputs", "data/run", "recipes.pretrain", "--", "small.yaml"),
             ],
         )
@@ -108,29 +117,48 @@ def test_a_machine_prepares_data_reports_and_is_gone(
                 assert secret not in log
             source = box.state / "source"
             assert (source / ".git" / "HEAD").read_text().strip() == commit
-            manifest = json.loads((kept / "manifest.json").read_text())
+            manifest = json.load(kept.get_object(Bucket="kept", Key="run/manifest.json")["Body"])
             assert manifest == json.loads((source / "data/run/manifest.json").read_text())
             (run,) = [one for one in wandb.runs.values() if one.state == "finished"]
             assert run.project == "robots"
             assert run.values("xenna/progress")[-1] == 100.0
             # Its Ray still lives, and says of other jobs how they ended.
-            port = box.environment["RAYWB_DASHBOARD_PORT"]
-            check_exit_codes(f"http://127.0.0.1:{port}", capsys)
+            check_exit_codes(box)
 
 
-def check_exit_codes(address: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """The driver's own code where it failed, as shells count them, and not 0 for a stopped job."""
-    from ray.job_submission import JobSubmissionClient
+@contextlib.contextmanager
+def bucket(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """S3 on loopback with a bucket called kept, as this process's environment has it."""
+    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            monkeypatch.setenv(name, "testing")
+        client = boto3.client("s3", region_name="us-east-1")
+        client.create_bucket(Bucket="kept")
+        yield client
+    finally:
+        server.stop()
 
-    client = JobSubmissionClient(address)
-    client.submit_job(entrypoint="exec sleep 600", submission_id="stopped")
-    client.submit_job(entrypoint="exit 7", submission_id="failed")
-    capsys.readouterr()
-    assert job.main([address, "failed", "--wait"]) == 0
-    assert capsys.readouterr().out == "7\n"
-    assert job.main([address, "stopped"]) == 0
-    assert capsys.readouterr().out == ""
-    client.stop_job("stopped")
-    assert job.main([address, "stopped", "--wait"]) == 0
-    assert int(capsys.readouterr().out) > 0
-    assert job.main([address, "unheard-of"]) == job.EXIT_UNKNOWN
+
+def check_exit_codes(box: Sandbox) -> None:
+    """The job's own code where it failed, not 0 for a stopped one, and 124 at a time limit."""
+    dashboard = f"http://127.0.0.1:{box.environment['RAYWB_DASHBOARD_PORT']}"
+    gcs_port = int(box.environment["RAYWB_RAY_PORT"])
+
+    def job(name: str) -> Job:
+        return Job(dashboard, gcs_port, name, box.root / name)
+
+    job("failed").submit(box.root, ["bash", "-c", "exit 7"])
+    assert job("failed").wait(until_s=None, say=print) == 7
+    assert (box.root / "failed").read_text() == "7\n"
+    job("endless").submit(box.root, ["sleep", "600"])
+    job("endless").submit(box.root, ["sleep", "600"])  # as after an answer that was lost
+    assert job("endless").look().look is Look.RUNNING
+    assert job("endless").wait(until_s=time.time() + 0.5, say=print) == STOPPED_AT_LIMIT
+    seen = job("endless").look()
+    assert seen.look is Look.ENDED
+    assert seen.code > 0
+    assert job("unheard-of").look().look is Look.UNKNOWN

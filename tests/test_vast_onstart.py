@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,11 +12,11 @@ from typing import Any
 import pytest
 from git_remote import GitRemote, git_remote, private_address
 from ray_cluster import until
+from ray_dashboard import RayDashboard
 from vast_sandbox import Sandbox, sandbox
 from vast_server import VastServer
 
 from raywb.errors import SourceNotPinned
-from raywb.launch.vast import job
 from raywb.launch.vast.onstart import OnStart
 from raywb.launch.vast.source import pin
 
@@ -103,37 +104,142 @@ def test_a_machine_that_restarts_for_ever_comes_to_an_end(
         assert "has ended before, with exit code 1" in box.log
 
 
-#: Makes an environment without a package index: what is installed there is what is here.
-PYTHON3 = """#!/bin/sh
-mkdir -p "$3/bin"
-printf '#!/bin/sh\\n' >"$3/bin/pip"
-printf '#!/bin/sh\\nexec {python} -c "from vastai.cli.main import main; main()" "$@"\\n' \\
-    >"$3/bin/vastai"
-chmod +x "$3/bin/pip" "$3/bin/vastai"
+#: Shows the arguments of a program, one line for each call, and runs it.
+SHOWING = """#!/bin/sh
+printf '%s ' "$@" >>{log}
+echo >>{log}
+exec {program} "$@"
 """
+
+
+def without_raywb(box: Sandbox, tmp_path: Path) -> dict[str, str]:
+    """An image in which nothing but a shell and curl is of use; returns what changes."""
+    programs = box.root / "venv" / "bin"
+    programs.mkdir(parents=True)
+    for name in ("python", "python3"):
+        (programs / name).symlink_to("/bin/false")
+    curl = shutil.which("curl")
+    assert curl is not None
+    (programs / "curl").write_text(SHOWING.format(log=tmp_path / "argv", program=curl))
+    (programs / "curl").chmod(0o755)
+    return {"RAYWB_VENV": str(box.root / "venv")}
 
 
 @pytest.mark.parametrize("why", ["nothing", "asked for", "an earlier attempt"])
 def test_what_cannot_begin_does_not_cost_on(
     vast: VastServer, remote: GitRemote, tmp_path: Path, why: str
 ) -> None:
-    """A commit that is gone by now is tried again; then the instance ends, unless kept."""
-    (tmp_path / "python3").write_text(PYTHON3.format(python=sys.executable))
-    (tmp_path / "python3").chmod(0o755)
+    """A commit that is gone by now is tried again; then the instance ends, unless kept.
+
+    That needs neither Python nor a package index, is tried again, and shows the key to nobody.
+    """
+    vast.misbehave("destroy", 500, times=1)
     with inside(vast, remote, commit="1" * 40, keep_on_failure=why == "asked for") as box:
+        more = without_raywb(box, tmp_path)
         if why == "an earlier attempt":
             box.state.mkdir()
             (box.state / "attempt").write_text("1\n")
-        (box.root / "venv" / "bin").mkdir(parents=True)  # it has no raywb
-        search = f"{tmp_path}:{box.environment['PATH']}"
-        # Nothing but the stand-in is called python in it.
-        (box.root / "venv" / "bin" / "python").symlink_to("/bin/false")
-        assert box.run({"RAYWB_VENV": str(box.root / "venv"), "PATH": search}) == 1
+        assert box.run(more) == 1
         assert "failed; again in 0 s: fetch" in box.log
         assert f"has no commit {'1' * 40} for this machine; nothing was run now" in box.log
         assert vast.destroyed == ([box.instance.id] if why == "nothing" else [])
-        assert ("the instance stays" in box.log) is (why != "nothing")
+        assert ("the instance stays" in box.log.lower()) is (why != "nothing")
+        if why == "nothing":
+            assert "failed; again in 0 s: destroy" in box.log
+            assert box.log.endswith("the instance is gone\n")
+            assert "-X DELETE" in (tmp_path / "argv").read_text()
+            assert box.instance.key not in (tmp_path / "argv").read_text() + box.log
         assert {one.key for one in vast.of_kind("destroy")} <= {box.instance.key}
+
+
+@pytest.mark.parametrize("fault", [500, "refuse"])
+def test_an_instance_that_cannot_be_ended_says_so(
+    vast: VastServer, remote: GitRemote, tmp_path: Path, fault: int | str
+) -> None:
+    """The last words are that it stays, what it does, and how to end it."""
+    vast.misbehave("destroy", fault)
+    with inside(vast, remote, commit="1" * 40) as box:
+        more = without_raywb(box, tmp_path)
+        assert box.run(more) == 1
+        last = box.log.splitlines()[-1]
+        assert last.endswith(
+            f"THE INSTANCE STAYS AND COSTS: raywb vast destroy {box.instance.id} ends it"
+        )
+        assert vast.destroyed == []
+
+
+def test_what_could_not_end_does_not_begin(vast: VastServer, remote: GitRemote) -> None:
+    """A store whose client is not installed is found out before the job, not behind it."""
+    with inside(vast, remote, outputs="data", upload_to="s9://bucket/run") as box:
+        assert box.run({"PYTHONPATH": str(ROOT)}) == 1
+        assert "Protocol not known: s9" in box.log
+        assert "the project could not end this instance; nothing was run now" in box.log
+        assert not (box.state / "attempt").exists()
+        assert vast.destroyed == [box.instance.id]
+
+
+#: Fails at first, and begins then what the test serves.
+RAY = """#!/bin/sh
+case $1 in start) ;; *) echo "lines of $6"; exit 0 ;; esac
+[ -e {root}/tried ] || { touch {root}/tried; echo "no port is free" >&2; exit 1; }
+env -0 >{root}/env
+touch {root}/up
+"""
+
+DEMO = """import os, sys
+print(os.environ["ONLY_THERE"], os.environ.get("NOT_NAMED"), file=open("seen", "w"))
+sys.exit(3)
+"""
+
+
+def test_trouble_around_a_job_is_not_the_jobs(
+    vast: VastServer, remote: GitRemote, tmp_path: Path
+) -> None:
+    """Ray that does not start, a submission that fails, a dashboard that hangs, an end refused.
+
+    All are tried again, and the code is the job's own. Of the variables that the image hides, the
+    job has those that were given with --env.
+    """
+    remote.write("demo.py", DEMO)
+    asked: dict[str, Any] = {"commit": remote.commit(), "recipe": "demo.py"}
+    remote.push()
+    asked |= {"names": ["ONLY_THERE"], "arguments": ["token=SECRET"]}
+    vast.misbehave("destroy", "refuse", times=1)
+    with inside(vast, remote, **asked) as box:
+        hidden = {"CONTAINER_ID": "", "CONTAINER_API_KEY": "", "PYTHONPATH": str(ROOT)}
+        pairs = {
+            **{"CONTAINER_ID": str(box.instance.id), "CONTAINER_API_KEY": box.instance.key},
+            **{"ONLY_THERE": "here", "NOT_NAMED": "there"},
+        }
+        (tmp_path / "init").write_text("".join(f"{name}={one}\0" for name, one in pairs.items()))
+        programs = box.root / "venv" / "bin"
+        programs.mkdir(parents=True)
+        (programs / "ray").write_text(RAY.replace("{root}", str(tmp_path)))
+        (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+        for name in ("ray", "python"):
+            (programs / name).chmod(0o755)
+        port = int(box.environment["RAYWB_DASHBOARD_PORT"])
+        with RayDashboard(port) as dashboard:
+            dashboard.up = (tmp_path / "up").exists
+            dashboard.environment = lambda: dict(
+                pair.split("=", 1) for pair in (tmp_path / "env").read_text().split("\0")[:-1]
+            )
+            dashboard.refusals += [500]
+            dashboard.after_submission += [500, "reset"]
+            more = {"RAYWB_VENV": str(box.root / "venv"), "RAYWB_PAUSES_S": "0 0"}
+            assert box.run({**hidden, **more, "RAYWB_INIT_ENVIRON": str(tmp_path / "init")}) == 0
+        assert (box.state / "source" / "seen").read_text() == "here None\n"
+        log = box.log
+        assert "no port is free" in log
+        assert "Ray did not take the job: 500" in log
+        assert log.count("failed; again in 0 s: run_job") == 2
+        assert "the job has ended with exit code 3" in log
+        assert (box.state / "attempt").read_text() == "1\n"
+        assert "attempt 1: demo.py token\n" in log
+        assert "SECRET" not in log
+        assert "failed; again in 0 s: shut_down" in log
+        assert "raywb shutdown: exit code 0" in log
+        assert vast.destroyed == [box.instance.id]
 
 
 def test_a_private_repository_is_read_with_a_token(vast: VastServer, remote: GitRemote) -> None:
@@ -156,8 +262,3 @@ def test_a_private_repository_is_read_with_a_token(vast: VastServer, remote: Git
             assert (box.state / "source" / "README").exists()
             kept = [path for path in box.state.rglob("*") if path.is_file()]
             assert not any(token.encode() in path.read_bytes() for path in kept)
-
-
-def test_where_no_ray_answers_nothing_is_known_of_a_job() -> None:
-    """That is told apart from a job which Ray does not know."""
-    assert job.main(["http://127.0.0.1:1", "job-1"]) == job.EXIT_NO_RAY

@@ -21,6 +21,7 @@ instance, which opens that instance alone and dies with it.
     vast.misbehave("destroy", "pretend")    # says success, and keeps the instance
     vast.misbehave("destroy", "nonsense")   # 200, and no JSON
     vast.misbehave("destroy", None)         # well again
+    vast.misbehave("destroy", 500, times=2) # well again after two such requests
 """
 
 from __future__ import annotations
@@ -150,6 +151,7 @@ class VastServer:
         #: Make an instance, and close the connection without a word on it.
         self.drops_after_creation = False
         self._faults: dict[str, int | str] = {}
+        self._times_left: dict[str, int] = {}
         self._seen: dict[tuple[str, int], int] = {}
         self._logs_asked_for: dict[int, str] = {}
         self._lock = threading.RLock()
@@ -173,8 +175,11 @@ class VastServer:
         self._thread.join()
         self._server.server_close()
 
-    def misbehave(self, kind: str, fault: int | str | None) -> None:
+    def misbehave(self, kind: str, fault: int | str | None, times: int | None = None) -> None:
         """Let requests of one kind go wrong, or well again; the module says how."""
+        self._times_left.pop(kind, None)
+        if times is not None:
+            self._times_left[kind] = times
         assert any(kind == name for name, *_ in _ROUTES), kind
         if fault is None:
             self._faults.pop(kind, None)
@@ -203,6 +208,13 @@ class VastServer:
         count = self._seen.get((what, number), 0)
         self._seen[what, number] = count + 1
         return count
+
+    def _count_fault(self, kind: str) -> None:
+        left = self._times_left.get(kind)
+        if left == 0:
+            self.misbehave(kind, None)
+        elif left is not None:
+            self._times_left[kind] = left - 1
 
     def _answer(self, request: Request) -> tuple[int, Any]:
         """A status and a body; None for no answer at all."""
@@ -359,8 +371,13 @@ def _handler(vast: VastServer) -> type[BaseHTTPRequestHandler]:
                 vast.requests.append(
                     Request(kind, self.command, parts.path, query, key or None, body, agent)
                 )
+                vast._count_fault(kind)
                 fault = vast._faults.get(kind)
-                if kind == "unknown" or (kind not in _OPEN and not agent.startswith("vastai-")):
+                known = agent.startswith("vastai-") or (
+                    # The on-start script's, where it can have nothing better.
+                    agent.startswith("curl/") and kind in ("destroy", "show")
+                )
+                if kind == "unknown" or (kind not in _OPEN and not known):
                     vast.unexpected.append(f"{self.command} {self.path} from {agent!r}")
                     status, answer = 404, {"success": False, "msg": "no such page"}
                 elif fault not in ("hang", "hang up"):

@@ -97,7 +97,10 @@ def vast(api_key_file: str | None) -> None:
     "--auto-shutdown/--no-auto-shutdown", default=False, show_default=True,
     help="Destroy the instance when all is delivered.",
 )  # fmt: skip
-@click.option("--grace-s", default=10.0, show_default=True, help="Wait so long before that.")
+@click.option(
+    "--grace-s", default=10.0, show_default=True, type=click.FloatRange(0),
+    help="Wait so long before that.",
+)  # fmt: skip
 @click.option("--keep-on-failure", is_flag=True, help="Not when the recipe failed.")
 @click.option(
     "--even-if-undelivered", is_flag=True, help="Also when data are on the instance alone."
@@ -109,8 +112,16 @@ def vast(api_key_file: str | None) -> None:
 )
 @click.option("--upload-to", metavar="URL", help="Where the outputs go, as in s3://bucket/name.")
 @click.option(
+    "--upload-is-elsewhere", is_flag=True,
+    help="A path in --upload-to is a remote file system that is mounted on the instance.",
+)  # fmt: skip
+@click.option(
     "--attempts", default=5, show_default=True, type=click.IntRange(1),
     help="How often the recipe is begun when the instance restarts under it.",
+)  # fmt: skip
+@click.option(
+    "--max-hours", default=0.0, type=click.FloatRange(0), metavar="H",
+    help="End the recipe, as failed, so long after it was first begun; by default never.",
 )  # fmt: skip
 @click.option("--repo", metavar="URL", help="Fetch from here; by default from origin.")
 @click.option("--commit", metavar="NAME", help="Run this one; by default what is checked out.")

@@ -59,8 +59,9 @@ def create(
     script: str,
     label: str,
     variables: Mapping[str, str],
+    warn: Callable[[str], None],
 ) -> int:
-    """Accept an offer; returns the number of the instance, which was seen to be there.
+    """Accept an offer; returns the number of the instance.
 
     Args:
         client: the official one.
@@ -69,6 +70,7 @@ def create(
         script: runs at every start of the container.
         label: what the instance is called.
         variables: its environment; secrets among them go to Vast.ai and to the machine's owner.
+        warn: told when the instance was made, and could not be seen.
 
     Raises:
         NoOffer: somebody else was faster.
@@ -98,10 +100,16 @@ def create(
     except LaunchError as error:
         # The client tries again by itself, and the first try may have been heard.
         return _found_after(error, client, launch)
-    if show(client, number) is None:
+    try:
+        missing = show(client, number) is None
+    except LaunchError as error:
+        # It is rented, and costs: whoever launched has to get its number.
+        warn(f"instance {number} was made, and could not be looked at: {error}")
+        return number
+    if missing:
         raise VastUnavailable(
             f"Vast.ai says that it made instance {number}, and does not show it: "
-            "`raywb vast list` shows whether it comes, and `raywb vast destroy` ends it"
+            f"`raywb vast list` shows whether it comes, and `raywb vast destroy {number}` ends it"
         )
     return number
 

@@ -26,6 +26,10 @@ _NOT_ALONG = ("RAYWB_JOURNAL_DIR",)
 DEFAULT_OUTPUTS = "data"
 
 
+#: Addresses that name the disk or the memory of the very machine which reads them.
+_ON_THE_INSTANCE = ("file", "local", "memory")
+
+
 def _tell(text: str) -> None:
     click.echo(text, err=True)
 
@@ -52,7 +56,9 @@ class Launch:
     even_if_undelivered: bool
     outputs: str | None
     upload_to: str | None
+    upload_is_elsewhere: bool
     attempts: int
+    max_hours: float
     repo: str | None
     commit: str | None
     extras: str
@@ -69,6 +75,7 @@ class Launch:
         Raises:
             LaunchError: one of its subclasses; nothing is rented then, unless it says so.
         """
+        self._refuse_what_cannot_end()
         token = _read_secret(self.git_token_file)
         variables = self._variables(token)
         pinned = pin(
@@ -92,10 +99,12 @@ class Launch:
             even_if_undelivered=self.even_if_undelivered,
             outputs=self._outputs(),
             upload_to=self.upload_to,
+            upload_is_elsewhere=self.upload_is_elsewhere,
+            outputs_if_any=self.outputs is None and not self._told(),
             attempts=self.attempts,
+            max_hours=self.max_hours,
+            names=sorted({word.partition("=")[0] for word in self.env}),
         )
-        if self.upload_to and not onstart.outputs:
-            raise LaunchError("--upload-to says where --outputs go, and there are none")
         packed = onstart.packed()
         wanted = self._wanted()
         _tell(f"runs     {' '.join(onstart.command())}")
@@ -110,6 +119,35 @@ class Launch:
             self._dry_run(wanted, onstart)
         else:
             self._rent(wanted, packed, variables)
+
+    def _refuse_what_cannot_end(self) -> None:
+        """Refuse an instance that could not end itself, or would take results with it.
+
+        Raises:
+            LaunchError: what is asked for does not go together.
+        """
+        extras = [name.strip() for name in self.extras.split(",")]
+        if self.auto_shutdown and "vast" not in extras:
+            raise LaunchError(
+                "--auto-shutdown needs Vast.ai's client on the instance: add vast to --extras"
+            )
+        if self.upload_to and not self._outputs():
+            raise LaunchError("--upload-to says where --outputs go, and there are none")
+        if self.upload_to and not self.upload_is_elsewhere:
+            scheme, given, _ = self.upload_to.partition("://")
+            if not given or scheme.partition("::")[0] in _ON_THE_INSTANCE:
+                raise LaunchError(
+                    f"--upload-to {self.upload_to} lies on the instance itself, and goes with it: "
+                    "name an address as in s3://bucket/name; --upload-is-elsewhere says that it "
+                    "is a remote file system, mounted there"
+                )
+        if self.auto_shutdown and self.outputs is None and not self._told() and self.arguments:
+            file = self.arguments[0]
+            if "=" not in file and ("/" in file or file.endswith((".yaml", ".yml"))):
+                raise LaunchError(
+                    f"{file} may say where the results go, which is not read here: name their "
+                    "directory with --outputs (or --outputs '' where they may be lost)"
+                )
 
     def _dry_run(self, wanted: Wanted, onstart: OnStart) -> None:
         _tell(f"query    {json.dumps(wanted.query())}")
@@ -136,6 +174,7 @@ class Launch:
                     script=script,
                     label=self.label or f"raywb {self.recipe}"[:MOST_IN_A_VARIABLE],
                     variables=variables,
+                    warn=_tell,
                 )
             except NoOffer as error:
                 _tell(f"offer {offer.number} is gone; the next one")
@@ -188,8 +227,11 @@ class Launch:
         """The directory of results: the one that is named, or the recipe is told of."""
         if self.outputs is not None:
             return self.outputs
+        return self._told() or DEFAULT_OUTPUTS
+
+    def _told(self) -> str:
         told = [word for word in self.arguments if word.startswith("output_dir=")]
-        return told[-1].partition("=")[2] if told else DEFAULT_OUTPUTS
+        return told[-1].partition("=")[2] if told else ""
 
     def _warnings(self, variables: Mapping[str, str]) -> Iterator[str]:
         """What would keep an instance that is to end itself."""

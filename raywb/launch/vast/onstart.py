@@ -18,6 +18,9 @@ __all__ = ["MOST_CHARACTERS", "OnStart"]
 #: ones are to be compressed.
 MOST_CHARACTERS = 4048
 
+#: Stands for the outputs' directory until that is written for bash.
+OUTPUTS = "RAYWB-OUTPUTS"
+
 #: A second start may come while the first one's bash still reads its file: that is replaced.
 _UNPACK = """#!/usr/bin/env bash
 # raywb's on-start script, compressed as Vast.ai asks; `raywb vast launch --dry-run` shows it.
@@ -48,8 +51,13 @@ class OnStart:
         even_if_undelivered: it is destroyed though data are on it alone.
         outputs: directory of results, seen from the root of the project; empty for none.
         upload_to: where these go; without it they lie on the instance alone, which keeps it.
+        upload_is_elsewhere: a path there is a remote file system, mounted on the instance.
+        outputs_if_any: a job that ended well may have made none.
         attempts: how often the job is begun; it is begun again when the instance was restarted
             under it, and for nothing else.
+        max_hours: the job is ended so long after it was first begun, and counts as failed; 0 for
+            no limit.
+        names: variables that were set for the instance, besides those of raywb, W&B and Vast.ai.
     """
 
     repo: str
@@ -63,7 +71,11 @@ class OnStart:
     even_if_undelivered: bool = False
     outputs: str = ""
     upload_to: str | None = None
+    upload_is_elsewhere: bool = False
+    outputs_if_any: bool = False
     attempts: int = 5
+    max_hours: float = 0.0
+    names: Sequence[str] = ()
 
     def command(self) -> list[str]:
         """What Python is given to run."""
@@ -76,8 +88,10 @@ class OnStart:
         shutdown += ["--keep-on-failure"] if self.keep_on_failure else []
         shutdown += ["--even-if-undelivered"] if self.even_if_undelivered else []
         if self.outputs:
-            shutdown += ["--outputs", str(PurePosixPath("source") / self.outputs)]
+            shutdown += ["--outputs", OUTPUTS]
             shutdown += ["--upload-to", self.upload_to] if self.upload_to else []
+            shutdown += ["--outputs-if-any"] if self.outputs_if_any else []
+            shutdown += ["--upload-is-elsewhere"] if self.upload_is_elsewhere else []
         chosen = {
             "repo": shlex.quote(self.repo),
             "commit": shlex.quote(self.commit),
@@ -85,11 +99,19 @@ class OnStart:
             "command": f"({shlex.join(self.command())})",
             "auto_shutdown": _yes(self.auto_shutdown),
             "keep_on_failure": _yes(self.keep_on_failure),
-            "shutdown": f"({shlex.join(shutdown)})",
+            "shutdown": f"({shlex.join(shutdown).replace(OUTPUTS, self._outputs())})",
             "attempts": str(self.attempts),
+            "max_hours": f"{self.max_hours:g}",
+            "names": shlex.quote("|".join(self.names) or "-"),
         }
         head = ["#!/usr/bin/env bash", "# Written by `raywb vast launch`.", "set -euo pipefail", ""]
         return "\n".join([*head, *(f"{name}={value}" for name, value in chosen.items())]) + "\n"
+
+    def _outputs(self) -> str:
+        """The directory of results as a word for bash, seen from the script's directory."""
+        if self.outputs == "~" or self.outputs.startswith("~/"):
+            return '"${HOME:-/root}"' + shlex.quote(self.outputs[1:] or "/.")
+        return shlex.quote(str(PurePosixPath("source") / self.outputs))
 
     def script(self) -> str:
         """The script, for people and for bash; it holds no secret."""

@@ -25,6 +25,8 @@ _WHOLE = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 #: What stands between a login name and a path: ``git@host:owner/name``, ``ssh://git@host/…``.
 _SCP_LIKE = re.compile(r"(?:[^/@:]+@)?([^/@:]+):(?!/)([^:]+)")
 _SSH = re.compile(r"(?:git\+)?ssh://(?:[^/@]+@)?([^/:]+)(?::\d+)?/(.+)")
+#: What a token may not be sent to; what goes to loopback leaves no machine.
+_IN_THE_CLEAR = re.compile(r"http://(?!(?:127\.0\.0\.1|localhost|\[::1\])[:/])")
 _LOGIN = re.compile(r"(https?://)[^/@]*@")
 
 
@@ -62,6 +64,10 @@ def pin(
     """
     git = _Git(directory, environment)
     address = without_login(repo or _origin(git))
+    if token and _IN_THE_CLEAR.match(address):
+        raise SourceNotPinned(
+            f"the token would go to {address} in the clear: name an https address with --repo"
+        )
     if commit is None:
         _refuse_a_dirty_tree(git)
     whole = _whole_commit(git, commit or "HEAD")
