@@ -18,11 +18,11 @@ from raywb.launch.finishing import Finished, finish_cluster
 from raywb.launch.left_here import (
     LeftRun,
     directories_here,
+    is_directory_of_a_service,
     is_of_here,
     lacks_updates_only,
     runs_in,
 )
-from raywb.service.state import FILE_NAME
 
 if TYPE_CHECKING:
     from raywb.reports import FinishReport
@@ -115,7 +115,7 @@ def deliver(  # noqa: PLR0913 - all but three by name
     if report is not None and not report.complete:
         text = f"run {report.run.name}: {report.message or 'W&B has not closed it'}"
         (uploads if lacks_updates_only(report) else rows).append(text)
-    if report is not None and live is not None and (live / FILE_NAME).exists():
+    if report is not None and live is not None and is_directory_of_a_service(live):
         try:
             for run in _earlier_runs(report, deadline, tell):
                 text = f"run {run.name}, an earlier one: {run.message or 'W&B has not closed it'}"
@@ -149,7 +149,7 @@ def _asked(aside: Aside, work: Callable[[], Finished]) -> tuple[Finished, list[P
     except Exception as error:  # noqa: BLE001 - Ray's and the service's are many, and all are told
         finished = Finished(unanswered=f"the cluster could not be asked: {error!r}")
     stopped = [finished.stopped] if finished.stopped is not None else []
-    return finished, [one for one in stopped if (one / FILE_NAME).exists()]
+    return finished, [one for one in stopped if is_directory_of_a_service(one)]
 
 
 def _earlier_runs(report: FinishReport, deadline: float, tell: Tell) -> list[LeftRun]:

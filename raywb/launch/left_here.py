@@ -16,6 +16,7 @@ __all__ = [
     "LeftRun",
     "directories_here",
     "has_unopened_rows",
+    "is_directory_of_a_service",
     "is_of_here",
     "is_settled",
     "lacks_updates_only",
@@ -56,7 +57,12 @@ def directories_here(environment: Mapping[str, str]) -> list[Path]:
     named = environment.get("RAYWB_DIR")
     homes = (Path.home() / "raywb").glob(f"*/*/{FILE_NAME}")
     found = [*([Path(named).absolute()] if named else []), *(path.parent for path in homes)]
-    return [one for one in dict.fromkeys(found) if (one / FILE_NAME).exists()]
+    return [one for one in dict.fromkeys(found) if is_directory_of_a_service(one)]
+
+
+def is_directory_of_a_service(directory: Path) -> bool:
+    """Whether a service works there, or did."""
+    return (directory / FILE_NAME).exists()
 
 
 def runs_in(directory: Path) -> list[LeftRun]:
