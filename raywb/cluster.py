@@ -78,6 +78,7 @@ class Joined(NamedTuple):
     epoch: int
     finished: bool
     complete: bool = False
+    incarnation: int = 0
 
 
 def connect(*, local_cluster: bool = False) -> Cluster:
@@ -306,4 +307,5 @@ def join(
         answer["epoch"],
         answer["finished"],
         answer.get("complete", False),
+        answer.get("incarnation", 0),
     )

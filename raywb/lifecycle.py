@@ -343,10 +343,23 @@ def finish(*, timeout_s: float = 300.0, exit_code: int = 0) -> FinishReport:
     if (connection := present_connection()) is not None:
         connection.flush(min(timeout_s / 4, 10.0))
     swept = None
-    if joined.endpoint is not None and not joined.complete:
-        outstanding = ray_side.call(service, "outstanding", timeout_s=timeout_s / 4)
-        limit_s = min(timeout_s / 4, 60.0)
-        swept = sweep_cluster(cluster, joined.endpoint, limit_s, outstanding)
+    sweeping_until = time.monotonic() + timeout_s / 4
+    # What a sweep does not bring home before the cut belongs to the next run. The service may
+    # be killed under it, or still be starting: then the next incarnation is swept for.
+    while not joined.complete:
+        before = joined
+        if joined.endpoint is not None:
+            outstanding = ray_side.call(service, "outstanding", timeout_s=timeout_s / 4)
+            limit_s = min(timeout_s / 4, 60.0)
+            swept = sweep_cluster(cluster, joined.endpoint, limit_s, outstanding)
+            if not swept.failed and not swept.unreached:
+                break
+        if time.monotonic() > sweeping_until:
+            break
+        remaining = max(deadline - time.monotonic(), 1.0)
+        joined = ray_side.join(service, cluster, timeout_s=remaining)
+        if joined.endpoint is not None and joined.incarnation == before.incarnation:
+            break  # it was there all the time: another sweep would find the same
     remaining = max(deadline - time.monotonic(), 1.0)
     report: FinishReport = ray_side.call(
         service, "finish", remaining, exit_code, swept, timeout_s=remaining + 10.0

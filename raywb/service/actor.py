@@ -391,6 +391,7 @@ class RaywbService:
             **answer,
             "address": self._address,
             "token": parts.state.token,
+            "incarnation": parts.state.incarnation,
             "epoch": len(parts.state.runs),
             "finished": last is not None and last.exit_code is not None,
             "complete": last is not None and last.report is not None and last.report.complete,
