@@ -32,9 +32,13 @@ LOOK = """
     count, outcome = call(actor, "last", 0, 60, timeout_s=60)
     report([free, f"http://127.0.0.1:{node['MetricsExportPort']}/metrics"])
     told()
-    count, outcome = call(actor, "last", 0, 60, timeout_s=60)
-    count, outcome = call(actor, "last", count, 60, timeout_s=60)
-    report({metric.name: metric.value for metric in outcome.report.metrics})
+    count, values = 0, {}
+    while count < 60 and values.get("wandb.runs.completed_24h") != 2:
+        # On a busy machine one that was just started may not be through in time: it tries again.
+        count, outcome = call(actor, "last", count, 60, timeout_s=60)
+        if not isinstance(outcome, Exception):
+            values = {metric.name: metric.value for metric in outcome.report.metrics}
+    report(values)
     told()
     count, outcome = call(actor, "last", 0, 60, timeout_s=60)
     report(str(outcome) if isinstance(outcome, Exception) else "no error")
