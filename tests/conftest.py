@@ -14,6 +14,7 @@ pytest.register_assert_rewrite("online_service", "left_behind", "ray_cluster", "
 
 from local_service import LocalService, local_service  # noqa: E402
 from ray_cluster import FOREIGN, RayCluster, SharedCluster  # noqa: E402
+from vast_server import VastServer  # noqa: E402
 
 #: Of Ray's many variables, those that say where a cluster is and which job this would be.
 _WHERE = ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR")
@@ -63,6 +64,14 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
     monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
     with local_service(tmp_path) as local:
         yield local
+
+
+@pytest.fixture
+def vast() -> Iterator[VastServer]:
+    """Vast.ai's stand-in, which says at the end what it was asked wrongly."""
+    with VastServer() as server:
+        yield server
+        assert server.unexpected == []
 
 
 @pytest.fixture(scope="session")

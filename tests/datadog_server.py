@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+from loopback import LoopbackServer
 
 #: Most bytes in one payload.
 MOST_BYTES = 512_000
@@ -22,10 +23,11 @@ PAST_S, FUTURE_S = 3600, 600
 GAUGE = 3
 
 
-class DatadogServer:
+class DatadogServer(LoopbackServer):
     """The server, in threads of its own."""
 
     def __init__(self, api_key: str) -> None:
+        super().__init__()
         self.api_key = api_key
         #: Series as they were accepted, in their batches.
         self.batches: list[list[dict[str, Any]]] = []
@@ -35,7 +37,6 @@ class DatadogServer:
         self.answers: list[tuple[int, dict[str, str]]] = []
         #: Answer byte by byte, and never to the end.
         self.trickles = False
-        self._ended = threading.Event()
         outer = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -57,28 +58,12 @@ class DatadogServer:
             def log_message(self, *_: object) -> None:
                 pass
 
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever)
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        self._listen(Handler)
 
     @property
     def series(self) -> dict[str, dict[str, Any]]:
         """Accepted series by metric."""
         return {one["metric"]: one for batch in self.batches for one in batch}
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
     def _take(self, path: str, key: str | None, body: bytes) -> tuple[int, dict[str, str]]:
         self.requests += 1

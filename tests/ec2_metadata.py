@@ -8,42 +8,30 @@ with Ec2Metadata() as metadata:
 from __future__ import annotations
 
 import secrets
-import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+from loopback import LoopbackServer
 
 __all__ = ["Ec2Metadata"]
 
 
-class Ec2Metadata:
+class Ec2Metadata(LoopbackServer):
     """The server, in a thread of its own."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.tokens: set[str] = set()
         self.notice: dict[str, str] | None = None
         #: Answers by method, path and status.
         self.answers: Counter[tuple[str, str, int]] = Counter()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
+        self._listen(_handler(self))
 
     def announce(self, action: str, in_s: float) -> None:
         at = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + in_s))
         self.notice = {"action": action, "time": at}
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
 
 
 def _handler(metadata: Ec2Metadata) -> type[BaseHTTPRequestHandler]:

@@ -13,18 +13,20 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import threading
 from collections.abc import Callable, Mapping
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
+
+from loopback import LoopbackServer
 
 __all__ = ["RayDashboard"]
 
 
-class RayDashboard:
+class RayDashboard(LoopbackServer):
     """The server; what it says may be changed at any time."""
 
     def __init__(self, port: int = 0) -> None:
+        super().__init__()
         #: The environment in which Ray was started.
         self.environment: Callable[[], Mapping[str, str]] = lambda: os.environ
         #: What Ray has of the job; None where it has none.
@@ -39,30 +41,7 @@ class RayDashboard:
         self.up: Callable[[], bool] = lambda: True
         #: Requests so far, as in "GET /api/version".
         self.requests: list[str] = []
-        self._ended = threading.Event()
-        self._server = ThreadingHTTPServer(("127.0.0.1", port), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End it, once."""
-        if self._ended.is_set():
-            return
-        self._ended.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._listen(_handler(self), port)
 
     def answer(self, request: str, body: Any) -> tuple[int, Any]:
         if request == "GET /api/version":

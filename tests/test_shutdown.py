@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,6 @@ from raywb.launch.shutdown.outcomes import Asked, before_grace
 
 if not os.environ.get("CI"):
     pytest.importorskip("vastai", reason="vastai is not installed")
-
-
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-        assert server.unexpected == []
 
 
 @pytest.fixture(scope="module")

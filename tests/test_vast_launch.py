@@ -32,13 +32,6 @@ GIT_TOKEN = "ghp_" + "t" * 36
 Raywb = Callable[..., Result]
 
 
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-        assert server.unexpected == []
-
-
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GitRemote]:
     with git_remote(tmp_path_factory.mktemp("git")) as remote:

@@ -41,13 +41,6 @@ wandb: {project: robots}
 """
 
 
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-        assert server.unexpected == []
-
-
 def test_a_machine_prepares_data_reports_and_is_gone(
     vast: VastServer,
     tmp_path: Path,

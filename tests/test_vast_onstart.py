@@ -26,13 +26,6 @@ if not os.environ.get("CI"):
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-        assert server.unexpected == []
-
-
 @pytest.fixture(scope="module")
 def remote(tmp_path_factory: pytest.TempPathFactory) -> Iterator[GitRemote]:
     with git_remote(tmp_path_factory.mktemp("git")) as remote:

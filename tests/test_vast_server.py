@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,13 +13,6 @@ from vast_server import VastServer, offer
 
 if not os.environ.get("CI"):
     pytest.importorskip("vastai", reason="vastai is not installed")
-
-
-@pytest.fixture
-def vast() -> Iterator[VastServer]:
-    with VastServer() as server:
-        yield server
-        assert server.unexpected == []
 
 
 def test_an_instance_is_found_made_seen_and_destroyed(vast: VastServer) -> None:

@@ -32,10 +32,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Self
+from http.server import BaseHTTPRequestHandler
+from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+from loopback import LoopbackServer
 from vast_schema import matches, wrong_creation, wrong_search
 
 __all__ = ["Request", "VastInstance", "VastServer", "offer"]
@@ -129,10 +130,11 @@ def offer(number: int, **differences: Any) -> dict[str, Any]:
     }
 
 
-class VastServer:
+class VastServer(LoopbackServer):
     """The server, in threads of its own; its state may be looked at and changed at any time."""
 
     def __init__(self, api_key: str = "vast-account-key-of-a-test") -> None:
+        super().__init__()
         self.api_key = api_key
         self.offers = [offer(11), offer(12, dph_total=0.55), offer(13, gpu_name="H100 SXM")]
         #: Living instances by number.
@@ -155,25 +157,8 @@ class VastServer:
         self._seen: dict[tuple[str, int], int] = {}
         self._logs_asked_for: dict[int, str] = {}
         self._lock = threading.RLock()
-        self._ended = threading.Event()
         self._next_id = 40_001
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._server.daemon_threads = True
-        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self._server.server_port}"
-
-    def __enter__(self) -> Self:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._server.shutdown()
-        self._thread.join()
-        self._server.server_close()
+        self._listen(_handler(self))
 
     def misbehave(self, kind: str, fault: int | str | None, times: int | None = None) -> None:
         """Let requests of one kind go wrong, or well again; the module says how."""
