@@ -15,6 +15,7 @@ from raywb.errors import DirectoryError, NoClusterError, RaywbError, ServiceUnav
 from raywb.fleet.command import fleet
 from raywb.launch.drain.command import drain
 from raywb.launch.shutdown.command import shutdown
+from raywb.launch.vast.command import EXIT_CODES as VAST_CODES
 from raywb.launch.vast.command import vast
 from raywb.view.grafana.command import grafana
 from raywb.view.page.command import ui
@@ -32,6 +33,14 @@ EXIT_UNDELIVERED = 5
 EXIT_DIRECTORY = 6
 
 
+_CODES: dict[type[RaywbError], int] = {
+    NoClusterError: EXIT_NO_CLUSTER,
+    ServiceUnavailable: EXIT_NO_SERVICE,
+    DirectoryError: EXIT_DIRECTORY,
+    **VAST_CODES,
+}
+
+
 class _Errors(click.Group):
     """Shows raywb's errors as one sentence, with an exit code of their own."""
 
@@ -40,12 +49,7 @@ class _Errors(click.Group):
             return super().invoke(ctx)
         except RaywbError as error:
             click.echo(f"raywb: {error}", err=True)
-            codes = {
-                NoClusterError: EXIT_NO_CLUSTER,
-                ServiceUnavailable: EXIT_NO_SERVICE,
-                DirectoryError: EXIT_DIRECTORY,
-            }
-            sys.exit(next((code for kind, code in codes.items() if isinstance(error, kind)), 1))
+            sys.exit(next((code for kind, code in _CODES.items() if isinstance(error, kind)), 1))
 
 
 @click.group(cls=_Errors, context_settings={"help_option_names": ["-h", "--help"]})

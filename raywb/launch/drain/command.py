@@ -7,7 +7,7 @@ import sys
 import click
 
 from raywb.launch.drain.spot_notice import METADATA_URL
-from raywb.launch.shutdown.outcomes import EXIT_OFFLINE, EXIT_ROWS, EXIT_UNANSWERED, EXIT_UPLOAD
+from raywb.launch.shutdown.outcomes import missing
 
 __all__ = ["drain"]
 
@@ -71,16 +71,10 @@ def drain(address: str, watch: bool, timeout_s: float, exit_code: int, metadata_
         exit_code=exit_code,
         on_connect=disregard_signals,
     )
-    found = [
-        (EXIT_UNANSWERED, [left.unanswered] if left.unanswered else []),
-        (EXIT_ROWS, left.rows),
-        (EXIT_UPLOAD, left.uploads),
-        (EXIT_OFFLINE, left.offline),
-    ]
-    for _, sentences in found:
+    undelivered = missing(left)
+    for _, sentences in undelivered:
         for sentence in sentences:
             say(f"! {sentence}")
-    codes = [code for code, sentences in found if sentences]
-    if not codes:
+    if not undelivered:
         say("✓ Everything is off this machine")
-    sys.exit(codes[0] if codes else 0)
+    sys.exit(undelivered[0][0] if undelivered else 0)

@@ -17,6 +17,7 @@ __all__ = [
     "after_asking",
     "before_grace",
     "interrupted",
+    "missing",
     "no_place",
     "refused",
 ]
@@ -82,6 +83,23 @@ def no_place(sentence: str) -> Decision:
     return Decision((sentence,), ends=False)
 
 
+def missing(
+    delivery: Delivery, outputs: Sequence[str] = (), failed_uploads: Sequence[str] = ()
+) -> list[tuple[int, Sequence[str]]]:
+    """What is not off the machine: sentences, by the exit code that they mean.
+
+    The first is what a command exits with.
+    """
+    found: list[tuple[int, Sequence[str]]] = [
+        (EXIT_UNANSWERED, [delivery.unanswered] if delivery.unanswered else []),
+        (EXIT_ROWS, delivery.rows),
+        (EXIT_UPLOAD, [*delivery.uploads, *failed_uploads]),
+        (EXIT_OFFLINE, delivery.offline),
+        (EXIT_OUTPUTS, outputs),
+    ]
+    return [(code, sentences) for code, sentences in found if sentences]
+
+
 def before_grace(
     what: str,
     delivery: Delivery,
@@ -102,14 +120,9 @@ def before_grace(
         outputs: outputs that lie there only, each a sentence.
         failed_uploads: outputs that could not be uploaded, each a sentence.
     """
-    found = [
-        (EXIT_UNANSWERED, [delivery.unanswered] if delivery.unanswered else []),
-        (EXIT_ROWS, delivery.rows),
-        (EXIT_UPLOAD, [*delivery.uploads, *failed_uploads]),
-        (EXIT_OFFLINE, [] if keeps_disk else delivery.offline),
-        (EXIT_OUTPUTS, [] if keeps_disk else outputs),
-    ]
-    undelivered = [(code, list(sentences)) for code, sentences in found if sentences]
+    if keeps_disk:
+        delivery, outputs = delivery._replace(offline=()), ()
+    undelivered = missing(delivery, outputs, failed_uploads)
     said = tuple(f"! {sentence}" for _, sentences in undelivered for sentence in sentences)
     if asked.job_exit_code and asked.keep_on_failure:
         failed = f"The job failed (exit code {asked.job_exit_code})"

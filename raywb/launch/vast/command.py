@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,9 +9,9 @@ import click
 
 from raywb.errors import (
     InstanceUnknown,
-    LaunchError,
     NoOffer,
     NotDestroyed,
+    RaywbError,
     SourceNotPinned,
     VastKeyRefused,
     VastUnavailable,
@@ -23,7 +22,7 @@ from raywb.settings import process_environment
 if TYPE_CHECKING:
     from raywb.launch.vast.instances import Instance
 
-__all__ = ["vast"]
+__all__ = ["EXIT_CODES", "vast"]
 
 #: Exit codes, so that scripts can tell one trouble from another.
 EXIT_SOURCE = 30
@@ -33,7 +32,8 @@ EXIT_SERVICE = 33
 EXIT_NO_INSTANCE = 34
 EXIT_NOT_DESTROYED = 35
 
-_CODES: dict[type[LaunchError], int] = {
+#: What ``raywb`` exits with for each trouble.
+EXIT_CODES: dict[type[RaywbError], int] = {
     SourceNotPinned: EXIT_SOURCE,
     VastKeyRefused: EXIT_KEY,
     NoOffer: EXIT_NO_OFFER,
@@ -43,18 +43,7 @@ _CODES: dict[type[LaunchError], int] = {
 }
 
 
-class _Errors(click.Group):
-    """Gives each trouble its exit code."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        try:
-            return super().invoke(ctx)
-        except LaunchError as error:
-            click.echo(f"raywb: {error}", err=True)
-            sys.exit(_CODES.get(type(error), 1))
-
-
-@click.group(cls=_Errors)
+@click.group()
 @click.option(
     "--api-key-file",
     metavar="FILE",
