@@ -13,9 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
-from local_service import CLUSTER, LocalService, local_service
+from local_service import CLUSTER, LocalService, local_service, sink_processes
 from ray_cluster import until
 from wandb_file import read_runs
 from wandb_server import WandbServer
@@ -41,16 +40,6 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
 
 def history(service: LocalService, run_id: str = "run00001") -> list[dict]:
     return read_runs(service.directory)[run_id].history
-
-
-def sinks_of(service: LocalService) -> list[psutil.Process]:
-    """The sink's child process and its wandb-core."""
-    return [
-        child
-        for child in psutil.Process().children(recursive=True)
-        if "raywb.service.wandb_sink" in " ".join(child.cmdline())
-        or child.name().startswith("wandb-core")
-    ]
 
 
 def test_a_run_from_log_to_file(service: LocalService) -> None:
@@ -133,7 +122,7 @@ def test_a_killed_sink_is_replaced(service: LocalService, victim: str) -> None:
             logged += 1
         assert client.flush()
         service.wait_for(lambda status: status.sink.applied_rows >= logged)  # noqa: B023
-        for process in sinks_of(service):
+        for process in sink_processes():
             if process.name().startswith("wandb-core") == (victim == "wandb-core"):
                 process.send_signal(signal.SIGKILL)
         client.log({"x": logged, "peak": -logged})

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from left_behind import LeftBehind
-from local_service import LocalService
+from local_service import LocalService, sink_processes
 from wandb_client import API_KEY, client_environment, run_client
 from wandb_client import sync as wandb_sync
 from wandb_file import read_runs
@@ -209,9 +209,8 @@ def test_wandb_sync_of_all_segments_is_one_whole_run(service: LocalService, tmp_
             service.down()
             service.up()
         else:
-            for child in psutil.Process().children(recursive=True):
-                if "raywb.service.wandb_sink" in " ".join(child.cmdline()):
-                    child.kill()
+            for process in sink_processes():
+                process.kill()
     assert service.service.finish(90.0, 0).complete
     (written,) = read_runs(service.directory).values()
     assert len(written.segments) >= 3

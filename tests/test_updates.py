@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pytest
-from local_service import CLUSTER, LocalService
+from local_service import CLUSTER, LocalService, sink_processes
 from wandb_client import sync
 from wandb_file import WandbRun, read_runs
 from wandb_server import WandbServer
@@ -56,12 +55,10 @@ def start_online(service: LocalService, server: WandbServer) -> None:
     service.start(mode="online", base_url=server.url, api_key_file=str(key), project="demo")
 
 
-def kill_sink(service: LocalService) -> None:
+def kill_sink() -> None:
     """End the sink's process and its wandb-core, as the kernel would."""
-    for child in psutil.Process().children(recursive=True):
-        name = "raywb.service.wandb_sink"
-        if name in " ".join(child.cmdline()) or child.name().startswith("wandb-core"):
-            child.send_signal(signal.SIGKILL)
+    for process in sink_processes():
+        process.send_signal(signal.SIGKILL)
 
 
 def artifact_files(home: Path) -> Path:
@@ -168,7 +165,7 @@ def test_offline_each_is_in_the_files_once(
     directory = log_all(client, tmp_path)
     assert client.flush()
     service.wait_for(lambda status: status.sink.applied_rows == 4)
-    kill_sink(service)
+    kill_sink()
     client.log({"y": 1})
     service.wait_for(lambda status: status.sink.restarts > 0 and status.sink.applied_rows == 5)
     service.wait_for(lambda status: not status.undelivered_updates)
@@ -194,12 +191,12 @@ def test_online_each_is_on_the_server_once(
     directory = log_all(client, tmp_path)
     assert client.flush()
     until(lambda: server.requests["graphql:CreateArtifact"])
-    kill_sink(service)
+    kill_sink()
     until(lambda: service.status().sink.restarts > 0 and service.status().sink.applied_rows == 4)
     service.down()
     service.up()
     service.wait_for(lambda status: not status.undelivered_updates)
-    kill_sink(service)
+    kill_sink()
     report = service.service.finish(90.0, 0)
     assert (report.complete, report.delivered_rows, report.undelivered_updates) == (True, 4, [])
     run = check_online(server, directory)
@@ -246,7 +243,7 @@ def test_what_a_dead_sink_was_working_on_is_handed_over_again(
     assert client.flush()
     until(lambda: server.requests["graphql:CreateArtifactFiles"])
     assert service.status().undelivered_updates == ["artifact 'data' (on its way)"]
-    kill_sink(service)
+    kill_sink()
     server.behave("files")
     report = service.service.finish(60.0, 0)
     assert (report.complete, service.status().sink.restarts) == (True, 1), report

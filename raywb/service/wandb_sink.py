@@ -10,6 +10,7 @@ Run as ``python -m raywb.service.wandb_sink``: requests on stdin, replies on wha
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -357,11 +358,12 @@ class WandbSink:
 
         if self._request is None:
             return
-        cores = [
-            {"pid": child.pid, "started_at": child.create_time()}
-            for child in psutil.Process().children()
-            if child.name().startswith("wandb-core")
-        ]
+        cores = []
+        for child in psutil.Process().children():
+            # W&B's client starts other processes as well (git, say), which end as we look.
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if child.name().startswith("wandb-core"):
+                    cores.append({"pid": child.pid, "started_at": child.create_time()})
         path = self._core_record(self._request)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(cores))
