@@ -2,89 +2,30 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import fcntl
-import http.client
-import json
 import os
-import signal
 import socket
-import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from queue import Queue
 from typing import Any
 
 import psutil
 import pytest
-from aiohttp import web
 from click.testing import CliRunner
 from local_service import LocalService, local_service
+from page_server import Server, serving
 
 from raywb.cli import main
-from raywb.errors import ServiceUnavailable, SettingsError
-from raywb.reports import PageAddress, RunInfo
+from raywb.errors import SettingsError
+from raywb.reports import PageAddress
 from raywb.service.ingest import STRANGER_S
-from raywb.service.outbox import Batch, Outbox, OutRow
-from raywb.service.state import RunState, ServiceState, lock_directory, save_state
-from raywb.view.history.directory import is_worked_in
-from raywb.view.history.history_process import HistoryProcess
-from raywb.view.history.requests import DirectoryRequest, SeriesRequest
-from raywb.view.page.application import MAX_KEYS, Page, page_application
+from raywb.view.page.application import MAX_KEYS
 from raywb.view.page.command import addresses
 
 ROWS = 300
-
-
-class Server:
-    """A page's server, as somebody with a socket sees it."""
-
-    def __init__(self, port: int, host: str = "127.0.0.1") -> None:
-        self.host = host
-        self.port = port
-
-    def ask(self, path: str, method: str = "GET", **headers: str) -> tuple[int, Any, bytes]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
-        with contextlib.closing(connection):
-            connection.putrequest(method, path, skip_host="Host" in headers)
-            for name, value in headers.items():
-                connection.putheader(name, value)
-            connection.endheaders()
-            answer = connection.getresponse()
-            return answer.status, answer.headers, answer.read()
-
-    def get(self, path: str, status: int = 200, **headers: str) -> Any:
-        got, answer_headers, body = self.ask(path, **headers)
-        assert got == status, (got, body)
-        assert answer_headers["Content-Type"].startswith("application/json")
-        assert answer_headers["Cache-Control"] == "no-store"
-        return json.loads(body)
-
-    def wait_for(self, path: str, condition: Any, timeout_s: float = 20.0) -> Any:
-        deadline = time.monotonic() + timeout_s
-        while not condition(answer := self.get(path)):
-            assert time.monotonic() < deadline, answer
-            time.sleep(0.05)
-        return answer
-
-    @contextlib.contextmanager
-    def events(self) -> Iterator[Iterator[Any]]:
-        connection = http.client.HTTPConnection(self.host, self.port, timeout=20)
-        with contextlib.closing(connection):
-            connection.request("GET", "/api/events")
-            answer = connection.getresponse()
-            assert answer.headers["Content-Type"].startswith("text/event-stream")
-
-            def overviews() -> Iterator[Any]:
-                while line := answer.readline():
-                    if line.startswith(b"data: "):
-                        yield json.loads(line[6:])
-
-            yield overviews()
 
 
 def log_rows(service: LocalService) -> None:
@@ -129,41 +70,6 @@ def left(service: LocalService) -> Iterator[tuple[Server, str]]:
     command = [sys.executable, "-m", "raywb", "ui", str(service.directory), "--no-open"]
     with serving([*command, "--port", "0"]) as found:
         yield found
-
-
-@pytest.mark.parametrize("listed", [True, False])
-def test_a_service_at_work_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: bool
-) -> None:
-    """Also one whose lock the kernel does not list here; to look takes no lock away."""
-    if not listed:
-        monkeypatch.setattr("raywb.view.history.directory.LOCKS", tmp_path / "nothing")
-    assert not is_worked_in(tmp_path)
-    held = lock_directory(tmp_path)
-    assert is_worked_in(tmp_path)
-    os.close(held)
-    assert not is_worked_in(tmp_path)
-    os.close(lock_directory(tmp_path))
-
-
-@contextlib.contextmanager
-def serving(command: list[str]) -> Iterator[tuple[Server, str]]:
-    """A process that serves a page, and what it said; ends well when it is interrupted."""
-    root = str(Path(__file__).resolve().parents[1])
-    env = {**os.environ, "PYTHONPATH": root, "PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=env) as process:
-        try:
-            assert process.stdout is not None
-            said = ""
-            while "Ctrl-C" not in said:
-                line = process.stdout.readline()
-                assert line, said
-                said += line
-            url = next(word for word in said.split() if word.startswith("http://"))
-            yield Server(int(url.split(":")[2].split("/")[0])), said
-        finally:
-            process.send_signal(signal.SIGINT)
-            assert process.wait(20) == 0
 
 
 @pytest.fixture(params=["live", "left"])
@@ -482,297 +388,6 @@ def test_the_address_says_how_to_get_there() -> None:
         mode="network", hostname="head", loopback_port=80, address="10.0.0.1:80", token="secret"
     )
     assert addresses(page, "laptop")[1] == "http://10.0.0.1:80/?token=secret"
-
-
-def one_run(directory: Path, rows: int = 1) -> Path:
-    """A service's directory that was left, with a run of some rows; returns its outbox."""
-    outbox = Outbox(directory / "outbox")
-    outbox.append(Batch(1, 0, [], [OutRow(1, 1e9 + n, {"a/x": float(n)}) for n in range(rows)]))
-    outbox.close()
-    info = RunInfo(project="p", id="abcd0001", name="n", mode="offline", dir=str(directory))
-    run = RunState(number=1, info=info, settings={})
-    save_state(directory, ServiceState(cluster_id="c" * 56, token="t", runs=[run]))
-    return directory / "outbox"
-
-
-def test_an_outbox_that_cannot_be_read_is_a_problem_and_not_the_end(tmp_path: Path) -> None:
-    """The same process says why, in the overview too, and goes on when it can be read again."""
-    (segment,) = one_run(tmp_path).glob("*.log")
-    kept = segment.rename(tmp_path / "kept")
-    segment.mkdir()
-
-    async def ask() -> None:
-        process = HistoryProcess(tmp_path)
-        for _ in range(3):
-            with pytest.raises(ServiceUnavailable, match=r"outbox cannot be read.*directory"):
-                await process.ask(SeriesRequest(1))
-        pid = process.pid
-        (problem, _) = (await process.tell(DirectoryRequest()))["status"]["problems"]
-        assert "outbox cannot be read" in problem
-        segment.rmdir()
-        kept.rename(segment)
-        async with asyncio.timeout(10):
-            while "outbox" in (await process.tell(DirectoryRequest()))["status"]["problems"][0]:
-                await asyncio.sleep(0.05)
-        assert (await process.tell(SeriesRequest(1)))["rows_read"] == 1
-        for file in segment.parent.iterdir():
-            file.unlink()
-        # What was read may be gone as a whole, too.
-        async with asyncio.timeout(10):
-            while (await process.tell(DirectoryRequest()))["runs"][0]["rows"]:
-                await asyncio.sleep(0.05)
-        assert process.pid == pid is not None
-        await process.close()
-
-    asyncio.run(ask())
-
-
-def test_a_process_that_dies_at_once_is_not_started_for_ever(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """From the second time on there is a pause, and whoever asks is told how it ended."""
-    program = tmp_path / "python"
-    program.write_text(f"#!/bin/sh\necho >> {tmp_path}/starts\nexit 3\n")
-    program.chmod(0o700)
-    monkeypatch.setattr(sys, "executable", str(program))
-
-    async def ask() -> list[str]:
-        process = HistoryProcess(tmp_path)
-        said = []
-        for _ in range(5):
-            with pytest.raises(ServiceUnavailable) as caught:
-                await process.ask(SeriesRequest(1))
-            said.append(str(caught.value))
-        await process.close()
-        return said
-
-    said = asyncio.run(ask())
-    assert (tmp_path / "starts").read_text() == "\n\n"
-    assert "ended with code 3" in said[0]
-    assert all("again and again" in one for one in said[2:])
-
-
-class Failing:
-    """A source that has no overview, and counts who asks for it."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    async def overview(self) -> dict[str, Any]:
-        self.asked += 1
-        raise ServiceUnavailable("nothing can be read")
-
-
-@contextlib.contextmanager
-def page_of(source: Any) -> Iterator[Server]:
-    """A page of this source, in a thread of its own."""
-    ports: Queue[int] = Queue()
-    ended = asyncio.Event()
-    loop = asyncio.new_event_loop()
-
-    async def serve() -> None:
-        runner = web.AppRunner(page_application(Page(source)), access_log=None, shutdown_timeout=1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        ports.put(runner.addresses[0][1])
-        await ended.wait()
-        await runner.cleanup()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    try:
-        yield Server(ports.get(timeout=10))
-    finally:
-        loop.call_soon_threadsafe(ended.set)
-        thread.join(20)
-        assert not thread.is_alive()
-        loop.close()
-
-
-class Growing:
-    """A source whose overview is large, and new each time."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-
-    async def overview(self) -> dict[str, Any]:
-        self.asked += 1
-        return {"asked": self.asked, "large": "x" * 1_500_000}
-
-
-class Aging:
-    """A source of which nothing changes but ages, and a value when it is set."""
-
-    def __init__(self) -> None:
-        self.asked = 0
-        self.value = 0
-
-    async def overview(self) -> dict[str, Any]:
-        self.asked += 1
-        source = {"heard_ago_s": self.asked + 0.5, "killed": False}
-        stage = {"silent_s": 1e-05 * self.asked, "last_row_s": 2 * self.asked}
-        return {"value": self.value, "sources": [source], "stages": [stage]}
-
-
-def test_ages_alone_are_no_news(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What grows by itself is told every now and then, what is new at once."""
-    monkeypatch.setattr("raywb.view.page.application.OVERVIEW_S", 0.05)
-    monkeypatch.setattr("raywb.view.page.application.KEEP_ALIVE_S", 0.5)
-    source = Aging()
-    with page_of(source) as server, server.events() as events:
-        assert next(events)["value"] == 0
-        asked = source.asked
-        assert next(events)["sources"][0]["heard_ago_s"] >= asked + 4.5
-        source.value = 1
-        assert next(events)["value"] == 1
-
-
-def test_a_page_is_told_of_the_first_sources(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Of many it gets some, those that are open first, and how many there are in each state."""
-    monkeypatch.setattr("raywb.service.page_source.MAX_SOURCES", 3)
-    monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setenv("RAYWB_JOURNAL_DIR", str(tmp_path / "journals"))
-    with local_service(tmp_path) as local:
-        local.up()
-        local.start(mode="disabled")
-        clients = [local.client("training/a", rank=rank, world_size=5) for rank in range(5)]
-        for client in clients:
-            client.log({"loss": 1.0}, step=0)
-            assert client.flush(10.0)
-        assert local.service is not None
-        server = Server(local.service.page_address().loopback_port or 0)
-        found = server.wait_for("/api/overview", lambda one: one["sources"] == {"live": 5})
-        assert len(found["status"]["sources"]) == 3
-
-
-def listen(port: int) -> socket.socket:
-    """A connection on which events were asked for, of which nothing is read."""
-    connection = socket.create_connection(("127.0.0.1", port))
-    connection.sendall(b"GET /api/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
-    return connection
-
-
-def test_who_takes_nothing_is_sent_away(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Listeners are bounded; the connection of one that reads nothing is closed after a time."""
-    application = "raywb.view.page.application."
-    for name, value in (("KEEP_ALIVE_S", 0.4), ("OVERVIEW_S", 0.1), ("MAX_LISTENERS", 3)):
-        monkeypatch.setattr(application + name, value)
-    with page_of(Growing()) as server, contextlib.ExitStack() as stack:
-        silent = [stack.enter_context(listen(server.port)) for _ in range(3)]
-        for connection in silent:
-            assert connection.recv(12) == b"HTTP/1.1 200"
-        assert "3 pages listen" in server.get("/api/events", 503)["error"]
-        deadline = time.monotonic() + 10
-        while server_sockets(server.port):
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        with server.events() as events:
-            assert next(events)["large"]
-
-
-def server_sockets(port: int) -> int:
-    """Connections that a server in this process holds on its port."""
-    connections = psutil.Process().net_connections("tcp")
-    ours = [one for one in connections if one.laddr and one.laddr.port == port]
-    return [one.status for one in ours].count(psutil.CONN_ESTABLISHED)
-
-
-def test_listeners_are_told_of_trouble(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All of them hear why there is no overview, for which the source is asked once a second."""
-    source = Failing()
-    with page_of(source) as server, contextlib.ExitStack() as stack:
-        for _ in range(5):
-            events = stack.enter_context(server.events())
-            assert next(events) == {"error": "nothing can be read"}
-        assert source.asked <= 2
-        assert server.get("/api/overview", 503)["error"] == "nothing can be read"
-
-
-def test_the_historys_process_is_replaced_and_ends_when_unused(service: LocalService) -> None:
-    """Killed it is started again, unused it ends, and nobody who asks meanwhile is let down."""
-
-    async def ask() -> None:
-        process = HistoryProcess(service.directory, idle_s=0.5)
-        first = json.loads(await process.ask(SeriesRequest(1)))
-        assert first["series"]
-        pid = process.pid
-        assert pid is not None
-        asked = [asyncio.create_task(process.ask(SeriesRequest(1))) for _ in range(3)]
-        assert all(json.loads(answer)["series"] for answer in await asyncio.gather(*asked))
-        os.kill(pid, signal.SIGKILL)
-        with contextlib.suppress(ServiceUnavailable):
-            await process.ask(SeriesRequest(1))
-        assert json.loads(await process.ask(SeriesRequest(1)))["series"]
-        assert process.pid not in (None, pid)
-        async with asyncio.timeout(10):
-            while process.pid is not None:
-                await asyncio.sleep(0.05)
-        assert json.loads(await process.ask(SeriesRequest(1)))["series"]
-        asking = asyncio.create_task(process.ask(SeriesRequest(1)))
-        await asyncio.sleep(0)
-        asking.cancel()
-        assert json.loads(await process.ask(SeriesRequest(1)))["run"] == 1
-        await process.close()
-
-    asyncio.run(ask())
-
-
-def test_the_historys_process_does_not_end_while_it_answers(tmp_path: Path) -> None:
-    """An answer that takes longer than it may be unused does not end it."""
-    one_run(tmp_path)
-
-    async def ask() -> None:
-        process = HistoryProcess(tmp_path, idle_s=0.3)
-        await process.ask(SeriesRequest(1))
-        pid = process.pid
-        assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
-        asking = asyncio.create_task(process.ask(SeriesRequest(1)))
-        await asyncio.sleep(0.5)
-        os.kill(pid, signal.SIGCONT)
-        await asking
-        await process.ask(SeriesRequest(1))
-        assert process.pid == pid
-        async with asyncio.timeout(10):
-            while process.pid is not None:
-                await asyncio.sleep(0.05)
-        await process.close()
-
-    asyncio.run(ask())
-
-
-def test_an_answer_that_comes_late_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The process is not ended for it, and nobody gets the answer to another question."""
-    monkeypatch.setattr("raywb.view.history.history_process.ANSWER_S", 0.3)
-    one_run(tmp_path)
-
-    async def ask() -> None:
-        process = HistoryProcess(tmp_path)
-        await process.start()
-        pid = process.pid
-        assert pid is not None
-        while True:
-            with contextlib.suppress(ServiceUnavailable):  # until it has loaded what it needs
-                await process.ask(SeriesRequest(2))
-                break
-        for again in (SeriesRequest(1), SeriesRequest(3)):
-            os.kill(pid, signal.SIGSTOP)
-            with pytest.raises(ServiceUnavailable, match="ask again"):
-                await process.ask(SeriesRequest(1))
-            os.kill(pid, signal.SIGCONT)
-            assert (await process.tell(again))["run"] == again.run
-        assert process.pid == pid
-        monkeypatch.setattr("raywb.view.history.history_process.STUCK_S", 0.5)
-        os.kill(pid, signal.SIGSTOP)
-        for _ in range(2):
-            with pytest.raises(ServiceUnavailable):
-                await process.ask(SeriesRequest(1))
-        assert process.pid is None
-        await process.close()
-
-    asyncio.run(ask())
 
 
 def test_the_historys_process_ends_with_its_parent(service: LocalService, live: Server) -> None:

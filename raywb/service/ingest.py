@@ -39,7 +39,8 @@ from raywb.rows import MAX_ARTIFACT_BYTES, PROTOCOL, is_digest
 from raywb.service.blobs import BlobStore
 from raywb.service.ledger import Ledger
 from raywb.service.liveness import Liveness
-from raywb.view.page.application import Page, is_loopback_address
+from raywb.view.page.application import Page
+from raywb.view.page.entitled import is_loopback_address
 
 __all__ = ["MAX_BODY_BYTES", "Ingest"]
 

@@ -82,7 +82,8 @@ async def _serve_source(
 ) -> None:
     from aiohttp import web
 
-    from raywb.view.page.application import Page, is_loopback_address, page_application
+    from raywb.view.page.application import Page, page_application
+    from raywb.view.page.entitled import is_loopback_address
 
     loopback = host == "localhost" or is_loopback_address(host)
     token = None if loopback else secrets.token_urlsafe(32)
