@@ -19,7 +19,7 @@ from raywb.errors import NoClusterError, RaywbError, ServiceUnavailable, Version
 from raywb.groups import Group
 from raywb.reports import RunInfo
 from raywb.rows import PROTOCOL
-from raywb.settings import Settings, default_dir, process_environment
+from raywb.settings import Settings, default_dir, journal_bases, process_environment
 from raywb.shipping import Endpoint
 
 __all__ = [
@@ -68,6 +68,10 @@ class Cluster(NamedTuple):
     is_driver: bool = False
     started_here: bool = False
     submission_id: str | None = None
+
+    def journal_bases(self) -> list[Path]:
+        """Directories on this machine where processes of this cluster keep their journals."""
+        return journal_bases(self.session_dir, self.cluster_id)
 
 
 class Joined(NamedTuple):

@@ -7,14 +7,12 @@ when it logs.
 
 from __future__ import annotations
 
-import atexit
 import errno
 import logging
 import os
 import socket
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +20,7 @@ import msgspec
 
 from raywb import __version__
 from raywb.blobs import BlobLane
+from raywb.channels import Channels
 from raywb.cluster import Cluster
 from raywb.device_values import forget_devices
 from raywb.errors import ArtifactError
@@ -47,7 +46,7 @@ from raywb.rows_aside import RowsAside
 from raywb.settings import journal_base
 from raywb.shipping import Endpoint, Shipper
 
-__all__ = ["Connection", "connection_for", "present_connection", "source_id_for"]
+__all__ = ["EXIT_FLUSH_S", "Connection"]
 
 _log = logging.getLogger(__name__)
 
@@ -94,11 +93,7 @@ class Connection:
         self.source_id = source_id or new_source_id()
         self._endpoint = endpoint
         self._epoch = epoch
-        self._channels: list[Channel] = []
-        #: Channels of stages' own runs whose clients were not closed.
-        self._open_ends: set[int] = set()
-        #: Clients of each channel that were not closed.
-        self._open_clients: Counter[int] = Counter()
+        self._channels = Channels()
         #: Messages that are no rows, and wait for room on the disk; rows come after them.
         self._unsaid: list[bytes] = []
         self._counters: dict[str, int] = {}
@@ -147,7 +142,7 @@ class Connection:
             self._append_update(payload)
         self._frozen = Frozen(self.journal.directory)
         blobs = BlobLane(self._frozen, self.count_loss)
-        neighbours = Neighbours(local_journals(self.cluster))
+        neighbours = Neighbours(self.cluster.journal_bases())
         self.shipper = Shipper(
             self.journal, self._endpoint, self._write_counters, blobs, neighbours.step
         )
@@ -281,31 +276,22 @@ class Connection:
         axis: str | None = None,
         own_run: tuple[int, int] | None = None,
     ) -> int:
-        """Open a channel for a stage; returns its number.
-
-        Who asks for the same stage again gets the same channel: a process may attach very often.
-        Each series has its own, and each client of a stage's own run.
+        """Open a channel for a stage; returns its number, see :class:`raywb.channels.Channels`.
 
         ``own_run`` is the number and the session of the stage's own run; for the rest see
         :class:`raywb.rows.Channel`.
         """
+        run, session = own_run or (0, 0)
         with self._lock:
-            number, (run, session) = len(self._channels), own_run or (0, 0)
-            channel = Channel(number, stage, rank, world_size, label, axis, run, session)
+            opened = self._channels.open(
+                Channel(0, stage, rank, world_size, label, axis, run, session)
+            )
             if run:
-                self._open_ends.add(number)
                 self._exit_code = self._exit_code or ExitCode()
-            for known in self._channels if label is None and not run else ():
-                if known == msgspec.structs.replace(channel, channel=known.channel):
-                    if rank is not None and not self._open_clients[known.channel]:
-                        self._say(known)  # its end was said: the other ranks wait for it again
-                    self._open_clients[known.channel] += 1
-                    return known.channel
-            self._channels.append(channel)
-            self._open_clients[number] += 1
-            if self.journal is not None:  # a new journal begins with all channels
-                self._say(channel)
-            return channel.channel
+            # A new journal begins with all channels.
+            if opened.is_back or (opened.is_new and self.journal is not None):
+                self._say(opened.channel)
+            return opened.channel.channel
 
     def rank_of(self, channel: int) -> int | None:
         """The rank with which a channel was opened."""
@@ -316,16 +302,9 @@ class Connection:
         return self._channels[channel].run != 0
 
     def end_channel(self, channel: int, exit_code: int) -> None:
-        """A client was closed: nothing more comes by its channel, or nothing for now.
-
-        Only a stage's own run, and the other ranks of a stage, want to know; these when the last
-        client of the rank is closed.
-        """
+        """A client was closed: nothing more comes by its channel, or nothing for now."""
         with self._lock:
-            left = self._open_clients[channel] = max(self._open_clients[channel] - 1, 0)
-            is_last_of_rank = not left and self._channels[channel].rank is not None
-            if channel in self._open_ends or is_last_of_rank:
-                self._open_ends.discard(channel)
+            if self._channels.leave(channel):
                 self._say(EndChannel(channel, exit_code))
 
     def use(self, endpoint: Endpoint | None, epoch: int) -> None:
@@ -352,7 +331,7 @@ class Connection:
     def disown(self) -> None:
         """The run was finished, or was tried to: this process's end is its own again."""
         self._owned = None
-        if self._exit_code is not None and not self._open_ends:
+        if self._exit_code is not None and not self._channels.open_own_runs:
             self._exit_code.remove()
             self._exit_code = None
 
@@ -405,7 +384,7 @@ class Connection:
         Files that hold what the service does not have stay for a sweep.
         """
         self._settle(timeout_s, give_up=True)
-        for channel in sorted(self._open_ends):
+        for channel in self._channels.open_own_runs:
             self.end_channel(channel, 0)
         self.disown()
         if self.journal is None or self.shipper is None:
@@ -443,7 +422,7 @@ class Connection:
         self._settle(EXIT_FLUSH_S, give_up=True)
         self._write_counters()
         failed = self._exit_code.failed if self._exit_code is not None else None
-        for channel in sorted(self._open_ends):
+        for channel in self._channels.open_own_runs:
             self.end_channel(channel, int(bool(failed)))
         failed = failed if self._owned is not None else None
         waits = failed is not None and self.shipper is not None and self.shipper.blobs.left
@@ -464,9 +443,7 @@ class Connection:
         forget_devices()
         self.aside.clear()  # the same set: every client of the child goes on with it
         self.source_id = new_source_id()
-        # It may log into a stage's own run, whose end is its parent's to say.
-        self._open_ends.clear()
-        self._channels = [msgspec.structs.replace(one, session=0) for one in self._channels]
+        self._channels.inherit()
         self.disown()
         self.rejected = 0
         self._unsaid = []
@@ -474,75 +451,3 @@ class Connection:
         self._written = (0, {})
         self._next_try = 0.0
         self.append = self._append_without_journal
-
-
-_present: Connection | None = None
-_announced: str | None = None
-_present_lock = threading.Lock()
-_hooks_installed = False
-
-
-def present_connection() -> Connection | None:
-    """The connection of this process, if it has one."""
-    return _present
-
-
-def source_id_for(cluster: Cluster) -> str:
-    """The source that this process is, or will be once it connects to this cluster.
-
-    The service is told before there is a journal: whoever is killed before its first bytes are
-    shipped is looked for.
-    """
-    global _announced
-    with _present_lock:
-        if _present is not None and _present.cluster.cluster_id == cluster.cluster_id:
-            return _present.source_id
-        _announced = _announced or new_source_id()
-        return _announced
-
-
-def connection_for(cluster: Cluster, endpoint: Endpoint | None, epoch: int) -> Connection:
-    """The process's connection to this cluster; one to an earlier cluster is closed first."""
-    global _present, _announced
-    with _present_lock:
-        _install_hooks()
-        if _present is not None and _present.cluster.cluster_id != cluster.cluster_id:
-            _present.close(EXIT_FLUSH_S)
-            _present = None
-        if _present is None:
-            _present = Connection(cluster, endpoint, epoch, _announced)
-            _announced = None
-        else:
-            _present.use(endpoint, epoch)
-        return _present
-
-
-def _install_hooks() -> None:
-    """Once per process, at the first attach: an import alone changes nothing."""
-    global _hooks_installed
-    if not _hooks_installed:
-        _hooks_installed = True
-        atexit.register(_at_exit)
-        os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _at_exit() -> None:
-    if _present is not None:
-        _present.at_exit()
-
-
-def _after_fork_in_child() -> None:
-    global _present_lock, _announced
-    _present_lock = threading.Lock()
-    _announced = None
-    if _present is not None:
-        _present.after_fork_in_child()
-
-
-def local_journals(cluster: Cluster) -> list[Path]:
-    """Directories on this machine where processes of this cluster keep their journals."""
-    bases = [
-        journal_base(cluster.session_dir, cluster.cluster_id),
-        journal_base(None, cluster.cluster_id),
-    ]
-    return list(dict.fromkeys(bases))

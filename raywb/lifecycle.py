@@ -12,7 +12,6 @@ import ray
 from raywb import cluster as ray_side
 from raywb.children import export_group
 from raywb.client import Client
-from raywb.connection import connection_for, present_connection, source_id_for
 from raywb.errors import NoClusterError, ServiceUnavailable, SettingsError
 from raywb.groups import Group, resolve_group
 from raywb.own_runs import check_own_run, log_metadata, open_own_run
@@ -25,6 +24,7 @@ from raywb.settings import (
     resolve,
 )
 from raywb.sweep import sweep_cluster
+from raywb.this_process import connection_for, present_connection, source_id_for
 
 __all__ = [
     "attach",

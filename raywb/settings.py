@@ -359,10 +359,10 @@ def journal_base(
     return Path(environment.get("TMPDIR") or "/tmp") / f"raywb-{os.getuid()}" / cluster_id
 
 
-def left_journals(
+def journal_bases(
     session_dir: str | None, cluster_id: str, environment: Mapping[str, str] | None = None
 ) -> list[Path]:
-    """Directories on this machine where journals of a cluster lie that may be gone by now."""
+    """Directories on this machine where processes of a cluster keep, or kept, their journals."""
     bases = [journal_base(one, cluster_id, environment) for one in (session_dir, None)]
     return list(dict.fromkeys(bases))
 

@@ -16,7 +16,6 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from raywb.cluster import Cluster, connect
-from raywb.connection import local_journals
 from raywb.nodes.probe import Tell, alive_nodes, look_at_nodes, probe_nodes
 from raywb.nodes.records import SeenNode
 from raywb.orphans import sweep_node
@@ -58,7 +57,7 @@ def sweep_cluster(
             num_cpus=0, scheduling_strategy=strategy, max_retries=0
         )
         pending[task.remote(endpoint, timeout_s)] = node_id
-    report = sweep_node(local_journals(cluster), endpoint, deadline)
+    report = sweep_node(cluster.journal_bases(), endpoint, deadline)
     report.gone = sorted(wanted - alive)
     for reference, node_id in pending.items():
         try:
@@ -77,7 +76,7 @@ def sweep_cluster(
 
 
 def _sweep_here(endpoint: Endpoint, timeout_s: float) -> SweepReport:
-    return sweep_node(local_journals(connect()), endpoint, time.monotonic() + timeout_s)
+    return sweep_node(connect().journal_bases(), endpoint, time.monotonic() + timeout_s)
 
 
 class RayNodes:

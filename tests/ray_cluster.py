@@ -484,14 +484,14 @@ def without_service() -> None:
     """In a driver: the cluster as if nobody had used raywb on it before."""
     from ray.experimental.internal_kv import _internal_kv_del
 
-    from raywb import cluster, connection
+    from raywb import cluster
     from raywb.lifecycle import stop_service
 
     stop_service()
     _internal_kv_del(cluster.DIRECTORY_KEY)
     until("the service's name to be free", lambda: cluster.find_service() is None)
     # A service in another directory has never seen what earlier sources left.
-    for base in connection.local_journals(cluster.connect()):
+    for base in cluster.connect().journal_bases():
         shutil.rmtree(base, ignore_errors=True)
 
 

@@ -22,7 +22,7 @@ from slurm import Slurm, missing_programs
 from wandb_client import API_KEY
 from wandb_server import WandbServer
 
-from raywb import connection
+from raywb import this_process
 from raywb.launch.drain.on_signal import flush_on_signal
 from raywb.launch.drain.spot_notice import MetadataUnreachable, SpotNotice
 
@@ -120,7 +120,7 @@ def test_a_signal_flushes_and_then_arrives(
     service.up()
     service.start()
     client = service.client("s")
-    monkeypatch.setattr(connection, "_present", service._connections[0])
+    monkeypatch.setattr(this_process, "_present", service._connections[0])
     received: list[tuple[int, int]] = []
 
     def own(_number: int, _frame: Any) -> None:

@@ -30,7 +30,7 @@ import os, signal, sys
 import msgspec
 from local_service import CLUSTER
 from raywb.client import Client
-from raywb.connection import connection_for
+from raywb.this_process import connection_for
 from raywb.reports import RunInfo
 from raywb.shipping import Endpoint
 

@@ -23,15 +23,16 @@ import msgspec
 import pytest
 from local_service import CLUSTER, LocalService, local_service
 
-from raywb import connection as connections
+from raywb import this_process
 from raywb.client import Client
 from raywb.cluster import Cluster
-from raywb.connection import Connection, connection_for
+from raywb.connection import Connection
 from raywb.found_journals import find_journals
 from raywb.reports import RunInfo
 from raywb.service.outbox import Outbox, OutRow
 from raywb.settings import journal_base
 from raywb.sweep import sweep_node
+from raywb.this_process import connection_for
 
 RUN = RunInfo(project="p", id="i", name="n", mode="disabled", dir="/d")
 
@@ -51,7 +52,7 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
 @pytest.fixture
 def client(service: LocalService, monkeypatch: pytest.MonkeyPatch) -> Iterator[Client]:
     """The client of this process as ``attach()`` makes it, with what it does at a fork."""
-    monkeypatch.setattr(connections, "_present", None)
+    monkeypatch.setattr(this_process, "_present", None)
     connection = connection_for(CLUSTER, service.endpoint, 1)
     yield Client(connection, connection.open_channel("s", None, None), "s", RUN)
     connection.close(0.1)
@@ -105,7 +106,7 @@ ENDING = """
 import atexit, json, os, signal, sys, threading
 from raywb.client import Client
 from raywb.cluster import Cluster
-from raywb.connection import connection_for
+from raywb.this_process import connection_for
 from raywb.reports import RunInfo
 from raywb.shipping import Endpoint
 
@@ -166,7 +167,7 @@ def test_every_end_of_a_process_keeps_its_rows(service: LocalService) -> None:
         "token": endpoint.token,
         "cluster_id": endpoint.cluster_id,
     }
-    root = str(Path(connections.__file__).parent.parent)
+    root = str(Path(this_process.__file__).parent.parent)
     started = {
         way: subprocess.Popen(
             [sys.executable, "-c", ENDING, way, json.dumps(CLUSTER), json.dumps(where)],

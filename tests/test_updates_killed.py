@@ -50,7 +50,7 @@ def kill_at_random(service: LocalService, chance: random.Random, home: Path) -> 
         log_round(client, number, home)
         assert client.flush()
         time.sleep(chance.uniform(0.0, 3.0))  # the moment of the kill is what is random
-        kill_sink(service)
+        kill_sink()
         if number % 3 == 1:
             service.down()
             service.up()

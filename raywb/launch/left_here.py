@@ -10,7 +10,7 @@ from raywb.reports import FinishReport
 from raywb.service.left import load_left_state
 from raywb.service.state import FILE_NAME, RunState, ServiceState
 from raywb.service.uploads import Uploads
-from raywb.settings import left_journals
+from raywb.settings import journal_bases
 
 __all__ = [
     "LeftRun",
@@ -126,7 +126,7 @@ def is_of_here(directory: Path, environment: Mapping[str, str]) -> bool:
 
 def _has_journals(state: ServiceState, environment: Mapping[str, str]) -> bool:
     session_dir = state.origin.session_dir if state.origin else None
-    bases = left_journals(session_dir, state.cluster_id, environment)
+    bases = journal_bases(session_dir, state.cluster_id, environment)
     return any(base.is_dir() and any(base.glob("*/lock")) for base in bases)
 
 

@@ -14,7 +14,7 @@ from raywb.errors import DirectoryError, SettingsError
 from raywb.reports import RecoveryReport, UnconfirmedSource
 from raywb.service.left import Homecoming, LeftDirectory, Step, Tell
 from raywb.service.state import RunState, save_state
-from raywb.settings import DEFAULT_BASE_URL, Settings, find_api_key, left_journals
+from raywb.settings import DEFAULT_BASE_URL, Settings, find_api_key, journal_bases
 
 __all__ = ["check_api_key", "recover"]
 
@@ -109,7 +109,7 @@ def _bring_home(left: LeftDirectory, further: Sequence[Path], tell: Tell) -> Hom
     cluster_id = left.state.cluster_id
     homecoming = Homecoming(left.delivery, cluster_id)
     origin = left.state.origin
-    for base in left_journals(origin.session_dir if origin else None, cluster_id):
+    for base in journal_bases(origin.session_dir if origin else None, cluster_id):
         tell(Step(f"Looking for journals in {base}"))
         list(homecoming.sweep(base, remove=True))
     for directory in further:

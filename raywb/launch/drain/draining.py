@@ -104,7 +104,6 @@ def _sweep_until_quiet(
     import ray
 
     from raywb import cluster as ray_side
-    from raywb.connection import local_journals
     from raywb.launch.connecting import connect_if_alive
     from raywb.orphans import sweep_node
 
@@ -122,7 +121,7 @@ def _sweep_until_quiet(
         is_head = _is_head(cluster.node_id)
         tell(f"Draining run {joined.run.name} from {'the head' if is_head else 'a worker'} node")
         last = deadline - (min(FINISH_BEFORE_S, remaining_s / 2) if is_head else 2.0)
-        bases = local_journals(cluster)
+        bases = cluster.journal_bases()
         while True:
             swept = sweep_node(bases, joined.endpoint, last)
             quiet = not (swept.alive or swept.failed)

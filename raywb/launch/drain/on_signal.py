@@ -13,7 +13,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-from raywb.connection import present_connection
+from raywb.this_process import present_connection
 
 __all__ = ["flush_on_signal"]
 
