@@ -69,6 +69,11 @@ class Cluster(NamedTuple):
     started_here: bool = False
     submission_id: str | None = None
 
+    @property
+    def is_worker(self) -> bool:
+        """Whether Ray started this process for a job, which may have many of them."""
+        return not self.is_driver and self.session_dir is not None
+
     def journal_bases(self) -> list[Path]:
         """Directories on this machine where processes of this cluster keep their journals."""
         return journal_bases(self.session_dir, self.cluster_id)

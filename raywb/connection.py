@@ -134,6 +134,7 @@ class Connection:
                 started_at=time.time(),
                 version=__version__,
                 job_id=self.cluster.job_id,
+                is_worker=self.cluster.is_worker,
             )
         )
         for channel in self._channels:

@@ -106,7 +106,12 @@ def is_plain_path(path: str) -> bool:
 
 
 class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
-    """First frame of a source: which process of which cluster writes here."""
+    """First frame of a source: which process of which cluster writes here.
+
+    Attributes:
+        is_worker: Ray started it for its job; a driver, or a process outside of the cluster, is a
+            job of its own.
+    """
 
     source_id: str
     cluster_id: str
@@ -117,6 +122,7 @@ class Hello(msgspec.Struct, array_like=True, tag=1, frozen=True):
     started_at: float
     version: str
     job_id: str = ""
+    is_worker: bool = False
 
 
 class Channel(msgspec.Struct, array_like=True, tag=2, frozen=True):

@@ -84,10 +84,11 @@ class LocalService:
         rank: int | None = None,
         world_size: int | None = None,
         strict: bool = False,
+        cluster: Cluster = CLUSTER,
     ) -> Client:
         """A client as another process would have it, with a journal of its own."""
         assert self.service is not None
-        connection = Connection(CLUSTER, self.endpoint, 1)
+        connection = Connection(cluster, self.endpoint, 1)
         self._connections.append(connection)
         channel = connection.open_channel(stage, rank, world_size)
         run = self.service.join(PROTOCOL)["run"]

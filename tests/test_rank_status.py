@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import psutil
 import pytest
-from local_service import LocalService, local_service
+from local_service import CLUSTER, LocalService, local_service
 from ray_cluster import RayCluster, until
 from rich.console import Console
 from test_ranks import Ranks
@@ -109,6 +109,24 @@ def test_ranks_that_hang_together_are_told(service: LocalService) -> None:
     status = service.wait_for(lambda s: bool(s.stages) and s.stages[0].ended == 2)
     assert status.warnings == []
     assert "2 of 2, 2 ended" in text_of(status)
+
+
+def test_two_jobs_in_one_stage_are_told(service: LocalService, tmp_path: Path) -> None:
+    """While both come further; who takes over from a job that is done is no trouble."""
+    jobs = [CLUSTER._replace(session_dir=str(tmp_path), job_id=f"{n:08x}") for n in (1, 2)]
+    service.up()
+    service.start()
+    one, other = (service.client("train", rank=0, world_size=1, cluster=job) for job in jobs)
+    one.log({"loss": 1.0}, step=0)
+    assert one.flush(20.0)
+    other.log({"loss": 2.0}, step=0)
+    status = service.wait_for(lambda s: bool(s.stages) and s.stages[0].step == 0)
+    assert status.warnings == []
+    status = log_until(service, [one, other], 1, lambda s: bool(s.warnings))
+    assert "train: two jobs log to it at the same time" in status.warnings[0]
+    assert stage(status).attached == 1
+    one.close()
+    service.wait_for(lambda s: not s.warnings)
 
 
 @pytest.mark.usefixtures("quick")

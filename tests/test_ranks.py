@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from local_service import local_service
+from local_service import CLUSTER, local_service
 from wandb_file import read_runs
 
 from raywb.client import Client
@@ -18,6 +18,7 @@ from raywb.rows import (
     Define,
     End,
     EndChannel,
+    Hello,
     Message,
     Row,
     encode,
@@ -41,10 +42,15 @@ class Ranks:
         self.now_s = 0.0
         self._ledger_end = 0
 
-    def join(self, *members: int, world_size: int = 2, name: str = "") -> dict[int, str]:
+    def join(
+        self, *members: int, world_size: int = 2, name: str = "", job: str = "", worker: bool = True
+    ) -> dict[int, str]:
         """Sources of these ranks, of stage ``t``; ``name`` tells processes of one rank apart."""
         sources = {rank: f"{rank}{name}".rjust(32, "0") for rank in members}
         for rank, source_id in sources.items():
+            if job:
+                hello = Hello(source_id, "c", "n", 1, 1, "host", 0.0, "0", job, worker)
+                self.send(source_id, hello)
             self.send(source_id, Channel(0, "t", rank, world_size))
         return sources
 
@@ -286,6 +292,73 @@ def test_another_world_size_is_a_new_attempt() -> None:
     assert run.log(fewer[1], 1, x=4) == [{"x": 3.0, "ranks": 2, "step": 1}]
     run.log(rank[1], 1, x=3)
     assert run.log(rank[2], 1, x=5) == [{"x": 3.0, "ranks": 3, "step": 1}]
+
+
+def test_workers_of_two_jobs_do_not_meet() -> None:
+    """In whatever order they come: no row is the mean of what two trainings log."""
+    run = Ranks()
+    one = run.join(0, name="-one", job="1")
+    other = run.join(1, 0, name="-other", job="2")
+    one |= run.join(1, name="-one", job="1")
+    for step in (1, 2):
+        assert run.log(one[0], step, x=1) == []
+        assert run.log(other[1], step, x=10) == []
+        assert run.log(one[1], step, x=3) == [{"x": 2.0, "ranks": 2, "step": step}]
+        assert run.log(other[0], step, x=30) == [{"x": 20.0, "ranks": 2, "step": step}]
+    again = run.join(0, 1, name="-again", job="1")
+    assert run.log(again[0], 2, x=5) == []
+    assert run.log(other[0], 3, x=5) == []
+    assert run.log(again[1], 2, x=7) == [{"x": 6.0, "ranks": 2, "step": 2}]
+    assert run.log(other[1], 3, x=7) == [{"x": 6.0, "ranks": 2, "step": 3}]
+    assert run.merge.late == 0
+
+
+@pytest.mark.parametrize(
+    ("jobs", "workers"),
+    [(("1", "2"), (False, False)), (("1", "1"), (False, True)), (("", "2"), (True, True))],
+    ids=["each a driver", "a driver and its worker", "one does not say"],
+)
+def test_who_may_be_of_one_training_meets(
+    jobs: tuple[str, str], workers: tuple[bool, bool]
+) -> None:
+    """A launcher such as torchrun starts drivers, each of which is a job of its own to Ray."""
+    run = Ranks()
+    rank = {
+        number: run.join(number, job=jobs[number], worker=workers[number])[number]
+        for number in range(2)
+    }
+    assert run.log(rank[0], 1, x=1) == []
+    assert run.log(rank[1], 1, x=3) == [{"x": 2.0, "ranks": 2, "step": 1}]
+
+
+def test_jobs_are_kept_apart_over_a_restart(tmp_path: Path) -> None:
+    """What the service wrote down says which ranks belong together, also for those to come."""
+    jobs = [CLUSTER._replace(session_dir=str(tmp_path), job_id=f"{n:08x}") for n in (1, 2)]
+    with local_service(tmp_path) as service:
+        service.up()
+        service.start()
+
+        def join(job: int, rank: int) -> Client:
+            return service.client("train", rank=rank, world_size=2, cluster=jobs[job])
+
+        clients = [join(0, 0), join(1, 0)]
+        for job, client in enumerate(clients):
+            client.log({"loss": 10.0 * job}, step=job)
+            assert client.flush(20.0)
+        service.down()
+        service.up()
+        clients += [join(0, 1), join(1, 1)]
+        for job, client in enumerate(clients[2:]):
+            client.log({"loss": 10.0 * job + 2}, step=job)
+            assert client.flush(20.0)
+        for client in clients:
+            client.close()
+        assert service.service is not None
+        report = service.service.finish(60.0, 0)
+    assert (report.received_rows, report.complete) == (4, True)
+    run = read_runs(service.directory)[report.run.id]
+    assert sorted(run.values("train/loss")) == [1.0, 11.0]
+    assert run.values("train/ranks") == [2, 2]
 
 
 def test_a_key_logged_twice_at_a_step_makes_two_rows() -> None:

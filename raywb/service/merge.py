@@ -354,6 +354,7 @@ class Merge:
         match message:
             case Hello():
                 source.hello = message
+                self._ranks.note_hello(source_id, message)
             case Counters():
                 self._losses.note(source, message)
             case End():

@@ -60,6 +60,7 @@ class _Look(NamedTuple):
         members: the attempt and the source of each rank that came. One whose process goes on in
             an earlier attempt, since another rank came again alone, is there as well.
         over: those of which nothing more is to be expected.
+        is_shared: workers of another job log to the stage at the same time.
         goes_on: there is one of which more is.
     """
 
@@ -68,6 +69,7 @@ class _Look(NamedTuple):
     attempt: Attempt
     members: dict[int, tuple[Attempt, str]]
     over: set[int]
+    is_shared: bool
     now_s: float
 
     @property
@@ -125,10 +127,12 @@ def _look(delivery: Delivery, ingest: Ingest, attempts: Sequence[Attempt], now_s
     over = {rank for rank in members if _is_over(delivery, latest, rank)}
     taken = set(latest.sources.values())
     silence_s = ingest.silence_s
+    is_shared = False
     for attempt in reversed(earlier):
-        if len(members) >= latest.world_size:
-            break
-        if attempt.world_size != latest.world_size:
+        if not attempt.takes(latest.jobs, latest.has_workers):
+            is_shared = is_shared or _goes_on_beside(delivery, attempt, latest, now_s - silence_s)
+            continue
+        if len(members) >= latest.world_size or attempt.world_size != latest.world_size:
             continue
         for rank, source_id in attempt.sources.items():
             unheard_s = now_s - ingest.heard.get(source_id, delivery.began_s)
@@ -136,7 +140,15 @@ def _look(delivery: Delivery, ingest: Ingest, attempts: Sequence[Attempt], now_s
             if is_here and not _is_over(delivery, attempt, rank):
                 members[rank] = (attempt, source_id)
         taken.update(attempt.sources.values())
-    return _Look(delivery, ingest, latest, members, over, now_s)
+    return _Look(delivery, ingest, latest, members, over, is_shared, now_s)
+
+
+def _goes_on_beside(delivery: Delivery, attempt: Attempt, latest: Attempt, since_s: float) -> bool:
+    """Whether the ranks of another job still come further, after those of the latest began."""
+    front, began_s = attempt.pace.front, latest.pace.first_s
+    if not front or began_s is None or front[-1][1] < max(began_s, since_s):
+        return False
+    return any(not _is_over(delivery, attempt, rank) for rank in attempt.sources)
 
 
 def _is_over(delivery: Delivery, attempt: Attempt, rank: int) -> bool:
@@ -260,6 +272,11 @@ def _warning(
         more = f"; and {slow_ranks - NAMED_RANKS} more ranks" if slow_ranks > NAMED_RANKS else ""
         at = "no rank has logged yet" if front is None else f"the furthest is at step {front:g}"
         return f"{name}: {told}{more}; {at}"
+    if look.is_shared:
+        return (
+            f"{name}: two jobs log to it at the same time; their ranks are kept apart, but the "
+            "rows of both lie on its one step axis: give each job a stage name of its own"
+        )
     if last_s is None or pace.step_s is None or not look.goes_on:
         return None
     pause_s = pace.pause_s(look.now_s)

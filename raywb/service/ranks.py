@@ -1,8 +1,9 @@
 """Rows of many ranks at one step: which of them belong together, and when to stop waiting.
 
 Ranks of one stage form an *attempt*. A rank that comes again as another process opens a new one,
-so steps that are replayed after a checkpoint do not meet those from before it. Within an attempt
-a *group* collects what its ranks log at one step, and is done when
+so steps that are replayed after a checkpoint do not meet those from before it; workers of another
+Ray job have attempts of their own. Within one a *group* collects what its ranks log at one step,
+and is done when
 
 * every rank that takes part has logged the step, or
 * for a while, and those that are missing have gone on to later steps, or
@@ -18,11 +19,11 @@ import dataclasses
 import math
 import operator
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import NamedTuple
 
 from raywb.across_ranks import combined
-from raywb.rows import Scalar
+from raywb.rows import Hello, Scalar
 from raywb.service.pace import Pace
 
 __all__ = ["Attempt", "Group", "Part", "RankMerge", "Seat", "Stage", "Waiting"]
@@ -35,6 +36,9 @@ REMEMBERED_GROUPS = 10_000
 
 _Step = int | float
 _Key = tuple[_Step, int]
+
+#: Jobs of a source that did not say it, and whether it is a worker.
+_UNKNOWN_JOB: tuple[frozenset[str], bool] = (frozenset(), False)
 
 
 class Waiting(NamedTuple):
@@ -144,6 +148,8 @@ class Attempt:
         opened: how often each was opened; see :meth:`open`.
         came_s: when it was opened last, of those that were opened since the service's start.
         joined: it has a rank that came, or came again, in this run.
+        jobs: the Ray jobs of its processes, as far as they are known.
+        has_workers: some of these were started by Ray, and are not jobs of their own.
     """
 
     def __init__(self, world_size: int) -> None:
@@ -160,6 +166,18 @@ class Attempt:
         self.came_s: dict[int, float] = {}
         self._rounds_opened = 0
         self.joined = False
+        self.jobs: set[str] = set()
+        self.has_workers = False
+
+    def takes(self, jobs: Collection[str], has_workers: bool) -> bool:
+        """Whether processes of these jobs may train together with those that are here.
+
+        Workers of two jobs do not, whatever ranks they have. Where a launcher such as torchrun
+        starts the processes, each is a driver, hence a job of its own: all these are as one.
+        """
+        if not jobs or not self.jobs or not self.jobs.isdisjoint(jobs):
+            return True
+        return not (has_workers or self.has_workers)
 
     def expect(self, rank: int) -> None:
         if rank not in self.expected:
@@ -273,6 +291,8 @@ class RankMerge:
         self._attempts: dict[Stage, list[Attempt]] = {}
         self._number: dict[tuple[Stage, str, int, int], int] = {}
         self._of_source: dict[str, list[tuple[Attempt, int]]] = {}
+        #: The jobs of sources, and whether they are workers.
+        self._jobs: dict[str, tuple[frozenset[str], bool]] = {}
         self._gone: set[str] = set()
 
     def number_of(self, stage: Stage, source_id: str, rank: int, world_size: int) -> int:
@@ -281,13 +301,16 @@ class RankMerge:
         if number is not None:
             return number
         attempts = self._attempts.get(stage, [])
-        latest = attempts[-1] if attempts else None
-        joins = (
-            latest is not None
-            and latest.world_size == world_size
-            and latest.sources.get(rank, source_id) == source_id
-        )
-        number = len(attempts) - joins
+        number = len(attempts)
+        jobs, is_worker = self._jobs.get(source_id, _UNKNOWN_JOB)
+        for earlier in range(number - 1, -1, -1):
+            attempt = attempts[earlier]
+            # Only the latest of those that it may belong to.
+            if attempt.takes(jobs, is_worker):
+                is_free = attempt.sources.get(rank, source_id) == source_id
+                if attempt.world_size == world_size and is_free:
+                    number = earlier
+                break
         self.assign(stage, source_id, rank, world_size, number)
         return number
 
@@ -304,6 +327,9 @@ class RankMerge:
         while len(attempts) <= number:
             attempts.append(Attempt(world_size))
         attempts[number].sources[rank] = source_id
+        jobs, is_worker = self._jobs.get(source_id, _UNKNOWN_JOB)
+        attempts[number].jobs |= jobs
+        attempts[number].has_workers |= is_worker
         self._number[stage, source_id, rank, world_size] = number
         self._of_source.setdefault(source_id, []).append((attempts[number], rank))
 
@@ -358,6 +384,11 @@ class RankMerge:
             attempt.came_s[rank] = self.now_s
         attempt.open(rank, lambda other: attempt.sources.get(other) in self._gone)
         return number
+
+    def note_hello(self, source_id: str, hello: Hello) -> None:
+        """A source says which job it belongs to, before it opens anything."""
+        jobs = frozenset((hello.job_id,)) if hello.job_id else frozenset[str]()
+        self._jobs[source_id] = (jobs, hello.is_worker)
 
     def note_gone(self, source_id: str) -> None:
         """A source has ended; what this means for rows that wait is :meth:`end_source`'s."""
