@@ -43,17 +43,22 @@ class LocalService:
         self, *, join_s: float = 20.0, nodes: Nodes | None = None, **settings: Any
     ) -> RaywbService:
         """Make the service, again after :meth:`down`, and wait until it listens."""
-        boot = Boot(
-            directory=str(self.directory),
+        boot = self.boot(self.directory, **settings)
+        self.service = self._make(boot, nodes=nodes) if nodes is not None else self._make(boot)
+        assert self.service.join(PROTOCOL, join_s)["address"]
+        return self.service
+
+    @staticmethod
+    def boot(directory: Path, **settings: Any) -> Boot:
+        """What a service in this directory is made with."""
+        return Boot(
+            directory=str(directory),
             cluster_id=CLUSTER.cluster_id,
             run_id="run00001",
             host="127.0.0.1",
             settings=Settings(mode="offline", **settings),
             group=Group("group", "the test"),
         )
-        self.service = self._make(boot, nodes=nodes) if nodes is not None else self._make(boot)
-        assert self.service.join(PROTOCOL, join_s)["address"]
-        return self.service
 
     def start(self, *, api_key: str | None = None, **settings: Any) -> Any:
         """Open a run, or join the open one, and bring a key."""

@@ -295,7 +295,7 @@ def test_a_trickle_in_the_middle(server: WandbServer, tmp_path: Path) -> None:
         return answered(kind)
 
     server._schema.roots = roots  # type: ignore[method-assign]
-    ended = run_fleet(fleet_environment(tmp_path, server), "--limit-s", "4")
+    ended = run_fleet(fleet_environment(tmp_path, server), "--limit-s", "6")
     assert (ended.returncode, ended.stdout) == (22, "")
     assert "200 runs on 1 page had come" in ended.stderr
     server.behave()

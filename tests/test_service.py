@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import logging
@@ -9,7 +10,9 @@ import math
 import os
 import shutil
 import signal
+import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +22,10 @@ from ray_cluster import until
 from wandb_file import read_runs
 from wandb_server import WandbServer
 
-from raywb.errors import SettingsConflict
+from raywb.errors import ServiceUnavailable, SettingsConflict
 from raywb.rows import PROTOCOL, Row, encode, frame
 from raywb.service import live_rows, live_stage
+from raywb.service.actor import RaywbService
 from raywb.service.state import load_state
 from raywb.settings import Settings
 
@@ -40,6 +44,27 @@ def service(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LocalSe
 
 def history(service: LocalService, run_id: str = "run00001") -> list[dict]:
     return read_runs(service.directory)[run_id].history
+
+
+def test_a_service_that_starts_is_waited_for(
+    service: LocalService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Asked before it works, it answers as soon as it does, and says after a while why not."""
+    service.up()
+    port = int(service.endpoint.address.rsplit(":", 1)[1])
+    service.down()
+    with ThreadPoolExecutor() as threads, contextlib.ExitStack() as stack:
+        with socket.create_server(("127.0.0.1", port)):
+            made = RaywbService(LocalService.boot(service.directory))
+            stack.callback(made.close)
+            with monkeypatch.context() as patch:
+                patch.setattr("raywb.service.actor.START_WAIT_S", 0.2)
+                with pytest.raises(ServiceUnavailable, match=r"not ready: cannot work in .*use"):
+                    made.status()
+            asked = threads.submit(made.status)
+            with pytest.raises(TimeoutError):
+                asked.result(0.1)
+        assert asked.result(10).address.endswith(f":{port}")
 
 
 def test_a_run_from_log_to_file(service: LocalService) -> None:

@@ -14,6 +14,7 @@ tried again.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -64,6 +65,9 @@ from raywb.view.page.application import Page
 __all__ = ["Boot", "RaywbService"]
 
 _log = logging.getLogger(__name__)
+
+#: Who asks how a service is that does not work yet waits for it so long, in seconds.
+START_WAIT_S = 3.0
 
 #: The same port is asked for this often before another one is taken, once a second.
 PORT_ATTEMPTS = 30
@@ -122,7 +126,7 @@ class RaywbService:
         self._delivery: Delivery | None = None
         self._lock_fd: int | None = None
         self._parts: _Parts | None = None
-        self._problems: dict[str, str] = {"service": "starting"}
+        self._problems: dict[str, str] = {"service": "it is starting; ask again in a moment"}
         self._up = asyncio.Event()
         self._new_entries = asyncio.Event()
         self._loop = EventLoop(self._problems)
@@ -346,6 +350,13 @@ class RaywbService:
             )
         return self._parts
 
+    async def _ready_soon(self) -> _Parts:
+        """The same; one that is about to work is waited for."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(START_WAIT_S):
+                await self._up.wait()
+        return self._ready()
+
     # -- background -----------------------------------------------------------------------------
 
     async def _open_provisional(self, runs: Runs) -> None:
@@ -444,7 +455,7 @@ class RaywbService:
         return runs.stages.open(request, origin)
 
     async def _status(self) -> Status:
-        parts = self._ready()
+        parts = await self._ready_soon()
         status = make_status(
             parts.delivery,
             parts.ingest,
@@ -474,7 +485,7 @@ class RaywbService:
         return {"sweeps": problem} if problem else {}
 
     async def _page_address(self) -> PageAddress:
-        parts = self._ready()
+        parts = await self._ready_soon()
         mode = self._last_settings(parts.state).ui
         return PageAddress(
             mode=mode,
