@@ -21,6 +21,7 @@ from local_service import LocalService, local_service
 from online_service import KEY, set_environment
 from ray_cluster import until
 from service_process import ServiceProcess
+from signal_all import signal_all
 from wandb_file import MetricDefinition
 from wandb_server import WandbServer
 
@@ -189,8 +190,7 @@ def _finish_that_is_killed(service: LocalService) -> None:
 def send(service: LocalService, name: str, number: signal.Signals) -> None:
     """Send a signal to each process of that name, and wait until somebody has ended it."""
     victims = until(name, lambda: service.service.children(name))
-    for process in victims:
-        process.send_signal(number)
+    signal_all(victims, number)
     until(f"the end of {name}", lambda: not any(process.is_running() for process in victims))
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 from ray_cluster import Driver, RayCluster, until
+from signal_all import signal_all
 from wandb_file import WandbRun, read_run, read_runs
 
 pytestmark = pytest.mark.ray
@@ -197,8 +198,7 @@ class Round:
 
     def kill(self, name: str) -> None:
         """SIGKILL each process of that name, of which there is at least one."""
-        for process in until(name, lambda: self.cluster.processes(name)):
-            process.kill()
+        signal_all(until(name, lambda: self.cluster.processes(name)), signal.SIGKILL)
 
     def killed(self) -> None:
         """What this round kills at once is killed: another client attaches."""

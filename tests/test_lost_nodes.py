@@ -10,6 +10,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 from ray_cluster import Driver, RayCluster
+from signal_all import signal_all
 from wandb_file import read_runs
 
 pytestmark = pytest.mark.ray
@@ -155,8 +156,7 @@ report(to_builtins(raywb.finish()))
 """)
     node_id = driver.next_report()
     lost = nodes.processes_of(nodes.first)
-    for process in lost:
-        process.kill()
+    signal_all(lost, signal.SIGKILL)
     psutil.wait_procs(lost, timeout=10)
     shutil.rmtree(nodes.cluster.root / "journals" / "first")
     driver.tell()
@@ -200,14 +200,12 @@ report([time.monotonic() - began, to_builtins(finished)])
 """)
     node_id = driver.next_report()
     processes = nodes.processes_of(nodes.second)
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
+    signal_all(processes, signal.SIGSTOP)
     try:
         driver.tell()
         seconds, finished = driver.succeed()
     finally:
-        for process in processes:
-            process.send_signal(signal.SIGCONT)
+        signal_all(processes, signal.SIGCONT)
     assert seconds < 16.0
     assert f"node {node_id[:8]} was not reached" in finished["message"]
     hung = [source for source in finished["unconfirmed"] if source["node_id"] == node_id]

@@ -12,6 +12,7 @@ import psutil
 import pytest
 from nvml_stub import StubGpu, build_nvml
 from ray_cluster import Driver, RayCluster
+from signal_all import signal_all
 from wandb_file import WandbRun, read_runs
 
 pytestmark = pytest.mark.ray
@@ -32,8 +33,7 @@ class Nodes(NamedTuple):
     def end(node: psutil.Popen) -> None:
         """Kill a node with all of its processes."""
         lost = [*node.children(recursive=True), node]
-        for process in lost:
-            process.kill()
+        signal_all(lost, signal.SIGKILL)
         psutil.wait_procs(lost, timeout=10)
 
 
@@ -224,8 +224,7 @@ report([time.monotonic() - began, told_at[dying], told_at[NOBODY], sorted(set(gr
 """)
     assert driver.next_report()
     processes = [*dying.children(recursive=True), dying]
-    for process in processes:
-        process.send_signal(signal.SIGSTOP)
+    signal_all(processes, signal.SIGSTOP)
     driver.tell()
     others = driver.next_report()
     nodes.end(dying)

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from local_service import CLUSTER, LocalService, local_service, sink_processes
 from ray_cluster import until
+from signal_all import signal_all
 from wandb_file import read_runs
 from wandb_server import WandbServer
 
@@ -147,9 +148,10 @@ def test_a_killed_sink_is_replaced(service: LocalService, victim: str) -> None:
             logged += 1
         assert client.flush()
         service.wait_for(lambda status: status.sink.applied_rows >= logged)  # noqa: B023
-        for process in sink_processes():
-            if process.name().startswith("wandb-core") == (victim == "wandb-core"):
-                process.send_signal(signal.SIGKILL)
+        found = [(one, one.name().startswith("wandb-core")) for one in sink_processes()]
+        signal_all(
+            [one for one, is_core in found if is_core == (victim == "wandb-core")], signal.SIGKILL
+        )
         client.log({"x": logged, "peak": -logged})
         logged += 1
         assert client.flush()

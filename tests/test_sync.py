@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import psutil
 import pytest
 from left_behind import LeftBehind
 from local_service import LocalService, sink_processes
+from signal_all import signal_all
 from wandb_client import API_KEY, client_environment, run_client
 from wandb_client import sync as wandb_sync
 from wandb_file import read_runs
@@ -209,8 +211,7 @@ def test_wandb_sync_of_all_segments_is_one_whole_run(service: LocalService, tmp_
             service.down()
             service.up()
         else:
-            for process in sink_processes():
-                process.kill()
+            signal_all(sink_processes(), signal.SIGKILL)
     assert service.service.finish(90.0, 0).complete
     (written,) = read_runs(service.directory).values()
     assert len(written.segments) >= 3

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 from local_service import CLUSTER, LocalService, sink_processes
+from signal_all import signal_all
 from wandb_client import sync
 from wandb_file import WandbRun, read_runs
 from wandb_server import WandbServer
@@ -57,8 +58,7 @@ def start_online(service: LocalService, server: WandbServer) -> None:
 
 def kill_sink() -> None:
     """End the sink's process and its wandb-core, as the kernel would."""
-    for process in sink_processes():
-        process.send_signal(signal.SIGKILL)
+    signal_all(sink_processes(), signal.SIGKILL)
 
 
 def artifact_files(home: Path) -> Path:
