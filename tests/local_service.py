@@ -8,8 +8,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from raywb.client import Client
 from raywb.cluster import Cluster
 from raywb.connection import Connection
@@ -136,17 +134,3 @@ def local_service(
         yield service
     finally:
         service.close()
-
-
-def sink_processes() -> list[psutil.Process]:
-    """The sinks that work for this process, and their wandb-core.
-
-    A child that has ended meanwhile, or that nobody waited for, is none of them.
-    """
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):  # A zombie's error is one, too.
-            is_sink = "raywb.service.wandb_sink" in " ".join(child.cmdline())
-            if is_sink or child.name().startswith("wandb-core"):
-                found.append(child)
-    return found

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from child_processes import children
 
 from raywb.service.actor import Boot, RaywbService
 
@@ -58,11 +59,7 @@ class ServiceProcess:
 
     def children(self, name: str) -> list[psutil.Process]:
         """What works for it: ``raywb.service.wandb_sink`` or ``wandb-core``."""
-        try:
-            started = self.process.children(recursive=True)
-            return [one for one in started if name in " ".join(one.cmdline())]
-        except (psutil.NoSuchProcess, psutil.ZombieProcess):
-            return []
+        return children(self.process, name)
 
     def kill(self) -> None:
         """SIGKILL; its children notice by themselves."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -25,9 +26,12 @@ from raywb.reports import (
     UnconfirmedSource,
 )
 
-__all__ = ["NOW_S", "busy", "empty", "hostile", "huge", "with_nodes"]
+__all__ = ["NOW_S", "PATH", "busy", "empty", "hostile", "huge", "with_nodes"]
 
 NOW_S = 1_700_000_000.0
+
+#: What a process needs on its path to show one of these.
+PATH = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 #: What a name may hold that must not reach a terminal, or be taken for markup; and wide characters.
 HOSTILE = "[red]x[/] [/nothing] \x1b[2J\x1b]0;title\x07\r\n:smile: \u202e訓練データ\u200b"

@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from child_processes import signal_all
 from local_service import LocalService, local_service
 from online_service import KEY, set_environment
 from ray_cluster import until
 from service_process import ServiceProcess
-from signal_all import signal_all
 from wandb_file import MetricDefinition
 from wandb_server import WandbServer
 

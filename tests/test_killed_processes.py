@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 import pytest
+from child_processes import signal_all
 from ray_cluster import Driver, RayCluster, until
-from signal_all import signal_all
 from wandb_file import WandbRun, read_run, read_runs
 
 pytestmark = pytest.mark.ray

@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import psutil
 import pytest
+from child_processes import signal_all
 from ray_cluster import Driver, RayCluster
-from signal_all import signal_all
 from wandb_file import read_runs
 
 pytestmark = pytest.mark.ray

@@ -10,9 +10,9 @@ from typing import Any, NamedTuple
 
 import psutil
 import pytest
+from child_processes import signal_all
 from nvml_stub import StubGpu, build_nvml
 from ray_cluster import Driver, RayCluster
-from signal_all import signal_all
 from wandb_file import WandbRun, read_runs
 
 pytestmark = pytest.mark.ray

@@ -16,10 +16,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
-from local_service import CLUSTER, LocalService, local_service, sink_processes
+from child_processes import CORE, SINK, children, signal_all
+from local_service import CLUSTER, LocalService, local_service
 from ray_cluster import until
-from signal_all import signal_all
 from wandb_file import read_runs
 from wandb_server import WandbServer
 
@@ -148,10 +149,8 @@ def test_a_killed_sink_is_replaced(service: LocalService, victim: str) -> None:
             logged += 1
         assert client.flush()
         service.wait_for(lambda status: status.sink.applied_rows >= logged)  # noqa: B023
-        found = [(one, one.name().startswith("wandb-core")) for one in sink_processes()]
-        signal_all(
-            [one for one, is_core in found if is_core == (victim == "wandb-core")], signal.SIGKILL
-        )
+        name = CORE if victim == "wandb-core" else SINK
+        signal_all(children(psutil.Process(), name), signal.SIGKILL)
         client.log({"x": logged, "peak": -logged})
         logged += 1
         assert client.flush()

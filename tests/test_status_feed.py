@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from pathlib import Path
 
 import pytest
 import simulated_statuses as simulated
 from ray_cluster import until
+from simulated_statuses import PATH
 
 from raywb.errors import NoClusterError, RaywbError
 from raywb.view import status_feed
@@ -34,12 +34,8 @@ serve_statuses(connect, ask, 0.05)
 """
 
 
-#: Where the test's own modules and raywb are.
-_PATH = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-
 def feed(*, asks: int = 3, ends: str = "raise SystemExit(7)", connect: str = "pass") -> StatusFeed:
-    code = _CHILD.format(path=_PATH, asks=asks, ends=ends, connect=connect)
+    code = _CHILD.format(path=PATH, asks=asks, ends=ends, connect=connect)
     return StatusFeed([sys.executable, "-c", code])
 
 

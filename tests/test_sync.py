@@ -10,9 +10,9 @@ from typing import Any
 
 import psutil
 import pytest
+from child_processes import SINK, children, signal_all
 from left_behind import LeftBehind
-from local_service import LocalService, sink_processes
-from signal_all import signal_all
+from local_service import LocalService
 from wandb_client import API_KEY, client_environment, run_client
 from wandb_client import sync as wandb_sync
 from wandb_file import read_runs
@@ -211,7 +211,7 @@ def test_wandb_sync_of_all_segments_is_one_whole_run(service: LocalService, tmp_
             service.down()
             service.up()
         else:
-            signal_all(sink_processes(), signal.SIGKILL)
+            signal_all(children(psutil.Process(), SINK), signal.SIGKILL)
     assert service.service.finish(90.0, 0).complete
     (written,) = read_runs(service.directory).values()
     assert len(written.segments) >= 3

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
-from local_service import CLUSTER, LocalService, sink_processes
-from signal_all import signal_all
+from child_processes import CORE, SINK, children, signal_all
+from local_service import CLUSTER, LocalService
 from wandb_client import sync
 from wandb_file import WandbRun, read_runs
 from wandb_server import WandbServer
@@ -58,7 +59,7 @@ def start_online(service: LocalService, server: WandbServer) -> None:
 
 def kill_sink() -> None:
     """End the sink's process and its wandb-core, as the kernel would."""
-    signal_all(sink_processes(), signal.SIGKILL)
+    signal_all(children(psutil.Process(), SINK, CORE), signal.SIGKILL)
 
 
 def artifact_files(home: Path) -> Path:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import time
 import unicodedata
-from pathlib import Path
 
 import msgspec
 import pytest
@@ -18,6 +17,7 @@ from click.testing import CliRunner
 from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
+from simulated_statuses import PATH
 
 from raywb.cli import main
 from raywb.reports import Status
@@ -258,16 +258,12 @@ def test_long_names_are_cut_in_no_time() -> None:
         assert cell_len(middle_cut(text, width, pen)) <= width
 
 
-#: Where the test's own modules and raywb are.
-_PATH = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-
-
 @pytest.mark.parametrize("command", ["status", "watch"])
 def test_an_address_that_is_none_is_said_to_be_so(command: str) -> None:
     """One sentence with Ray's reason, and the exit code of no cluster; no traceback."""
     ended = subprocess.run(
         [sys.executable, "-m", "raywb", "--address", "nonsense", command],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATH)},
         capture_output=True,
         text=True,
         timeout=60,
@@ -308,7 +304,7 @@ for status in (simulated_statuses.busy(), simulated_statuses.hostile()):
 def test_an_output_without_unicode_is_no_trouble(encoding: str) -> None:
     """`raywb status` and `raywb watch` print any name with the characters that the output has."""
     environment = {**os.environ, "PYTHONIOENCODING": encoding, "COLUMNS": "200"}
-    command = [sys.executable, "-c", _ONE_PICTURE.format(path=_PATH)]
+    command = [sys.executable, "-c", _ONE_PICTURE.format(path=PATH)]
     ended = subprocess.run(
         command, env=environment, capture_output=True, timeout=60, check=False, text=False
     )

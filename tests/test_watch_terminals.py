@@ -15,10 +15,8 @@ from pathlib import Path
 import pytest
 from ray_cluster import Driver, RayCluster
 from rich.cells import cell_len
+from simulated_statuses import PATH
 from terminals import Terminals, real_terminals
-
-#: Where the test's own modules and raywb are.
-_PATH = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 
 @pytest.fixture
@@ -29,7 +27,7 @@ def terminals(cluster: RayCluster) -> Iterator[Terminals]:
 
 @pytest.fixture
 def bare_terminals() -> Iterator[Terminals]:
-    with real_terminals({**os.environ, "PYTHONPATH": os.pathsep.join(_PATH)}) as found:
+    with real_terminals({**os.environ, "PYTHONPATH": os.pathsep.join(PATH)}) as found:
         yield found
 
 
@@ -61,7 +59,7 @@ def watching(tmp_path: Path) -> Callable[[str], str]:
 
     def command(status: str) -> str:
         script = tmp_path / f"{status}.py"
-        script.write_text(_WATCH.replace("{path!r}", repr(_PATH)).replace("{status}", status))
+        script.write_text(_WATCH.replace("{path!r}", repr(PATH)).replace("{status}", status))
         return shlex.join([sys.executable, str(script)])
 
     return command
